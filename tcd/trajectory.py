@@ -1,0 +1,53 @@
+"""The equations of trajectory consistency, and the only place where they stand.
+
+Notation: x_t = alpha_t x0 + sigma_t eps, in whichever scale the caller uses, as long as it uses one: variance
+preserving (alpha^2 + sigma^2 = 1), rectified flow (alpha = 1 - sigma), or the host's variance exploding (alpha = 1).
+Arithmetic is done in the dtype given, and nothing is cast: callers hold float32 or better.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Level(NamedTuple):
+    """A noise level: x = alpha * x0 + sigma * eps, with both of shape [] or [B, 1, 1, 1], float32 or float64."""
+
+    alpha: Tensor
+    sigma: Tensor
+
+
+def add_noise(x0: Tensor, eps: Tensor, t: Level) -> Tensor:
+    """Diffuse clean x0 with noise eps to level t; all [B, C, H, W].
+
+    x_t = alpha_t x0 + sigma_t eps
+    """
+    return t.alpha * x0 + t.sigma * eps
+
+
+def jump(x: Tensor, x0: Tensor, t: Level, s: Level) -> Tensor:
+    """Follow the trajectory through x at level t, whose clean end is x0, to level s; all [B, C, H, W].
+
+    x_s = alpha_s x0 + sigma_s eps, with eps = (x - alpha_t x0) / sigma_t
+
+    This is the trajectory consistency function of arXiv 2402.19159, first order, where it is written as an exponential
+    integrator. Without logarithms it also holds at zero terminal SNR (alpha_t = 0), and jumping to t itself gives x.
+    A clean level (sigma_t = 0) can only be left for itself: there the ratio of the sigmas is 1, their limit at s = t.
+    """
+    ratio = torch.where(t.sigma == 0, torch.ones_like(t.sigma), s.sigma / t.sigma)
+    return ratio * x + (s.alpha - ratio * t.alpha) * x0
+
+
+def renoise(x_s: Tensor, s: Level, t: Level, z: Tensor) -> Tensor:
+    """Diffuse x_s from level s up to the noisier level t (s <= t) with fresh noise z; tensors [B, C, H, W].
+
+    x_t = a x_s + sqrt(sigma_t^2 - a^2 sigma_s^2) z, with a = alpha_t / alpha_s
+
+    The second half of strategic stochastic sampling (arXiv 2402.19159). alpha_s must not be 0.
+    """
+    scale = t.alpha / s.alpha
+    kept = scale * s.sigma
+    # In factors, so that a small difference of two squares keeps its digits; rounding may leave it a hair below zero.
+    variance = ((t.sigma - kept) * (t.sigma + kept)).clamp(min=0)
+    return scale * x_s + variance.sqrt() * z
