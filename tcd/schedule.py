@@ -116,7 +116,7 @@ class Schedule(Protocol):
 
 
 class DiscreteSchedule:
-    """A variance exploding scale over integer timesteps: Stable Diffusion, and all that is trained on an alpha_bar table.
+    """A variance exploding scale over integer timesteps: Stable Diffusion, and all trained on an alpha_bar table.
 
     sigmas: [T], ascending, one a timestep, float32 or float64; kept on the CPU. Raises ValueError if they are not
     positive, finite and strictly ascending: who has zero terminal SNR gives a finite stand-in or uses from_alpha_bar.
