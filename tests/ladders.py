@@ -1,0 +1,46 @@
+"""The kinds of schedule that the sampler must serve, each with a way to choose N steps. Times: see tcd.schedule."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tcd import (
+    ContinuousSchedule,
+    DiscreteSchedule,
+    FlowSchedule,
+    Schedule,
+    scaled_linear_alpha_bar,
+    timestep_grid,
+    zero_terminal_snr,
+)
+
+Ladder = tuple[Schedule, Tensor]
+
+GAMMAS = [0.0, 0.3, 1.0]
+
+
+def _discrete(alpha_bar: Tensor, steps: int) -> Ladder:
+    schedule = DiscreteSchedule.from_alpha_bar(alpha_bar)
+    return schedule, _to_zero(schedule.sigma(torch.tensor(timestep_grid(steps))))
+
+
+def _flow(steps: int) -> Ladder:
+    return FlowSchedule(), torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+
+
+def _edm(steps: int) -> Ladder:
+    ramp = torch.linspace(80 ** (1 / 7), 0.002 ** (1 / 7), steps + 1, dtype=torch.float64)[:steps] ** 7
+    return ContinuousSchedule(), _to_zero(ramp)
+
+
+def _to_zero(sigmas: Tensor) -> Tensor:
+    return torch.cat([sigmas, sigmas.new_zeros(1)])
+
+
+LADDERS: dict[str, Callable[[int], Ladder]] = {
+    "discrete": lambda steps: _discrete(scaled_linear_alpha_bar(), steps),
+    "zero_snr": lambda steps: _discrete(zero_terminal_snr(scaled_linear_alpha_bar()), steps),
+    "flow": _flow,
+    "edm": _edm,
+}
