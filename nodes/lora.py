@@ -1,0 +1,63 @@
+"""The node that puts a TCD LoRA on a model, whole or not at all."""
+
+from comfy_api.latest import io
+
+from . import host
+from .ranges import check_range
+
+
+class TCDLoraLoader(io.ComfyNode):
+    """A LoRA on a model, with the settings that the file recommends."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Describe the node to the host; it asks again and again, so the list of files is always of now."""
+        return io.Schema(
+            node_id="TCDLoraLoader",
+            display_name="TCD LoRA Loader",
+            category="loaders",
+            description=(
+                "Load a TCD LoRA, which makes a model a few-step one, and the steps, eta and cfg that its file "
+                "recommends. A file for another architecture is refused, never applied in part."
+            ),
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="The model that the LoRA turns into a TCD student, the paper's f_theta."
+                ),
+                io.Combo.Input("lora_name", options=host.lora_names(), tooltip="The file, in models/loras."),
+                io.Float.Input(
+                    "strength_model",
+                    default=1.0,
+                    min=-100.0,
+                    max=100.0,
+                    step=0.01,
+                    tooltip="How much of the LoRA is added to the weights theta. 0 leaves the model as it is.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="The model with the LoRA."),
+                io.Int.Output(
+                    display_name="steps",
+                    tooltip="The recommended number of steps, the paper's N; 4 if the file has none.",
+                ),
+                io.Float.Output(
+                    display_name="eta", tooltip="Recommended eta, the paper's gamma; 0.3 if the file has none."
+                ),
+                io.Float.Output(
+                    display_name="cfg", tooltip="Recommended guidance, the paper's omega; 1.0 if the file has none."
+                ),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name: str | None, **_: object) -> object:
+        """Tell the host to run the node again when the file was replaced; a name that comes by a link is not known."""
+        return lora_name and host.lora_stamp(lora_name)
+
+    @classmethod
+    def execute(cls, model: object, lora_name: str, strength_model: float) -> io.NodeOutput:
+        """Return the model with the LoRA, and the recommended settings."""
+        check_range("strength_model", strength_model, -100.0, 100.0)
+        lora = host.read_lora(lora_name)
+        settings = lora.settings()
+        return io.NodeOutput(host.apply_lora(model, lora, strength_model), *settings)

@@ -1,0 +1,43 @@
+"""The node that gives a TCD SAMPLER."""
+
+from comfy_api.latest import io
+
+from . import host
+from .ranges import check_range
+
+
+class TCDSampler(io.ComfyNode):
+    """Trajectory consistency sampling, for SamplerCustom and SamplerCustomAdvanced."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Describe the node to the host."""
+        return io.Schema(
+            node_id="TCDSampler",
+            display_name="TCD Sampler",
+            category="sampling/custom_sampling/samplers",
+            description=(
+                "Strategic stochastic sampling of Trajectory Consistency Distillation (TCD, arXiv 2402.19159), for a "
+                "model with a TCD LoRA. Use it with TCD Sigmas and a cfg near 1."
+            ),
+            inputs=[
+                io.Float.Input(
+                    "eta",
+                    default=0.3,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip=(
+                        "Stochasticity, the paper's gamma. 0 is deterministic; 1 goes back to clean and adds all noise "
+                        "anew at each step, as LCM does. 0.3 suits few steps, more suits more steps."
+                    ),
+                ),
+            ],
+            outputs=[io.Sampler.Output(tooltip="For the sampler input of SamplerCustom or SamplerCustomAdvanced.")],
+        )
+
+    @classmethod
+    def execute(cls, eta: float) -> io.NodeOutput:
+        """Return the SAMPLER."""
+        check_range("eta", eta, 0.0, 1.0)
+        return io.NodeOutput(host.tcd_sampler(gamma=eta))

@@ -1,0 +1,58 @@
+"""The node that gives the SIGMAS of the timesteps a TCD student was trained on."""
+
+from comfy_api.latest import io
+
+from . import host
+
+
+class TCDSigmas(io.ComfyNode):
+    """The noise levels of an N-step TCD run."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Describe the node to the host."""
+        return io.Schema(
+            node_id="TCDSigmas",
+            display_name="TCD Sigmas",
+            category="sampling/custom_sampling/schedulers",
+            description=(
+                "Noise levels for TCD Sampler: evenly spaced among the 50 timesteps (19, 39 ... 999) that TCD LoRAs "
+                "are distilled on, or timesteps of your own."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="The model whose sigma at each timestep t is taken."),
+                io.Int.Input(
+                    "steps",
+                    default=4,
+                    min=1,
+                    max=50,
+                    tooltip="The paper's N, the number of steps: 4 gives the timesteps 999, 759, 499 and 259.",
+                ),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip=(
+                        "The part of the trajectory to go, counted from clean (t = 0). Below 1 the latent image is "
+                        "kept in part; 0 keeps it whole."
+                    ),
+                ),
+                io.String.Input(
+                    "timesteps",
+                    default="",
+                    optional=True,
+                    tooltip=(
+                        "The paper's timesteps tau_N > ... > tau_1 by hand, such as 800 or 999,759,499,259. "
+                        "Steps and denoise then have no say. Empty: chosen by steps and denoise."
+                    ),
+                ),
+            ],
+            outputs=[io.Sigmas.Output(tooltip="One sigma a step, and 0 at the end.")],
+        )
+
+    @classmethod
+    def execute(cls, model: object, steps: int, denoise: float, timesteps: str = "") -> io.NodeOutput:
+        """Return the SIGMAS."""
+        return io.NodeOutput(host.tcd_sigmas(model, steps=steps, denoise=denoise, timesteps=timesteps))
