@@ -1,0 +1,98 @@
+"""A ComfyUI pack that the demo and the tests lend to the host, so that it knows the tiny family.
+
+The stock CheckpointLoaderSimple then loads the UNet and the text encoder of a tiny checkpoint. Its VAE it cannot, since
+the host's has 128 channels whatever the file has: TinyShapesVAE gives that. The shapes are those of trainer/bases/tiny.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import comfy.sd
+import comfy.sd1_clip
+import comfy.supported_models
+import comfy.utils
+import folder_paths
+from comfy.supported_models_base import ClipTarget
+
+TEXT_CONFIG = {
+    "hidden_act": "quick_gelu",
+    "hidden_size": 32,
+    "intermediate_size": 128,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 77,
+    "eos_token_id": 49407,
+}
+VAE_CONFIG = {
+    "double_z": True,
+    "z_channels": 4,
+    "resolution": 64,
+    "in_channels": 3,
+    "out_ch": 3,
+    "ch": 32,
+    "ch_mult": [1, 1, 1, 1],
+    "num_res_blocks": 1,
+    "attn_resolutions": [],
+    "dropout": 0.0,
+}
+
+
+class TinyTextEncoder(comfy.sd1_clip.SDClipModel):
+    """SD 1.5's text encoder at a width of 32."""
+
+    def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: dict[str, Any] | None = None) -> None:
+        """Take what the host gives every text encoder."""
+        super().__init__(
+            device=device,
+            dtype=dtype,
+            textmodel_json_config=TEXT_CONFIG,
+            return_projected_pooled=False,
+            model_options=model_options or {},
+        )
+
+
+class TinyClip(comfy.sd1_clip.SD1ClipModel):
+    """The same, as the host wraps it."""
+
+    def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: dict[str, Any] | None = None) -> None:
+        """Take what the host gives every text encoder."""
+        super().__init__(device=device, dtype=dtype, model_options=model_options or {}, clip_model=TinyTextEncoder)
+
+
+class TinyShapes(comfy.supported_models.SD15):
+    """SD 1.5 at a width of 32."""
+
+    unet_config = comfy.supported_models.SD15.unet_config | {"context_dim": 32, "model_channels": 32}
+    unet_extra_config = {"num_heads": 2, "num_head_channels": -1}
+    vae_key_prefix = ["no such key, so that the host does not try its own VAE on it: "]
+
+    def clip_target(self, state_dict: Mapping[str, Any] | None = None) -> ClipTarget:
+        """Name the tokenizer and the text encoder."""
+        return ClipTarget(comfy.sd1_clip.SD1Tokenizer, TinyClip)
+
+
+class TinyShapesVAE:
+    """The VAE in a tiny checkpoint."""
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802, as the host calls it
+        """Ask for a checkpoint's name."""
+        return {"required": {"ckpt_name": (folder_paths.get_filename_list("checkpoints"),)}}
+
+    RETURN_TYPES = ("VAE",)
+    FUNCTION = "load"
+    CATEGORY = "loaders"
+
+    def load(self, ckpt_name: str) -> tuple[comfy.sd.VAE]:
+        """Return the VAE."""
+        tensors = comfy.utils.load_torch_file(folder_paths.get_full_path_or_raise("checkpoints", ckpt_name))
+        weights = comfy.utils.state_dict_prefix_replace(tensors, {"first_stage_model.": ""}, filter_keys=True)
+        return (comfy.sd.VAE(sd=weights, config={"params": {"ddconfig": VAE_CONFIG, "embed_dim": 4}}),)
+
+
+if not any(model.__name__ == TinyShapes.__name__ for model in comfy.supported_models.models):
+    comfy.supported_models.models.insert(0, TinyShapes)
+
+NODE_CLASS_MAPPINGS = {"TinyShapesVAE": TinyShapesVAE}
