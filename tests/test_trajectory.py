@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from oracles import gaussian_map, randn, told_x0
 from tcd import Level, add_noise, jump, renoise, vp_level
 
 
@@ -20,10 +21,6 @@ def levels(scale: str, *times: float) -> list[Level]:
 SCALES = ["vp", "flow", "ve"]
 
 
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
 @pytest.fixture
 def x0() -> Tensor:
     return randn(3, 4, 5, 6, seed=1)
@@ -32,18 +29,6 @@ def x0() -> Tensor:
 @pytest.fixture
 def eps() -> Tensor:
     return randn(3, 4, 5, 6, seed=2)
-
-
-def gaussian_map(x: Tensor, t: Level, s: Level, mean: float = 0.7, std: float = 0.4) -> Tensor:
-    """Follow the exact trajectory of data ~ N(mean, std^2): the standardized score of x stays what it is."""
-    spread = ((s.alpha**2 * std**2 + s.sigma**2) / (t.alpha**2 * std**2 + t.sigma**2)).sqrt()
-    return s.alpha * mean + spread * (x - t.alpha * mean)
-
-
-def told_x0(x: Tensor, t: Level, s: Level) -> Tensor:
-    """The x0 that a network told s must predict for the jump to follow the exact trajectory of a Gaussian."""
-    ratio = s.sigma / t.sigma
-    return (gaussian_map(x, t, s) - ratio * x) / (s.alpha - ratio * t.alpha)
 
 
 @pytest.mark.parametrize("scale", SCALES)
