@@ -1,0 +1,110 @@
+"""The rules that keep the project small: who imports whom, what an import costs, and how long a piece may be."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("tcd", "trainer", "nodes")
+HOST_PACK = ROOT / "trainer" / "demo" / "tiny_pack"  # lent to the host as a pack of its own, and run by it alone
+HOST_MODULES = {"comfy", "comfy_extras", "comfy_execution", "execution", "folder_paths", "latent_preview", "server"}
+MODULES = [
+    path.relative_to(ROOT)
+    for part in PARTS
+    for path in sorted((ROOT / part).rglob("*.py"))
+    if HOST_PACK not in path.parents
+]
+FUNCTION_LINES, FILE_LINES = 60, 350
+
+each_module = pytest.mark.parametrize("module", MODULES, ids=str)
+
+
+def imported(source: str, package: tuple[str, ...]) -> Iterator[str]:
+    """Yield the absolute name of every module that source imports anywhere; package is where source stands."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else ()
+            stem = [*base, *(node.module or "").split(".")] if node.module else list(base)
+            yield ".".join(stem)
+            yield from (".".join([*stem, alias.name]) for alias in node.names)
+
+
+def roots(module: Path) -> set[str]:
+    """The top-level names that a module of this project imports, itself and the standard library aside."""
+    found = imported((ROOT / module).read_text(encoding="utf-8"), module.parent.parts)
+    return {name.split(".")[0] for name in found if name} - set(sys.stdlib_module_names) - {module.parts[0]}
+
+
+def allowed(module: Path) -> set[str]:
+    if module.parts[0] == "tcd":
+        return {"torch"}
+    if module == Path("nodes", "host.py"):
+        return {"torch", "tqdm", "tcd", "comfy_api"} | HOST_MODULES
+    return {"torch", "tcd", "comfy_api"}
+
+
+def test_the_walk_sees_every_form_of_import() -> None:
+    source = """
+import a.b, c as d
+from e import f
+from . import g
+from .h import i
+from ..tcd import j
+from .. import tcd
+def late():
+    import comfy.samplers
+"""
+    found = set(imported(source, ("nodes",)))
+    assert {"a.b", "c", "e", "e.f", "nodes.g", "nodes.h", "tcd", "tcd.j", "comfy.samplers"} <= found
+    assert MODULES, "no module was found"
+    assert {module.parts[0] for module in MODULES} == set(PARTS)
+
+
+@each_module
+def test_imports_follow_the_dependency_rule(module: Path) -> None:
+    if module.parts[0] == "trainer":
+        assert not roots(module) & (HOST_MODULES | {"nodes", "comfy_api"})
+    else:
+        assert roots(module) <= allowed(module)
+
+
+def test_the_entry_point_imports_only_the_nodes() -> None:
+    found = set(imported((ROOT / "__init__.py").read_text(encoding="utf-8"), ()))
+    assert {name.split(".")[0] for name in found} <= {"logging", "typing", "nodes"}
+
+
+@each_module
+def test_nothing_is_too_long_to_read(module: Path) -> None:
+    source = (ROOT / module).read_text(encoding="utf-8")
+    beyond = sorted({character for character in source if not character.isascii()})
+    assert not beyond
+    assert len(source.splitlines()) <= FILE_LINES
+    functions = (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
+    long = [
+        f"{f.name}: {f.end_lineno - f.lineno + 1} lines" for f in functions if f.end_lineno - f.lineno >= FUNCTION_LINES
+    ]
+    assert not long
+
+
+def test_importing_the_core_loads_torch_and_nothing_heavier() -> None:
+    program = """
+import sys, torch
+before = set(sys.modules)
+import tcd
+loaded = {name.split(".")[0] for name in set(sys.modules) - before}
+print(sorted(loaded - set(sys.stdlib_module_names)))
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert run.stdout.strip() == "['tcd']", run.stderr
+
+
+def test_the_installed_project_does_not_hide_the_nodes_module_of_the_host() -> None:
+    program = "import importlib.util, tcd, trainer; print(importlib.util.find_spec('nodes'))"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert run.stdout.strip() == "None", run.stderr
