@@ -1,0 +1,73 @@
+"""The trainer's own sampling: captions to latents to pictures, through the very loop that the nodes run.
+
+Flows in: a `Network` and text embeddings.  Flows out: scaled latents, and bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from tcd import DiscreteSchedule, Report, sample_tcd, seeded_noise, sigma_to_alpha_bar
+from trainer.network import Network
+
+
+def initial_noise(seed: int, shape: Sequence[int]) -> Tensor:
+    """Unit noise [B, C, h, w] float32 for a whole batch, as ComfyUI draws it: one CPU stream, seeded."""
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def sample_latents(
+    network: Network,
+    context: Tensor,
+    *,
+    timesteps: Sequence[int],
+    gamma: float,
+    noise: Tensor,
+    seed: int,
+    uncond: Tensor | None = None,
+    guidance: float = 1.0,
+    report: Report | None = None,
+) -> Tensor:
+    """Sample scaled latents [B, 4, h, w] for captions [B, 77, D] with the steps `timesteps`, descending.
+
+    noise: unit noise [B, 4, h, w] to begin with; seed: of the noise that gamma adds.  With guidance other than 1,
+    uncond [1, 77, D] is needed.  gamma = 0 is DDIM.
+    """
+    schedule = DiscreteSchedule.from_alpha_bar(network.alpha_bar.cpu().double())
+    sigmas = torch.cat([schedule.sigma(torch.tensor(list(timesteps))), torch.zeros(1, dtype=torch.float64)])
+
+    def denoise(x: Tensor, sigma: Tensor, sigma_s: Tensor) -> Tensor:
+        """The network in the sampler's scale, x = x0 + sigma eps."""
+        x_t = x * sigma_to_alpha_bar(sigma).sqrt()
+        t = schedule.timestep(sigma).to(x.device).expand(len(x))
+        if guidance == 1.0 or uncond is None:
+            return network.x0(x_t, t, context)
+        return network.guided_x0(x_t, t, context, uncond, torch.full((len(x),), guidance, device=x.device))
+
+    return sample_tcd(
+        denoise,
+        noise.to(context.device) * _start_scale(sigmas[0], schedule),
+        sigmas,
+        schedule=schedule,
+        gamma=gamma,
+        noise=seeded_noise(seed),
+        report=report,
+    )
+
+
+def _start_scale(sigma: Tensor, schedule: DiscreteSchedule) -> float:
+    """The standard deviation of the first x: at the top of the schedule x_t is pure noise, below it is x0 + noise."""
+    variance = sigma**2 + 1 if sigma >= schedule.sigmas[-1] else sigma**2
+    return float(variance.sqrt())
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Pictures, uint8 [B, 3, H, W], of scaled latents [B, 4, h, w]."""
+    parts = [vae.decode(part / vae.config.scaling_factor).sample for part in latents.split(16)]
+    return ((torch.cat(parts).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()

@@ -1,0 +1,169 @@
+"""Train the embedded tiny teacher: a VAE, a text encoder and a UNet of SD1.5's architecture, scaled down.
+
+    python -m trainer.tiny.teach --out trainer/tiny/tiny-sd.safetensors
+
+Flows in: the shapes world.  Flows out: one single-file checkpoint in the names that ComfyUI and the trainer read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import CLIPTextModel
+
+from tcd import add_noise, scaled_linear_alpha_bar, vp_level
+from trainer import ldm
+from trainer.bases import empty_text_encoder, empty_unet, empty_vae
+from trainer.conditioning import tokenize
+from trainer.tiny import world
+
+NUM_TIMESTEPS = 1000
+CAPTION_DROPOUT = 0.1
+KL_WEIGHT = 1e-4
+INITIAL_LOG_VARIANCE = -6.0
+
+
+def pictures(count: int, seed: int) -> tuple[Tensor, list[str]]:
+    """Draw `count` scenes: pictures uint8 [count, 3, H, W] and their captions."""
+    rng = random.Random(seed)
+    scenes = world.random_scenes(count, seed)
+    images = torch.from_numpy(np.stack([np.asarray(world.draw(scene, rng)) for scene in scenes]))
+    return images.permute(0, 3, 1, 2).contiguous(), [scene.caption for scene in scenes]
+
+
+def to_signal(images: Tensor) -> Tensor:
+    """Bytes [B, 3, H, W] as float32 in [-1, 1], the VAE's range."""
+    return images.float() / 127.5 - 1
+
+
+def _steps(count: int, label: str, optimizer: torch.optim.Optimizer, peak_lr: float) -> Iterator[int]:
+    """Count steps with a progress bar, under a one-cycle learning rate."""
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_lr, total_steps=count + 1, pct_start=0.05)
+    for step in tqdm(range(count), desc=label, mininterval=5):
+        yield step
+        schedule.step()
+
+
+def train_vae(vae: AutoencoderKL, images: Tensor, *, steps: int, batch: int, generator: torch.Generator) -> None:
+    """Train `vae` on `images` (L1, a little L2 and KL), then scale its latents to the unit variance SD1.5 expects."""
+    with torch.no_grad():  # a posterior as wide as the prior would drown the first pictures in noise
+        vae.quant_conv.bias[vae.config.latent_channels :] = INITIAL_LOG_VARIANCE
+        vae.quant_conv.weight[vae.config.latent_channels :] = 0
+    vae.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, weight_decay=1e-4)
+    for step in _steps(steps, "vae", optimizer, 2e-3):
+        x = to_signal(images[torch.randint(len(images), (batch,), generator=generator)])
+        posterior = vae.encode(x).latent_dist
+        latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
+        error = vae.decode(latents).sample - x
+        loss = error.abs().mean() + error.square().mean() + KL_WEIGHT * posterior.kl().mean() / latents[0].numel()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        if step % 100 == 0:
+            tqdm.write(f"vae {step}: L1 {error.abs().mean().item():.4f}")
+    _scale_latents(vae, images[:1024])
+
+
+@torch.no_grad()
+def _scale_latents(vae: AutoencoderKL, images: Tensor) -> None:
+    """Fold a factor into the VAE so that `scaling_factor` times its latents have standard deviation one."""
+    std = torch.cat([vae.encode(to_signal(part)).latent_dist.mean for part in images.split(64)]).std()
+    factor = 1.0 / (vae.config.scaling_factor * std)
+    channels = vae.config.latent_channels
+    vae.quant_conv.weight[:channels] *= factor
+    vae.quant_conv.bias[:channels] *= factor
+    vae.quant_conv.bias[channels:] += 2 * factor.log()
+    vae.post_quant_conv.weight /= factor
+
+
+@torch.no_grad()
+def encode_pictures(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Scaled latents [B, 4, h, w] of bytes [B, 3, H, W]."""
+    parts = [vae.encode(to_signal(part)).latent_dist.mean for part in tqdm(images.split(64), desc="latents")]
+    return torch.cat(parts) * vae.config.scaling_factor
+
+
+def train_unet(
+    unet: UNet2DConditionModel,
+    text_encoder: CLIPTextModel,
+    latents: Tensor,
+    captions: list[str],
+    *,
+    steps: int,
+    batch: int,
+    generator: torch.Generator,
+    save: Callable[[UNet2DConditionModel, CLIPTextModel], None],
+) -> None:
+    """Train UNet and text encoder together to predict the noise; hand the moving average of both to `save`."""
+    models = nn.ModuleList([unet, text_encoder])
+    average = torch.optim.swa_utils.AveragedModel(models, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
+    optimizer = torch.optim.AdamW(models.parameters(), lr=1e-3, weight_decay=1e-3)
+    alpha_bar = scaled_linear_alpha_bar(NUM_TIMESTEPS).float()
+    ids, empty = tokenize(captions), tokenize([""])
+    for step in _steps(steps, "unet", optimizer, 2e-3):
+        picked = torch.randint(len(latents), (batch,), generator=generator)
+        dropped = torch.rand(batch, generator=generator) < CAPTION_DROPOUT
+        timesteps = torch.randint(NUM_TIMESTEPS, (batch,), generator=generator)
+        eps = torch.randn(latents[picked].shape, generator=generator)
+        x_t = add_noise(latents[picked], eps, vp_level(alpha_bar[timesteps].view(-1, 1, 1, 1)))
+        context = text_encoder(torch.where(dropped[:, None], empty, ids[picked])).last_hidden_state
+        loss = nn.functional.mse_loss(unet(x_t, timesteps, context).sample, eps)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(models.parameters(), 1.0)
+        optimizer.step()
+        average.update_parameters(models)
+        if step % 1000 == 0:
+            tqdm.write(f"unet {step}: loss {loss.item():.4f}")
+            save(*average.module)
+    save(*average.module)
+
+
+def write_checkpoint(path: Path, unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel) -> None:
+    """Write one fp16 single-file checkpoint of the three models."""
+    state = ldm.unet_to_ldm(unet.state_dict(), unet.config)
+    state |= ldm.vae_to_ldm(vae.state_dict(), vae.config)
+    state |= ldm.text_to_ldm(text_encoder.state_dict())
+    save_file({key: value.half().contiguous() for key, value in state.items()}, path)
+
+
+def main() -> None:
+    """Train the three models and write the checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="the checkpoint to write")
+    parser.add_argument("--vae-steps", type=int, default=2600)
+    parser.add_argument("--unet-steps", type=int, default=14000)
+    parser.add_argument("--pictures", type=int, default=24000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.manual_seed(options.seed)
+    generator = torch.Generator().manual_seed(options.seed)
+    unet, vae, text_encoder = empty_unet("tiny"), empty_vae("tiny"), empty_text_encoder("tiny")
+    images, captions = pictures(options.pictures, options.seed)
+    train_vae(vae, images, steps=options.vae_steps, batch=8, generator=generator)
+    latents = encode_pictures(vae.eval(), images)
+    train_unet(
+        unet,
+        text_encoder,
+        latents,
+        captions,
+        steps=options.unet_steps,
+        batch=32,
+        generator=generator,
+        save=lambda unet, text_encoder: write_checkpoint(options.out, unet, vae, text_encoder),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""The captioned-shapes world: small pictures whose caption says all there is to see.
+
+Flows in: a seeded generator.  Flows out: scenes, their captions, their pictures, folders of pictures with captions.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import astuple, dataclass
+from itertools import product
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+SIZE_PX = 64
+SUPERSAMPLING = 4
+
+COLORS = {
+    "red": (214, 40, 40),
+    "green": (40, 160, 70),
+    "blue": (40, 80, 210),
+    "yellow": (245, 205, 50),
+    "white": (245, 245, 245),
+    "black": (25, 25, 30),
+}
+SHAPES = ("circle", "square", "triangle", "star")
+# The center of the shape, in fractions of the picture's width and height.
+PLACES = {"left": (0.27, 0.5), "right": (0.73, 0.5), "top": (0.5, 0.27), "bottom": (0.5, 0.73), "center": (0.5, 0.5)}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One shape of one color at one place on a ground of another color."""
+
+    shape: str
+    color: str
+    place: str
+    ground: str
+
+    @property
+    def caption(self) -> str:
+        """The sentence that describes the scene completely."""
+        return f"a {self.color} {self.shape} {self.place} on a {self.ground} background"
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """The scene as one class index for each of `LABELS`."""
+        return tuple(values.index(value) for values, value in zip(LABELS.values(), astuple(self), strict=True))
+
+
+LABELS: dict[str, list[str]] = {
+    "shape": list(SHAPES),
+    "color": list(COLORS),
+    "place": list(PLACES),
+    "ground": list(COLORS),
+}
+
+
+def all_scenes() -> list[Scene]:
+    """Every scene of the world, in a fixed order; color and ground differ."""
+    return [Scene(*parts) for parts in product(*LABELS.values()) if parts[1] != parts[3]]
+
+
+def random_scenes(count: int, seed: int) -> list[Scene]:
+    """`count` scenes drawn uniformly with replacement, the same for the same seed."""
+    return random.Random(seed).choices(all_scenes(), k=count)
+
+
+def draw(scene: Scene, rng: random.Random) -> Image.Image:
+    """The scene as an RGB picture of `SIZE_PX` squared, antialiased, with a little freedom in place, size and angle."""
+    canvas = SIZE_PX * SUPERSAMPLING
+    image = Image.new("RGB", (canvas, canvas), COLORS[scene.ground])
+    center_x, center_y = (c * canvas + rng.uniform(-0.03, 0.03) * canvas for c in PLACES[scene.place])
+    radius = rng.uniform(0.17, 0.22) * canvas
+    pen = ImageDraw.Draw(image)
+    if scene.shape == "circle":
+        pen.ellipse([center_x - radius, center_y - radius, center_x + radius, center_y + radius], COLORS[scene.color])
+    else:
+        tilt = rng.uniform(-0.12, 0.12)
+        pen.polygon(_outline(scene.shape, center_x, center_y, radius, tilt), COLORS[scene.color])
+    return image.resize((SIZE_PX, SIZE_PX), Image.Resampling.BOX)
+
+
+def _outline(shape: str, x: float, y: float, radius: float, tilt: float) -> list[tuple[float, float]]:
+    """The corners of a polygonal shape around (x, y), from its topmost corner on, tilted by `tilt` radians."""
+    corners, inner, start = {
+        "square": (4, 1.0, math.pi / 4),
+        "triangle": (3, 1.0, 0.0),
+        "star": (10, 0.45, 0.0),
+    }[shape]
+    points = []
+    for k in range(corners):
+        angle = start + tilt + 2 * math.pi * k / corners
+        reach = radius * (inner if k % 2 else 1.0) * (1.15 if shape != "star" else 1.2)
+        points.append((x + reach * math.sin(angle), y - reach * math.cos(angle)))
+    return points
+
+
+def write_folder(folder: Path, count: int, seed: int) -> None:
+    """Write `count` pictures and their captions as `00000.png`, `00000.txt` … into `folder`, as a trainer reads them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(seed)
+    for index, scene in enumerate(random_scenes(count, seed)):
+        draw(scene, rng).save(folder / f"{index:05d}.png")
+        (folder / f"{index:05d}.txt").write_text(scene.caption + "\n", encoding="utf-8")
