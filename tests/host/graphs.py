@@ -1,0 +1,113 @@
+"""Prompts for the host in its API format, and what comes back of them."""
+
+import uuid
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from trainer.demo.comfy_server import ComfyServer
+
+MINI = "mini-sd15.safetensors"
+LATENT_SCALE = 0.18215  # SD 1.5's: the host divides by it when a latent leaves the sampler
+
+
+class Node(NamedTuple):
+    """A node of a graph; [i] is a link to its output i."""
+
+    id: str
+
+    def __getitem__(self, output: int) -> list[Any]:  # type: ignore[override]
+        return [self.id, output]
+
+
+class Graph(dict[str, dict[str, Any]]):
+    """A prompt under construction."""
+
+    def add(self, class_type: str, **inputs: Any) -> Node:
+        node = Node(str(len(self) + 1))
+        self[node.id] = {"class_type": class_type, "inputs": inputs}
+        return node
+
+    def checkpoint(self, name: str = MINI) -> Node:
+        return self.add("CheckpointLoaderSimple", ckpt_name=name)
+
+    def condition(self, seed: int = 0) -> Node:
+        return self.add("TestConditioning", seed=seed, salt=salt())
+
+    def sigmas(self, model: list[Any], *, steps: Any = 4, denoise: Any = 1.0, timesteps: str = "") -> Node:
+        return self.add("TCDSigmas", model=model, steps=steps, denoise=denoise, timesteps=timesteps)
+
+    def sampler_custom(
+        self,
+        *,
+        model: list[Any] | None = None,
+        eta: Any = 0.3,
+        sigmas: list[Any] | None = None,
+        seed: int = 0,
+        batch: int = 1,
+        latent: list[Any] | None = None,
+        **others: Any,
+    ) -> Node:
+        """SamplerCustom with TCDSampler: 4 steps from TCDSigmas on an empty 8 x 8 latent, unless told otherwise."""
+        model = model or self.checkpoint()[0]
+        inputs = {
+            "model": model,
+            "add_noise": True,
+            "noise_seed": seed,
+            "cfg": 1.0,
+            "positive": self.condition(0)[0],
+            "negative": self.condition(1)[0],
+            "sampler": self.add("TCDSampler", eta=eta)[0],
+            "sigmas": sigmas or self.sigmas(model)[0],
+            "latent_image": latent or self.add("EmptyLatentImage", width=64, height=64, batch_size=batch)[0],
+        }
+        return self.add("SamplerCustom", **inputs | others)
+
+    def save(self, latent: list[Any]) -> Node:
+        return self.add("SaveLatent", samples=latent, filename_prefix=salt())
+
+    def show(self, value: list[Any]) -> Node:
+        return self.add("TestShow", value=value, salt=salt())
+
+
+def salt() -> str:
+    """Return a text never seen before, so that the host does not answer from its cache."""
+    return uuid.uuid4().hex
+
+
+def latents(server: ComfyServer, graph: Graph, *saves: Node) -> list[Tensor]:
+    """Run a graph and return the latents [B, 4, h, w] that its SaveLatent nodes saved, in the sampler's scale."""
+    outputs = server.run(graph)
+    return [saved(server, outputs, node) for node in saves]
+
+
+def saved(server: ComfyServer, outputs: dict[str, Any], node: Node) -> Tensor:
+    """Return the latent [B, 4, h, w] that a SaveLatent node saved, in the sampler's scale."""
+    file = server.fetch(outputs[node.id]["latents"][0])
+    return safetensors.torch.load(file)["latent_tensor"] * LATENT_SCALE
+
+
+def sampled(server: ComfyServer, **options: Any) -> Tensor:
+    """Run SamplerCustom with these options and return its latent [B, 4, 8, 8], in the sampler's scale."""
+    graph = Graph()
+    node = graph.sampler_custom(**options)
+    return latents(server, graph, graph.save(node[0]))[0]
+
+
+def shown(server: ComfyServer, graph: Graph, value: list[Any]) -> list[float]:
+    """Run a graph and return the numbers that come over a link."""
+    node = graph.show(value)
+    values: list[float] = server.run(graph)[node.id]["values"]
+    return values
+
+
+def host_noise(seed: int, batch: int = 1, size: int = 8) -> Tensor:
+    """Return the noise [B, 4, size, size] with which the host begins."""
+    return torch.randn(batch, 4, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Return the root mean square of the difference over that of what is expected."""
+    return float((found - expected).norm() / expected.norm())

@@ -1,0 +1,67 @@
+"""A ComfyUI pack that the tests lend to the host: values go in, and come out, that its stock nodes have no way for."""
+
+import torch
+
+
+class TestConditioning:
+    """A CONDITIONING of seeded noise, for checkpoints without a text encoder; another salt makes the host run again."""
+
+    RETURN_TYPES = ("CONDITIONING",)
+    FUNCTION = "make"
+    CATEGORY = "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"seed": ("INT", {"default": 0}), "salt": ("STRING", {"default": ""})}}
+
+    def make(self, seed, salt):
+        embedding = torch.randn(1, 77, 768, generator=torch.Generator().manual_seed(seed))
+        return ([[embedding, {}]],)
+
+
+class TestShow:
+    """Numbers of a SIGMAS, INT or FLOAT, shown as this output node's `values`; another salt as above."""
+
+    RETURN_TYPES = ()
+    FUNCTION = "show"
+    CATEGORY = "test"
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"value": ("*",), "salt": ("STRING", {"default": ""})}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types):  # noqa: N802, tells the host to accept a link of any type
+        return True
+
+    def show(self, value, salt):
+        values = value.tolist() if isinstance(value, torch.Tensor) else [value]
+        return {"ui": {"values": values}}
+
+
+class TestFloat:
+    """A FLOAT of the text, "nan" among them, so that it comes by a link."""
+
+    RETURN_TYPES = ("FLOAT",)
+    FUNCTION = "make"
+    CATEGORY = "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"text": ("STRING", {"default": ""})}}
+
+    def make(self, text):
+        return (float(text),)
+
+
+class TestInt(TestFloat):
+    """An INT of the text, likewise."""
+
+    RETURN_TYPES = ("INT",)
+
+    def make(self, text):
+        return (int(text),)
+
+
+NODE_CLASS_MAPPINGS = {node.__name__: node for node in (TestConditioning, TestShow, TestFloat, TestInt)}

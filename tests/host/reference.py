@@ -1,0 +1,57 @@
+"""What the host's result is compared with: the same UNet in diffusers, sampled by an implementation not ours."""
+
+from collections.abc import Sequence
+from unittest import mock
+
+import torch
+from diffusers import TCDScheduler, UNet2DConditionModel
+from torch import Tensor
+
+from tcd import DiscreteSchedule, scaled_linear_alpha_bar, seeded_noise
+
+
+def condition(seed: int = 0) -> Tensor:
+    """Return the embedding [1, 77, 768] of TestConditioning."""
+    return torch.randn(1, 77, 768, generator=torch.Generator().manual_seed(seed))
+
+
+def sigma_table() -> Tensor:
+    """Return the host's sigmas [1000] by timestep, float32; equal to the last bit, as noise is seeded by them."""
+    return DiscreteSchedule.from_alpha_bar(scaled_linear_alpha_bar()).sigmas.float()
+
+
+@torch.no_grad()
+def tcd_scheduler_sample(
+    unet: UNet2DConditionModel,
+    x: Tensor,
+    timesteps: Sequence[int],
+    *,
+    eta: float,
+    seed: int,
+    prediction: str = "epsilon",
+    zero_snr: bool = False,
+) -> Tensor:
+    """Sample from x [B, 4, h, w] at timesteps[0], in the variance preserving scale, with diffusers' TCDScheduler.
+
+    Its injected noise is replaced by ours, which the seed fixes. Its last step is left out: the host ends at x0.
+    """
+    scheduler = TCDScheduler(prediction_type=prediction, rescale_betas_zero_snr=zero_snr)
+    scheduler.set_timesteps(timesteps=list(timesteps))
+    draw = seeded_noise(seed)
+    context = condition().expand(len(x), -1, -1)
+    table = sigma_table()
+    for i, t in enumerate(timesteps):
+        output = unet(x, t, context).sample
+        if i == len(timesteps) - 1:
+            return _x0(scheduler, output, x, t)
+        noise = draw(table[timesteps[i + 1]], x)
+        with mock.patch("diffusers.schedulers.scheduling_tcd.randn_tensor", return_value=noise):
+            x = scheduler.step(output, t, x, eta=eta).prev_sample
+    return x
+
+
+def _x0(scheduler: TCDScheduler, output: Tensor, x: Tensor, t: int) -> Tensor:
+    alpha, sigma = scheduler.alphas_cumprod[t].sqrt(), (1 - scheduler.alphas_cumprod[t]).sqrt()
+    if scheduler.config.prediction_type == "v_prediction":
+        return alpha * x - sigma * output
+    return (x - sigma * output) / alpha

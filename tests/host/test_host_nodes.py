@@ -1,0 +1,231 @@
+"""The nodes' contract with saved workflows, their sigmas, and what they say to bad input."""
+
+import ast
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from graphs import Graph, shown
+from reference import sigma_table
+
+from trainer.demo.comfy_server import PACK, ComfyError, ComfyServer
+
+# Renaming, reordering or narrowing any of this breaks the workflows that people saved: add to it only.
+CONTRACT = {
+    "TCDSampler": {
+        "inputs": {"eta": ("FLOAT", {"default": 0.3, "min": 0.0, "max": 1.0, "step": 0.01})},
+        "optional": {},
+        "outputs": [("SAMPLER", "SAMPLER")],
+        "category": "sampling/custom_sampling/samplers",
+    },
+    "TCDSigmas": {
+        "inputs": {
+            "model": ("MODEL", {}),
+            "steps": ("INT", {"default": 4, "min": 1, "max": 50}),
+            "denoise": ("FLOAT", {"default": 1.0, "min": 0.0, "max": 1.0, "step": 0.01}),
+        },
+        "optional": {"timesteps": ("STRING", {"default": ""})},
+        "outputs": [("SIGMAS", "SIGMAS")],
+        "category": "sampling/custom_sampling/schedulers",
+    },
+    "TCDLoraLoader": {
+        "inputs": {
+            "model": ("MODEL", {}),
+            "lora_name": ("COMBO", {}),
+            "strength_model": ("FLOAT", {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01}),
+        },
+        "optional": {},
+        "outputs": [("MODEL", "MODEL"), ("INT", "steps"), ("FLOAT", "eta"), ("FLOAT", "cfg")],
+        "category": "loaders",
+    },
+}
+NUMERIC = ("default", "min", "max", "step")
+
+# What the lowest host that can load the pack (0.3.48) knows; one keyword more, and it loses the whole pack.
+OLDEST_SCHEMA = {"node_id", "display_name", "category", "inputs", "outputs", "description"}
+OLDEST_INPUT = {"default", "min", "max", "step", "tooltip", "optional", "options"}
+OLDEST_OUTPUT = {"display_name", "tooltip"}
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("node_id", CONTRACT)
+def test_contract_is_frozen(server: ComfyServer, node_id: str) -> None:
+    info = server.get(f"/object_info/{node_id}")[node_id]
+    assert _contract_of(info) == CONTRACT[node_id]
+    assert list(info["input"]["required"]) == list(CONTRACT[node_id]["inputs"]), "widgets are saved by position"
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("node_id", CONTRACT)
+def test_everything_is_explained(server: ComfyServer, node_id: str) -> None:
+    info = server.get(f"/object_info/{node_id}")[node_id]
+    assert info["display_name"]
+    assert info["description"]
+    assert all(info["output_tooltips"])
+    for group in info["input"].values():
+        assert all(options["tooltip"] for _, options in group.values())
+
+
+def _contract_of(info: dict[str, Any]) -> dict[str, Any]:
+    def of_inputs(group: str) -> dict[str, Any]:
+        inputs = info["input"].get(group, {})
+        return {name: (kind, {k: v for k, v in o.items() if k in NUMERIC}) for name, (kind, o) in inputs.items()}
+
+    return {
+        "inputs": of_inputs("required"),
+        "optional": of_inputs("optional"),
+        "outputs": list(zip(info["output"], info["output_name"], strict=True)),
+        "category": info["category"],
+    }
+
+
+def test_schemas_use_what_the_oldest_host_knows() -> None:
+    used: dict[str, set[str]] = {"Schema": set(), "Input": set(), "Output": set()}
+    for path in Path(PACK, "nodes").glob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr in used:
+                used[call.func.attr] |= {str(keyword.arg) for keyword in call.keywords}
+    assert used["Schema"] and used["Schema"] <= OLDEST_SCHEMA
+    assert used["Input"] and used["Input"] <= OLDEST_INPUT
+    assert used["Output"] and used["Output"] <= OLDEST_OUTPUT
+
+
+@pytest.mark.host
+def test_the_pack_loads_without_a_word(server: ComfyServer) -> None:
+    assert "IMPORT FAILED" not in server.log_text()
+    assert "Error while calling comfy_entrypoint" not in server.log_text()
+
+
+@pytest.mark.host
+@pytest.mark.parametrize(
+    ("options", "timesteps"),
+    [
+        ({}, [999, 759, 499, 259]),
+        ({"steps": 1}, [999]),
+        ({"steps": 2, "denoise": 0.5}, [499, 259]),
+        ({"steps": 3, "timesteps": " 800 , 400,0"}, [800, 400, 0]),
+    ],
+)
+def test_sigmas_are_those_of_the_timesteps(server: ComfyServer, options: Any, timesteps: list[int]) -> None:
+    graph = Graph()
+    found = shown(server, graph, graph.sigmas(graph.checkpoint()[0], **options)[0])
+    assert found == [*sigma_table()[timesteps].tolist(), 0.0]  # to the last bit, as the noise is seeded by them
+
+
+@pytest.mark.host
+def test_sigmas_are_the_hosts_own(server: ComfyServer) -> None:
+    # Set to lcm, the host's model knows the 50 distilled timesteps only, and its simple scheduler has TCD's choice.
+    graph = Graph()
+    lcm = graph.add("ModelSamplingDiscrete", model=graph.checkpoint()[0], sampling="lcm", zsnr=False)[0]
+    theirs = graph.add("BasicScheduler", model=lcm, scheduler="simple", steps=4, denoise=1.0)[0]
+    expected = shown(server, graph, theirs)
+    assert shown(server, graph, graph.sigmas(graph.checkpoint()[0])[0]) == expected
+    torch.testing.assert_close(shown(server, graph, graph.sigmas(lcm)[0]), expected)
+
+
+@pytest.mark.host
+def test_all_50_steps(server: ComfyServer) -> None:
+    graph = Graph()
+    found = shown(server, graph, graph.sigmas(graph.checkpoint()[0], steps=50)[0])
+    assert found == [*sigma_table()[list(range(999, 0, -20))].tolist(), 0.0]
+
+
+def _typed_or_linked(graph: Graph, kind: str, value: Any) -> Any:
+    """Return the value as an input: typed, or, if it is a text, linked from a node that gives what the text says."""
+    return graph.add(kind, text=value)[0] if isinstance(value, str) else value
+
+
+@pytest.mark.host
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        (0, "Value 0 smaller than min of 1"),
+        (-1, "Value -1 smaller than min of 1"),
+        (51, "Value 51 bigger than max of 50"),
+        ("0", "steps is 0, but must be a whole number from 1 to 50"),
+        ("-3", "steps is -3, but must be a whole number from 1 to 50"),
+        ("51", "steps is 51"),
+    ],
+)
+def test_bad_steps(server: ComfyServer, steps: Any, message: str) -> None:
+    graph = Graph()
+    model = graph.checkpoint()[0]
+    sigmas = graph.sigmas(model, steps=_typed_or_linked(graph, "TestInt", steps))
+    _fails(server, graph, sigmas[0], "TCDSigmas", message)
+
+
+@pytest.mark.host
+@pytest.mark.parametrize(
+    ("denoise", "message"),
+    [
+        (math.nan, "denoise is nan, but must be from 0.0 to 1.0"),
+        ("nan", "denoise is nan"),
+        ("1.5", "denoise is 1.5"),
+        (0.05, "steps is 4, but denoise 0.05 keeps 2 of the 50 distilled timesteps: use steps of at most 2"),
+    ],
+)
+def test_bad_denoise(server: ComfyServer, denoise: Any, message: str) -> None:
+    graph = Graph()
+    sigmas = graph.sigmas(graph.checkpoint()[0], denoise=_typed_or_linked(graph, "TestFloat", denoise))
+    _fails(server, graph, sigmas[0], "TCDSigmas", message)
+
+
+@pytest.mark.host
+@pytest.mark.parametrize(
+    ("timesteps", "message"),
+    [
+        ("four", "timesteps is 'four': type whole numbers from 999 down to 0"),
+        ("999,,1", "type whole numbers from 999 down to 0"),
+        ("1000", "timesteps has 1000, out of range"),
+        ("-1", "timesteps has -1, out of range"),
+        ("259,999", "timesteps has 999 after 259, but must descend"),
+    ],
+)
+def test_bad_timesteps(server: ComfyServer, timesteps: str, message: str) -> None:
+    graph = Graph()
+    _fails(server, graph, graph.sigmas(graph.checkpoint()[0], timesteps=timesteps)[0], "TCDSigmas", message)
+
+
+@pytest.mark.host
+@pytest.mark.parametrize(
+    ("eta", "message"),
+    [
+        (math.nan, "eta is nan, but must be from 0 to 1"),
+        ("nan", "eta is nan, but must be from 0 to 1"),
+        ("inf", "eta is inf, but must be from 0 to 1"),
+        ("-0.1", "eta is -0.1, but must be from 0 to 1"),
+        (math.inf, "bigger than max of 1.0"),
+    ],
+)
+def test_bad_eta(server: ComfyServer, eta: Any, message: str) -> None:
+    graph = Graph()
+    model = graph.checkpoint()[0]
+    node = graph.sampler_custom(model=model, eta=_typed_or_linked(graph, "TestFloat", eta))
+    graph.save(node[0])
+    with pytest.raises(ComfyError, match="TCDSampler") as caught:
+        server.run(graph)
+    assert message in str(caught.value)
+
+
+@pytest.mark.host
+@pytest.mark.parametrize(
+    ("patch", "options"),
+    [
+        ("ModelSamplingSD3", {"shift": 3.0}),
+        ("ModelSamplingContinuousEDM", {"sampling": "eps", "sigma_max": 120.0, "sigma_min": 0.002}),
+        ("ModelSamplingStableCascade", {"shift": 2.0}),
+    ],
+)
+def test_a_model_without_timesteps(server: ComfyServer, patch: str, options: dict[str, Any]) -> None:
+    graph = Graph()
+    model = graph.add(patch, model=graph.checkpoint()[0], **options)[0]
+    _fails(server, graph, graph.sigmas(model)[0], "TCDSigmas", "use BasicScheduler instead")
+
+
+def _fails(server: ComfyServer, graph: Graph, value: list[Any], node_type: str, message: str) -> None:
+    with pytest.raises(ComfyError) as caught:
+        shown(server, graph, value)
+    assert caught.value.node_type == node_type
+    assert message in str(caught.value)
