@@ -93,15 +93,25 @@ class ComfyServer:
     """ComfyUI on the CPU, with a base folder of its own, this pack and `packs` (folders), and no others."""
 
     def __init__(
-        self, base: Path, *, packs: Sequence[Path] = (), host: Host | None = None, start_timeout_s: float = 180
+        self,
+        base: Path,
+        *,
+        packs: Sequence[Path] = (),
+        host: Host | None = None,
+        threads: int | None = None,
+        start_timeout_s: float = 180,
     ) -> None:
-        """Prepare the base folder, where models can be put before the host starts; raises HostNotFoundError."""
+        """Prepare the base folder, where models can be put before the host starts; raises HostNotFoundError.
+
+        `threads` is how many the host computes with, all cores if None: one is far faster where others use them too.
+        """
         self.host = host or find_host()
         self.base = base.resolve()
         self.models = self.base / "models"
         self.output = self.base / "output"
         self.log = self.base / "comfyui.log"
         self.url = ""
+        self._threads = threads
         self._start_timeout_s = start_timeout_s
         self._client_id = uuid.uuid4().hex
         self._process: subprocess.Popen[bytes] | None = None
@@ -119,7 +129,7 @@ class ComfyServer:
             self._process = subprocess.Popen(
                 [*map(str, self._command()), "--port", str(port)],
                 cwd=self.host.folder,
-                env=_clean_environment(),
+                env=_environment(self._threads),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -292,7 +302,10 @@ def _free_port() -> int:
         return port
 
 
-def _clean_environment() -> dict[str, str]:
-    """Return the environment without what would put our packages before the host's own."""
+def _environment(threads: int | None) -> dict[str, str]:
+    """Return the environment for the host: without what would put our packages before its own."""
     ours = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__"}
-    return {name: value for name, value in os.environ.items() if name not in ours} | {"PYTHONUNBUFFERED": "1"}
+    kept = {name: value for name, value in os.environ.items() if name not in ours}
+    if threads is not None:
+        kept |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    return kept | {"PYTHONUNBUFFERED": "1"}
