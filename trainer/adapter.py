@@ -42,7 +42,7 @@ TARGETS = (
 
 
 def add_adapter(unet: UNet2DConditionModel, *, rank: int, alpha: float, seed: int) -> list[nn.Parameter]:
-    """Put a LoRA on `unet`, which starts as the identity, and return its float32 parameters, the only trainable ones."""
+    """Put a LoRA on `unet`, which starts as the identity, and return its parameters: float32, and alone trainable."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # the initialization is peft's, which draws from the global generator
         unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(TARGETS)), adapter_name=NAME)

@@ -143,6 +143,8 @@ def encode_pictures(
     captions = ["", *sorted({picture.caption for picture in pictures} - {""})]
     row = {caption: index for index, caption in enumerate(captions)}
     chunks = [captions[start : start + 64] for start in range(0, len(captions), 64)]
-    contexts = torch.cat([encode_captions(chunk).cpu() for chunk in tqdm(chunks, desc="encoding captions", unit="batch")])
+    contexts = torch.cat(
+        [encode_captions(chunk).cpu() for chunk in tqdm(chunks, desc="encoding captions", unit="batch")]
+    )
     caption_of = torch.tensor([row[picture.caption] for picture in pictures])
     return Dataset(torch.cat(means), torch.cat(stds), contexts, caption_of)

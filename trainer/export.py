@@ -82,7 +82,7 @@ def describe(config: Config, base: Base, source: Path) -> dict[str, str]:
         "modelspec.architecture": "stable-diffusion-v1/lora" if base.family == "sd15" else f"{base.family}-sd/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.title": output.name,
-        "modelspec.date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "modelspec.date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "modelspec.prediction_type": predicted,
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(config.adapter.rank),

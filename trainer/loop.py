@@ -32,7 +32,9 @@ def train(network: Network, parameters: Sequence[nn.Parameter], dataset: Dataset
     """
     training = config.training
     optimizer = torch.optim.AdamW(parameters, lr=training.lr, weight_decay=training.weight_decay)
-    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, training.steps, training.warmup_steps))
+    rates = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: lr_factor(step, training.steps, training.warmup_steps)
+    )
     losses = []
     bar = tqdm(total=training.steps * training.batch, desc="distilling", unit="img", unit_scale=True)
     for step in range(training.steps):
@@ -40,7 +42,9 @@ def train(network: Network, parameters: Sequence[nn.Parameter], dataset: Dataset
         loss.backward()
         norm = nn.utils.clip_grad_norm_(parameters, training.clip)
         if not math.isfinite(norm.item()):
-            raise NonFiniteError(f"step {step}: loss {loss.item()}, gradient norm {norm.item()}; try a smaller training.lr")
+            raise NonFiniteError(
+                f"step {step}: loss {loss.item()}, gradient norm {norm.item()}; try a smaller training.lr"
+            )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         rates.step()

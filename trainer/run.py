@@ -37,7 +37,8 @@ def plan(config: Config) -> str:
         [
             f"base      {config.base.path} ({family}), in {_dtype(config)} on {_device(config)}",
             f"data      {len(pictures)} captioned pictures in {config.data.folder}, at {config.data.resolution} px",
-            f"method    law {method.law}, solver step {method.skip}, guidance {method.guidance_min:g} to {method.guidance_max:g}",
+            f"method    law {method.law}, solver step {method.skip}, "
+            f"guidance {method.guidance_min:g} to {method.guidance_max:g}",
             f"adapter   rank {config.adapter.rank}, alpha {config.adapter.alpha:g}",
             f"training  {training.steps} steps of {training.batch} pictures "
             f"({training.steps * training.batch / len(pictures):.1f} epochs), learning rate {training.lr:g}",

@@ -6,13 +6,21 @@ Flows in: a `Network` and text embeddings.  Flows out: scaled latents, and bytes
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from tcd import DiscreteSchedule, Report, sample_tcd, seeded_noise, sigma_to_alpha_bar
+from tcd import DiscreteSchedule, sample_tcd, seeded_noise, sigma_to_alpha_bar
 from trainer.network import Network
+
+
+class Guidance(NamedTuple):
+    """Classifier-free guidance: the empty caption's embedding [1, 77, D], and the scale, where 1 is none."""
+
+    uncond: Tensor
+    scale: float
 
 
 def initial_noise(seed: int, shape: Sequence[int]) -> Tensor:
@@ -29,14 +37,11 @@ def sample_latents(
     gamma: float,
     noise: Tensor,
     seed: int,
-    uncond: Tensor | None = None,
-    guidance: float = 1.0,
-    report: Report | None = None,
+    guidance: Guidance | None = None,
 ) -> Tensor:
     """Sample scaled latents [B, 4, h, w] for captions [B, 77, D] with the steps `timesteps`, descending.
 
-    noise: unit noise [B, 4, h, w] to begin with; seed: of the noise that gamma adds.  With guidance other than 1,
-    uncond [1, 77, D] is needed.  gamma = 0 is DDIM.
+    noise: unit noise [B, 4, h, w] to begin with; seed: of the noise that gamma adds.  gamma = 0 is DDIM.
     """
     schedule = DiscreteSchedule.from_alpha_bar(network.alpha_bar.cpu().double())
     sigmas = torch.cat([schedule.sigma(torch.tensor(list(timesteps))), torch.zeros(1, dtype=torch.float64)])
@@ -45,9 +50,10 @@ def sample_latents(
         """The network in the sampler's scale, x = x0 + sigma eps."""
         x_t = x * sigma_to_alpha_bar(sigma).sqrt()
         t = schedule.timestep(sigma).to(x.device).expand(len(x))
-        if guidance == 1.0 or uncond is None:
+        if guidance is None:
             return network.x0(x_t, t, context)
-        return network.guided_x0(x_t, t, context, uncond, torch.full((len(x),), guidance, device=x.device))
+        scale = torch.full((len(x),), guidance.scale, device=x.device)
+        return network.guided_x0(x_t, t, context, guidance.uncond, scale)
 
     return sample_tcd(
         denoise,
@@ -56,7 +62,6 @@ def sample_latents(
         schedule=schedule,
         gamma=gamma,
         noise=seeded_noise(seed),
-        report=report,
     )
 
 

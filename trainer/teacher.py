@@ -139,7 +139,9 @@ def _family_of(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> bases.Famil
             f"{path} is {guess} ({found[0]} channels, text width {found[1]}): "
             "SD1.5 checkpoints (320 channels, text width 768) can be distilled"
         )
-    missing = [prefix for prefix in (ldm.VAE_PREFIX, ldm.TEXT_PREFIX[:17]) if not any(k.startswith(prefix) for k in shapes)]
+    missing = [
+        prefix for prefix in (ldm.VAE_PREFIX, ldm.TEXT_PREFIX[:17]) if not any(k.startswith(prefix) for k in shapes)
+    ]
     if missing:
         raise UserError(f"{path} has no tensors under {missing}: use a full checkpoint with VAE and text encoder")
     return _FAMILIES[found]

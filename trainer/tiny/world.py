@@ -98,7 +98,7 @@ def _outline(shape: str, x: float, y: float, radius: float, tilt: float) -> list
 
 
 def write_folder(folder: Path, count: int, seed: int) -> None:
-    """Write `count` pictures and their captions as `00000.png`, `00000.txt` … into `folder`, as a trainer reads them."""
+    """Write `count` pictures and their captions, `00000.png`, `00000.txt` and so on, into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     for index, scene in enumerate(random_scenes(count, seed)):

@@ -1,0 +1,101 @@
+"""The command line as a person meets it: one clear message, the right exit code, nothing left behind."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomli_w
+
+from tiny_base import write_inputs
+from trainer.cli import main
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    path = tmp_path / "config.toml"
+    path.write_text(tomli_w.dumps(write_inputs(tmp_path)), encoding="utf-8")
+    return path
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_a_run_from_the_shell(inputs: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer", "run", str(inputs), "training.steps=1"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert files(inputs.parent / "out") == ["config.toml", "tcd-lora.safetensors"]
+    assert "distilling" in done.stderr and "loss=" in done.stderr and "img/s" in done.stderr
+
+
+def test_a_dry_run_says_what_it_would_do_and_does_nothing(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = files(inputs.parent)
+    assert main(["run", str(inputs), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "6 captioned pictures" in printed and "rank = 4" in printed and "2 steps of 3 pictures" in printed
+    assert files(inputs.parent) == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.step=5"], "did you mean training.steps?"),
+        (["base.path=/none/model.safetensors"], "there is no model at /none/model.safetensors"),
+        (["data.folder=/none"], "there is no data folder at /none"),
+        (["training.device=warp"], "training.device is 'warp', which cannot be used here"),
+    ],
+)
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]])
+def test_bad_input_is_one_line_code_2_and_no_file(
+    inputs: Path, overrides: list[str], message: str, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files(inputs.parent)
+    assert main(["run", str(inputs), *overrides, *flags]) == 2
+    printed = capsys.readouterr().err.strip().splitlines()
+    assert len(printed) == 1 and printed[0].startswith("error: ") and message in printed[0]
+    assert files(inputs.parent) == before
+
+
+def test_a_folder_of_another_run_is_not_touched(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = inputs.parent / "out"
+    out.mkdir()
+    (out / "tcd-lora.safetensors").write_bytes(b"precious")
+    assert main(["run", str(inputs)]) == 2
+    assert "choose another output.folder" in capsys.readouterr().err
+    (out / "tcd-lora.safetensors").rename(out / "config.toml")
+    assert main(["run", str(inputs)]) == 2
+    assert "is of a run with other settings" in capsys.readouterr().err
+    assert files(out) == ["config.toml"] and (out / "config.toml").read_bytes() == b"precious"
+
+
+def test_a_run_that_diverges_says_so_with_code_1(
+    inputs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trainer import loop
+
+    real = loop.step_loss
+    monkeypatch.setattr(loop, "step_loss", lambda *arguments: real(*arguments) * float("inf"))
+    assert main(["run", str(inputs)]) == 1
+    assert "error: step 0: loss inf" in capsys.readouterr().err
+    assert not (inputs.parent / "out" / "tcd-lora.safetensors").exists()
+
+
+def test_an_interrupt_is_code_130(
+    inputs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trainer.loop.step_loss", stop)
+    assert main(["run", str(inputs)]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_no_command_and_an_unknown_one_are_code_2() -> None:
+    for arguments in ([], ["fly"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2
