@@ -1,0 +1,153 @@
+"""A small classifier of the shapes world, trained on the spot: it reads a picture's labels and gives the features.
+
+Flows in: a seed.  Flows out: a trained `Classifier`, and held-out pictures of the world with their scenes.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from trainer.tiny.world import LABELS, SIZE_PX, Scene, all_scenes, draw
+
+NUM_FEATURES = 64
+LOWEST_ACCURACY = 0.97
+
+_BATCH = 64
+_MAX_NOISE = 0.3  # standard deviation, where pictures span [-1, 1]
+_MAX_BLUR_PX = 2.0
+_PEAK_LR = 8e-3
+
+
+class Classifier(nn.Module):
+    """Pictures [B, 3, 64, 64] to `NUM_FEATURES` features, and from these to one set of logits for each of `LABELS`.
+
+    Two more outputs tell how noisy and how blurred the picture is. Nobody reads them after training; they keep the
+    features sensitive to what the labels alone would teach them to ignore.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (3, 16, 24, 48, 64)
+        self.body = nn.Sequential(
+            *(_halve(*pair) for pair in zip(widths, widths[1:], strict=False)),
+            nn.Flatten(),
+            nn.Linear(widths[-1] * (SIZE_PX // 16) ** 2, NUM_FEATURES),
+            nn.BatchNorm1d(NUM_FEATURES, affine=False),  # unit variance: distances do not hang on a weight's scale
+        )
+        self.heads = nn.ModuleDict({name: nn.Linear(NUM_FEATURES, len(values)) for name, values in LABELS.items()})
+        self.damage = nn.Linear(NUM_FEATURES, 2)
+
+    @torch.no_grad()
+    def features(self, pictures: Tensor) -> Tensor:
+        """Features [B, 64] of pictures [B, 3, 64, 64], bytes or floats in [-1, 1]; ValueError for anything else."""
+        return torch.cat([self.body(part) for part in as_signal(pictures).split(256)])
+
+    @torch.no_grad()
+    def labels(self, features: Tensor) -> Tensor:
+        """The likeliest labels [B, 4] for features [B, 64], as indices in the order of `LABELS`."""
+        return torch.stack([head(features).argmax(1) for head in self.heads.values()], dim=1)
+
+
+def _halve(channels_in: int, channels_out: int) -> nn.Module:
+    convolution = nn.Conv2d(channels_in, channels_out, 3, stride=2, padding=1, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(channels_out), nn.ReLU())
+
+
+def as_signal(pictures: Tensor) -> Tensor:
+    """Pictures [B, 3, 64, 64] as float32 in [-1, 1]: bytes are rescaled, floats clamped as when they are shown.
+
+    Raises ValueError for no pictures, another shape or dtype, and for floats that are not finite.
+    """
+    if pictures.ndim != 4 or pictures.shape[1:] != (3, SIZE_PX, SIZE_PX) or len(pictures) == 0:
+        raise ValueError(f"expected pictures [B, 3, {SIZE_PX}, {SIZE_PX}] with B >= 1, got {list(pictures.shape)}")
+    if pictures.dtype == torch.uint8:
+        return pictures.float() / 127.5 - 1
+    if not pictures.is_floating_point():
+        raise ValueError(f"expected pictures as uint8 or as floats in [-1, 1], got {pictures.dtype}")
+    if not pictures.isfinite().all():
+        raise ValueError("the pictures hold values that are not finite; the sampling that made them has diverged")
+    return pictures.float().clamp(-1, 1)
+
+
+def draw_pictures(scenes: Sequence[Scene], rng: random.Random) -> Tensor:
+    """One picture for each scene, uint8 [B, 3, 64, 64]."""
+    images = np.stack([np.asarray(draw(scene, rng)) for scene in scenes])
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def world_sample(count: int, *, purpose: str, seed: int) -> tuple[Tensor, list[Scene]]:
+    """`count` pictures uint8 [count, 3, 64, 64] of uniformly drawn scenes, independent for each purpose and seed."""
+    rng = random.Random(f"{purpose} {seed}")
+    scenes = rng.choices(all_scenes(), k=count)
+    return draw_pictures(scenes, rng), scenes
+
+
+def scene_labels(scenes: Sequence[Scene]) -> Tensor:
+    """The labels of scenes, int64 [B, 4], in the order of `LABELS`."""
+    return torch.tensor([scene.labels for scene in scenes])
+
+
+def train_classifier(seed: int, *, steps: int = 350, num_pictures: int = 6000) -> Classifier:
+    """Train a classifier on `num_pictures` freshly drawn pictures; the same for the same seed.
+
+    Raises RuntimeError when a head reads fewer than `LOWEST_ACCURACY` of 1000 held-out pictures rightly.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        classifier = Classifier()
+    _fit(classifier, *world_sample(num_pictures, purpose="classifier", seed=seed), steps=steps, seed=seed)
+    classifier.eval().requires_grad_(False)
+    pictures, scenes = world_sample(1000, purpose="classifier check", seed=seed)
+    rates = (classifier.labels(classifier.features(pictures)) == scene_labels(scenes)).double().mean(0)
+    if rates.min() < LOWEST_ACCURACY:
+        found = ", ".join(f"{name} {rate:.1%}" for name, rate in zip(LABELS, rates.tolist(), strict=True))
+        raise RuntimeError(
+            f"the classifier reads too few held-out pictures rightly ({found}; every part needs {LOWEST_ACCURACY:.0%}),"
+            f" so nothing it measures would mean much; give it more than {steps} steps or another seed than {seed}"
+        )
+    return classifier
+
+
+def _fit(classifier: Classifier, pictures: Tensor, scenes: Sequence[Scene], *, steps: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=_PEAK_LR, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _PEAK_LR, total_steps=steps + 1, pct_start=0.2)
+    signal, labels = as_signal(pictures), scene_labels(scenes)
+    progress = tqdm(range(steps), desc="classifier", unit="step")
+    for step in progress:
+        picked = torch.randint(len(signal), (_BATCH,), generator=generator)
+        damaged, damage = _damage(signal[picked], generator)
+        features = classifier.body(damaged)
+        loss = F.mse_loss(classifier.damage(features), damage)
+        for head, target in zip(classifier.heads.values(), labels[picked].T, strict=True):
+            loss = loss + F.cross_entropy(head(features), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 20 == 0:
+            progress.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def _damage(signal: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Blur and add noise, to a third of the pictures not at all: pictures [B, 3, H, W], amounts in [0, 1] [B, 2]."""
+    is_damaged = torch.rand(len(signal), 1, generator=generator) > 1 / 3
+    amounts = torch.rand(len(signal), 2, generator=generator) * is_damaged
+    noise = torch.randn(signal.shape, generator=generator)
+    noise_std, blur_px = (amounts * torch.tensor([_MAX_NOISE, _MAX_BLUR_PX])).T
+    return _blur(signal, blur_px) + noise_std.view(-1, 1, 1, 1) * noise, amounts
+
+
+def _blur(signal: Tensor, std_px: Tensor) -> Tensor:
+    """Gaussian blur of pictures [B, 3, S, S] by one standard deviation each [B], as a weighted mean along each axis."""
+    position = torch.arange(signal.shape[-1])
+    squared = (position[:, None] - position).square()
+    weights = torch.softmax(-squared / (2 * std_px.clamp(min=1e-3).square().view(-1, 1, 1, 1)), dim=-1)
+    return weights @ signal @ weights.mT
