@@ -21,7 +21,7 @@ test: lint
 lint: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	MYPYPATH=.venv/packs $(BIN)/mypy
+	$(BIN)/mypy
 
 # The host loads this folder as one package, and so must mypy, whatever the folder is called: hence the link.
 $(INSTALLED): pyproject.toml constraints.txt
