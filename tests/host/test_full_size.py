@@ -1,0 +1,144 @@
+"""The main job on real input: a full-size SD1.5 file, trained on by the command line, drawn with by the host.
+
+The weights are random, so the pictures mean nothing; names, shapes, dtypes and numbers are those of the real thing.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from graphs import Graph, latents, relative_error
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from tcd import timestep_grid
+from trainer import bases, ldm
+from trainer.adapter import load_adapter
+from trainer.conditioning import encode
+from trainer.demo.comfy_server import ComfyServer
+from trainer.network import Network
+from trainer.sample import initial_noise, sample_latents
+from trainer.teacher import load_base
+from trainer.tiny import world
+
+pytestmark = [pytest.mark.host, pytest.mark.slow]
+
+CHECKPOINT, LORA = "sd15-random.safetensors", "sd15-tcd.safetensors"
+CAPTION = "a red circle left on a blue background"
+SEED, ETA = 7, 0.3
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> Path:
+    """A whole SD1.5 checkpoint with random weights in fp16, 2.1 GB, kept between runs in the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trajectory-consistency"
+    path = cache / CHECKPOINT
+    if not path.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(0)
+        unet, vae, text = bases.empty_unet("sd15"), bases.empty_vae("sd15"), bases.empty_text_encoder("sd15")
+        state = ldm.unet_to_ldm(unet.half().state_dict(), unet.config)
+        state |= ldm.vae_to_ldm(vae.half().state_dict(), vae.config) | ldm.text_to_ldm(text.half().state_dict())
+        unfinished = path.with_suffix(".unfinished")
+        save_file({key: value.contiguous() for key, value in state.items()}, unfinished)
+        unfinished.replace(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def lora(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The LoRA of two iterations at 128 px on eight captioned pictures, from the command line."""
+    folder = tmp_path_factory.mktemp("full-size")
+    world.write_folder(folder / "pictures", 8, seed=0)
+    (folder / "run.toml").write_text(
+        f"""
+        [base]
+        path = "{checkpoint.as_posix()}"
+        [data]
+        folder = "{(folder / "pictures").as_posix()}"
+        resolution = 128
+        [training]
+        steps = 2
+        batch = 2
+        lr = 1e-3
+        [output]
+        folder = "{(folder / "out").as_posix()}"
+        """,
+        encoding="utf-8",
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer", "run", str(folder / "run.toml")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "out" / "tcd-lora.safetensors"
+
+
+def test_a_full_size_lora_has_all_its_tensors(lora: Path) -> None:
+    with safe_open(lora, "pt") as file:
+        names = list(file.keys())
+        metadata = file.metadata()
+    halves = [name for name in names if name.endswith(".weight")]
+    assert len(halves) == 556 and len(names) == 556 + 278
+    assert metadata["modelspec.architecture"] == "stable-diffusion-v1/lora" and len(metadata["ss_sd_model_hash"]) == 8
+
+
+def test_the_host_draws_what_the_trainer_draws(server: ComfyServer, checkpoint: Path, lora: Path) -> None:
+    _lend(checkpoint, server.models / "checkpoints" / CHECKPOINT)
+    shutil.copyfile(lora, server.models / "loras" / LORA)
+    before = len(server.log_text())
+    graph = Graph()
+    base = graph.checkpoint(CHECKPOINT)
+    stock = graph.add("LoraLoaderModelOnly", model=base[0], lora_name=LORA, strength_model=1.0)
+    loaded = graph.add("TCDLoraLoader", model=base[0], lora_name=LORA, strength_model=1.0)
+    saves = []
+    for model in (base[0], stock[0], loaded[0]):
+        done = graph.sampler_custom(
+            model=model,
+            eta=ETA,
+            seed=SEED,
+            positive=graph.add("CLIPTextEncode", clip=base[1], text=CAPTION)[0],
+            negative=graph.add("CLIPTextEncode", clip=base[1], text="")[0],
+            latent=graph.add("EmptyLatentImage", width=128, height=128, batch_size=1)[0],
+        )
+        saves.append(graph.save(done[0]))
+    decoded = graph.add("VAEDecode", samples=done[0], vae=base[2])
+    graph.add("SaveImage", images=decoded[0], filename_prefix="full-size")
+    without, by_stock_loader, with_lora = latents(server, graph, *saves)
+    log = server.log_text()[before:]
+    assert "lora key not loaded" not in log and "NOT LOADED" not in log and "ERROR lora" not in log
+    assert "loaded completely" in log or "Prompt executed" in log, "the log is not the host's"
+    with Image.open(next(server.output.rglob("full-size*.png"))) as image:
+        assert image.size == (128, 128) and np.asarray(image).std() > 1
+
+    ours = draw(checkpoint, lora)
+    assert relative_error(with_lora, ours) <= 1e-3
+    assert torch.equal(by_stock_loader, with_lora)
+    assert relative_error(without, ours) > 1e-2, "the LoRA must have an effect for the agreement to mean something"
+
+
+def draw(checkpoint: Path, lora: Path) -> torch.Tensor:
+    """The trainer's own sampling from the same two files and the same seed: scaled latents [1, 4, 16, 16]."""
+    base = load_base(str(checkpoint))
+    load_adapter(base.unet, lora)
+    network = Network(base.unet, base.alpha_bar.float(), base.prediction)
+    return sample_latents(
+        network,
+        encode(base.text_encoder, [CAPTION]),
+        timesteps=timestep_grid(4),
+        gamma=ETA,
+        noise=initial_noise(SEED, (1, 4, 16, 16)),
+        seed=SEED,
+    )
+
+
+def _lend(file: Path, place: Path) -> None:
+    try:
+        place.symlink_to(file)
+    except OSError:  # Windows gives links to administrators and developers alone
+        shutil.copyfile(file, place)
