@@ -167,6 +167,20 @@ def test_denoise_0_keeps_the_latent(server: ComfyServer) -> None:
     assert torch.equal(before, after)
 
 
+def test_what_a_mask_protects_stays(server: ComfyServer) -> None:
+    graph = Graph()
+    model = graph.checkpoint()[0]
+    picture = graph.sampler_custom(model=model, seed=1)
+    nowhere = graph.add("SolidMask", value=0.0, width=64, height=64)[0]
+    left_half = graph.add("SolidMask", value=1.0, width=32, height=64)[0]
+    mask = graph.add("MaskComposite", destination=nowhere, source=left_half, x=0, y=0, operation="add")[0]
+    masked = graph.add("SetLatentNoiseMask", samples=picture[0], mask=mask)[0]
+    again = graph.sampler_custom(model=model, seed=2, latent=masked)
+    before, after = latents(server, graph, graph.save(picture[0]), graph.save(again[0]))
+    assert relative_error(after[..., 4:], before[..., 4:]) < 1e-5
+    assert relative_error(after[..., :4], before[..., :4]) > 0.1
+
+
 def test_previews_get_the_estimate_of_x0(server: ComfyServer, unet: UNet2DConditionModel) -> None:
     graph = Graph()
     model = graph.checkpoint()[0]

@@ -1,6 +1,6 @@
 """Run by the host's interpreter: queue the prompt on stdin, and print what the host says of it over its websocket.
 
-Arguments: the host's url, and the step at whose progress message to interrupt (0: at none).
+Arguments: the host's url, and the step from whose progress message on to interrupt (0: not at all).
 """
 
 import asyncio
@@ -21,7 +21,7 @@ async def listen(url: str, interrupt_at: int, prompt: object) -> list[tuple[str,
                 continue
             event = json.loads(message.data)
             heard.append((event["type"], event["data"]))
-            if event["type"] == "progress" and event["data"]["value"] == interrupt_at:
+            if event["type"] == "progress" and 0 < interrupt_at <= event["data"]["value"]:
                 await session.post("/interrupt")
             if event["type"] in ENDS:
                 return heard
