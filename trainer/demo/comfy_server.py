@@ -35,6 +35,7 @@ Prompt = Mapping[str, Any]
 """{node id: {"class_type": ..., "inputs": {...}}}, where an input is a value or [node id, output index]."""
 
 _POLL_S = 0.05
+_STOP_TIMEOUT_S = 10
 _LOG_LINES = 30
 
 
@@ -154,7 +155,7 @@ class ComfyServer:
             return
         process.terminate()
         try:
-            process.wait(timeout=10)
+            process.wait(timeout=_STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -170,7 +171,6 @@ class ComfyServer:
             history = self.get(f"/history/{prompt_id}")
             if prompt_id in history:
                 return _outputs(history[prompt_id])
-            self._check_alive()
             time.sleep(_POLL_S)
         self.post("/interrupt", {})
         raise ComfyError(f"the prompt was still running after {timeout_s:g} s, and was interrupted")
@@ -209,6 +209,9 @@ class ComfyServer:
                 return content
         except urllib.error.HTTPError as error:
             raise _refused(_json_or_text(error.read())) from error
+        except OSError:
+            self._check_alive()
+            raise
 
     def _command(self) -> list[str | Path]:
         # Only options that the oldest host knows which can load the pack. The database goes with the rest, not into
@@ -221,11 +224,10 @@ class ComfyServer:
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + self._start_timeout_s
         while time.monotonic() < deadline:
-            self._check_alive()
             try:
                 self.get("/system_stats")
                 return
-            except (urllib.error.URLError, OSError):
+            except OSError:  # it does not listen yet
                 time.sleep(_POLL_S)
         raise ComfyError(
             f"ComfyUI did not answer within {self._start_timeout_s:g} s; its log ends:\n{self._log_tail()}"
