@@ -218,7 +218,7 @@ def _checked(hint: Any, value: object, key: str, limits: Mapping[str, Any]) -> A
         value = float(value)
     if not isinstance(value, hint) or isinstance(value, bool):
         raise UserError(f"{key} is {value!r}, but must be {_ARTICLES[hint]}")
-    if limits and not (limits["low"] <= value <= limits["high"] and math.isfinite(value)):  # type: ignore[operator,arg-type]
+    if limits and not (limits["low"] <= value <= limits["high"] and math.isfinite(value)):
         upper = "" if limits["high"] == math.inf else f" and at most {limits['high']:g}"
         raise UserError(f"{key} is {value!r}, but must be at least {limits['low']:g}{upper}")
     return value

@@ -11,6 +11,7 @@ import argparse
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -133,8 +134,8 @@ def train_unet(
         average.update_parameters(models)
         if step % 1000 == 0:
             tqdm.write(f"unet {step}: loss {loss.item():.4f}")
-            save(*average.module)
-    save(*average.module)
+            save(*cast("nn.ModuleList", average.module))
+    save(*cast("nn.ModuleList", average.module))
 
 
 def write_checkpoint(path: Path, unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel) -> None:

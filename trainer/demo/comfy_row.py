@@ -1,0 +1,86 @@
+"""The demo's last row: the same LoRA file, captions and noise, in a real ComfyUI through the pack's nodes.
+
+Flows in: the tiny base, the LoRA file, captions, a seed.  Flows out: latents and pictures that ComfyUI made.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load
+from torch import Tensor
+
+from trainer import tiny
+from trainer.bases import config
+from trainer.demo.comfy_server import ComfyServer, Host
+from trainer.tiny.world import SIZE_PX
+
+_TINY_PACK = Path(__file__).parent / "tiny_pack"
+_CHECKPOINT, _LORA = "tiny-sd.safetensors", "tcd-lora.safetensors"
+
+
+def draw_in_comfy(
+    host: Host, lora: Path, captions: Sequence[str], *, seed: int, steps: int, eta: float
+) -> tuple[Tensor, Tensor]:
+    """Start ComfyUI, draw caption k with seed + k, and end it: scaled latents [B, 4, h, w], pictures [B, 3, H, W].
+
+    Raises ComfyError with ComfyUI's own words when it does not start or a node fails.
+    """
+    with tempfile.TemporaryDirectory(prefix="tcd-demo-") as folder:
+        server = ComfyServer(Path(folder), packs=[_TINY_PACK], host=host)
+        shutil.copyfile(tiny.CHECKPOINT, server.models / "checkpoints" / _CHECKPOINT)
+        shutil.copyfile(lora, server.models / "loras" / _LORA)
+        with server:
+            outputs = server.run(_prompt(captions, seed=seed, steps=steps, eta=eta))
+            pictures = [server.fetch(outputs[f"image {k}"]["images"][0]) for k in range(len(captions))]
+            latents = [server.fetch(outputs[f"latent {k}"]["latents"][0]) for k in range(len(captions))]
+    # ComfyUI saves latents in the VAE's own scale.
+    scale = config("tiny", "vae")["scaling_factor"]
+    return torch.cat([load(latent)["latent_tensor"] for latent in latents]) * scale, torch.stack(
+        [torch.from_numpy(np.array(Image.open(io.BytesIO(png)).convert("RGB"))).permute(2, 0, 1) for png in pictures]
+    )
+
+
+def _prompt(captions: Sequence[str], *, seed: int, steps: int, eta: float) -> dict[str, Any]:
+    """The node graph, in ComfyUI's API format: loaders once, then one chain for each caption."""
+    graph: dict[str, Any] = {
+        "base": _node("CheckpointLoaderSimple", ckpt_name=_CHECKPOINT),
+        "vae": _node("TinyShapesVAE", ckpt_name=_CHECKPOINT),
+        "lora": _node("TCDLoraLoader", model=["base", 0], lora_name=_LORA, strength_model=1.0),
+        "sigmas": _node("TCDSigmas", model=["lora", 0], steps=steps, denoise=1.0),
+        "sampler": _node("TCDSampler", eta=eta),
+        "empty": _node("EmptyLatentImage", width=SIZE_PX, height=SIZE_PX, batch_size=1),
+        "nothing": _node("CLIPTextEncode", clip=["base", 1], text=""),
+    }
+    for k, caption in enumerate(captions):
+        graph |= {
+            f"caption {k}": _node("CLIPTextEncode", clip=["base", 1], text=caption),
+            f"sample {k}": _node(
+                "SamplerCustom",
+                model=["lora", 0],
+                add_noise=True,
+                noise_seed=seed + k,
+                cfg=1.0,
+                positive=[f"caption {k}", 0],
+                negative=["nothing", 0],
+                sampler=["sampler", 0],
+                sigmas=["sigmas", 0],
+                latent_image=["empty", 0],
+            ),
+            f"latent {k}": _node("SaveLatent", samples=[f"sample {k}", 0], filename_prefix=f"latent-{k}"),
+            f"decoded {k}": _node("VAEDecode", samples=[f"sample {k}", 0], vae=["vae", 0]),
+            f"image {k}": _node("SaveImage", images=[f"decoded {k}", 0], filename_prefix=f"image-{k}"),
+        }
+    return graph
+
+
+def _node(class_type: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": class_type, "inputs": inputs}

@@ -1,0 +1,100 @@
+"""What the demo compares: ways to draw the same captions from the same noise.
+
+Flows in: the tiny base and two LoRA files.  Flows out: pictures, by method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from tcd import timestep_grid
+from trainer.adapter import adapters_off, load_adapter
+from trainer.conditioning import encode
+from trainer.network import Network
+from trainer.sample import Guidance, decode, initial_noise, sample_latents
+from trainer.teacher import load_base
+from trainer.tiny.world import SIZE_PX
+
+TEACHER_GUIDANCE = 3.0
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the comparison."""
+
+    label: str
+    adapter: str | None
+    """`tcd`, `lcm`, or None for the teacher."""
+    steps: int
+    gamma: float
+
+    @property
+    def detail(self) -> str:
+        """What else a reader must know to draw the row again."""
+        return f"guidance {TEACHER_GUIDANCE:g}" if self.adapter is None else f"gamma {self.gamma:g}"
+
+
+METHODS = (
+    Method("Teacher, 50 steps", None, 50, 0.0),
+    Method("Teacher, 4 steps", None, 4, 0.0),
+    Method("LCM, 4 steps", "lcm", 4, 1.0),
+    *(Method(f"TCD, {steps} step{'s' if steps > 1 else ''}", "tcd", steps, 0.3) for steps in (1, 2, 4, 8, 16)),
+)
+TCD_4 = next(method for method in METHODS if (method.adapter, method.steps) == ("tcd", 4))
+
+
+def noise_for(seed: int, count: int) -> Tensor:
+    """Starting noise [count, 4, h, w] of which picture k is what ComfyUI would draw for it alone with seed + k."""
+    side = SIZE_PX // 8
+    return torch.cat([initial_noise(seed + k, (1, 4, side, side)) for k in range(count)])
+
+
+class Studio:
+    """The tiny base with both LoRAs, read from their files, and its captions encoded."""
+
+    def __init__(self, loras: dict[str, Path], captions: Sequence[str]) -> None:
+        """Load everything; raises UserError when a file is not what it should be."""
+        base = load_base("tiny")
+        self.vae = base.vae
+        self.network = Network(base.unet, base.alpha_bar.float(), base.prediction)
+        for name, path in loras.items():
+            load_adapter(base.unet, path, name)
+        self.context = encode(base.text_encoder, captions)
+        self.guidance = Guidance(encode(base.text_encoder, [""]), TEACHER_GUIDANCE)
+
+    def latents(self, method: Method, count: int, seed: int) -> Tensor:
+        """Sample the first `count` captions by a method: scaled latents [count, 4, h, w]."""
+        if method.adapter is None:
+            with adapters_off(self.network.unet):
+                return self._sample(method, count, seed, self.guidance)
+        self.network.unet.set_adapters([method.adapter])
+        return self._sample(method, count, seed, None)
+
+    def pictures(self, method: Method, count: int, seed: int) -> Tensor:
+        """Draw the first `count` captions by a method: uint8 [count, 3, H, W]."""
+        return decode(self.vae, self.latents(method, count, seed))
+
+    def _sample(self, method: Method, count: int, seed: int, guidance: Guidance | None) -> Tensor:
+        noise, timesteps = noise_for(seed, count), timestep_grid(method.steps)
+        parts = []
+        for start in tqdm(range(0, count, _BATCH), desc=method.label.rjust(18), unit="batch"):
+            rows = slice(start, start + _BATCH)
+            parts.append(
+                sample_latents(
+                    self.network,
+                    self.context[:count][rows],
+                    timesteps=timesteps,
+                    gamma=method.gamma,
+                    noise=noise[rows],
+                    seed=seed + start,  # picture k draws its noise from seed + k, whatever the batch
+                    guidance=guidance,
+                )
+            )
+        return torch.cat(parts)
