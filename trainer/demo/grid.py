@@ -1,0 +1,137 @@
+"""A labeled grid of pictures: one row to a method, one column to a caption.
+
+Flows in: rows of pictures with their labels and numbers.  Flows out: one picture to look at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+
+_SCALE = 2
+_GAP_PX = 6
+_MARGIN_PX = 32
+_BESIDE_PX = 24  # from pictures, and from numbers, to the text beside them
+_ABOVE_PX = 10  # from pictures to the text above them
+_PAPER, _INK, _FAINT, _FRAME = (255, 255, 255), (25, 25, 30), (115, 115, 122), (205, 205, 210)
+_TITLE = ImageFont.load_default(26)
+_LABEL = ImageFont.load_default(19)
+_SMALL = ImageFont.load_default(15)
+_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method: its label, its pictures uint8 [N, 3, H, W], and its numbers as text, by the name of their column.
+
+    A second line of the label is set small. Lines of a column's name stay as they are broken.
+    """
+
+    label: str
+    pictures: Tensor
+    numbers: Mapping[str, str] = field(default_factory=dict)
+
+
+def draw_grid(rows: Sequence[Row], captions: Sequence[str], title: str) -> Image.Image:
+    """Draw `rows` under `captions`, with labels at the left, numbers at the right and `title` above.
+
+    Raises ValueError when there is nothing to draw, when a row has not one picture of the common size for each
+    caption, and when a text holds other than ASCII, which is all that the built-in font can write.
+    """
+    _check(rows, captions, title)
+    layout = _Layout(rows, captions, title)
+    page = Image.new("RGB", layout.size, _PAPER)
+    pen = ImageDraw.Draw(page)
+    pen.text((_MARGIN_PX, _MARGIN_PX), title, _INK, _TITLE)
+    for column, caption in enumerate(layout.captions):
+        center = layout.left + column * layout.step_x + layout.cell[0] // 2
+        pen.text((center, layout.top - _ABOVE_PX), caption, _INK, _SMALL, anchor="md", align="center")
+    for name, edge in layout.edges.items():
+        pen.text((edge, layout.top - _ABOVE_PX), name, _FAINT, _SMALL, anchor="rd", align="right")
+    for index, row in enumerate(rows):
+        y = layout.top + index * layout.step_y
+        _draw_pictures(page, row.pictures, layout, y)
+        _draw_texts(pen, row, layout, y + layout.cell[1] // 2)
+    return page
+
+
+class _Layout:
+    """Where everything stands, in pixels of the page."""
+
+    def __init__(self, rows: Sequence[Row], captions: Sequence[str], title: str) -> None:
+        height, width = (_SCALE * side for side in rows[0].pictures.shape[2:])
+        self.cell = width, height
+        self.step_x, self.step_y = width + _GAP_PX, height + _GAP_PX
+        self.captions = [_wrap(caption, width - 2 * _GAP_PX) for caption in captions]
+        names = list(dict.fromkeys(name for row in rows for name in row.numbers))
+        self.left = _MARGIN_PX + max(_label_width(row.label) for row in rows) + _BESIDE_PX
+        self.top = 2 * _MARGIN_PX + _height("A", _TITLE) + max(_height(t, _SMALL) for t in [*self.captions, *names])
+        right = self.left + len(captions) * self.step_x - _GAP_PX
+        self.edges: dict[str, int] = {}  # the right edge of each column of numbers
+        for name in names:
+            texts = [row.numbers.get(name, "") for row in rows]
+            right += _BESIDE_PX + max(_width(name, _SMALL), *(_width(text, _LABEL) for text in texts))
+            self.edges[name] = right
+        right = max(right, _MARGIN_PX + _width(title, _TITLE))
+        self.size = right + _MARGIN_PX, self.top + len(rows) * self.step_y - _GAP_PX + _MARGIN_PX
+
+
+def _draw_pictures(page: Image.Image, pictures: Tensor, layout: _Layout, y: int) -> None:
+    for column, pixels in enumerate(pictures.permute(0, 2, 3, 1).cpu().numpy()):
+        picture = Image.fromarray(pixels).resize(layout.cell, Image.Resampling.LANCZOS)
+        framed = ImageOps.expand(picture, 1, _FRAME)  # a white picture on the white page would have no edge
+        page.paste(framed, (layout.left + column * layout.step_x - 1, y - 1))
+
+
+def _draw_texts(pen: ImageDraw.ImageDraw, row: Row, layout: _Layout, middle: int) -> None:
+    label, _, detail = row.label.partition("\n")
+    pen.text((_MARGIN_PX, middle), label, _INK, _LABEL, anchor="ls" if detail else "lm")
+    pen.text((_MARGIN_PX, middle + 6), detail, _FAINT, _SMALL, anchor="la")
+    for name, text in row.numbers.items():
+        pen.text((layout.edges[name], middle), text, _INK, _LABEL, anchor="rm")
+
+
+def _label_width(label: str) -> int:
+    head, _, detail = label.partition("\n")
+    return max(_width(head, _LABEL), _width(detail, _SMALL))
+
+
+def _wrap(text: str, width: int) -> str:
+    """Break `text` between words into lines that fit, unless a single word does not."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and _width(f"{lines[-1]} {word}", _SMALL) <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return "\n".join(lines)
+
+
+def _width(text: str, font: _Font) -> int:
+    return round(max((font.getlength(line) for line in text.splitlines()), default=0))
+
+
+def _height(text: str, font: _Font) -> int:
+    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    return round(pen.textbbox((0, 0), text, font)[3])
+
+
+def _check(rows: Sequence[Row], captions: Sequence[str], title: str) -> None:
+    if not rows or not captions:
+        raise ValueError(f"a grid needs at least one row and one caption, got {len(rows)} and {len(captions)}")
+    expected = (len(captions), 3, *rows[0].pictures.shape[-2:])
+    texts = [title, *captions]
+    for row in rows:
+        texts += [row.label, *row.numbers, *row.numbers.values()]
+        if row.pictures.shape != expected or row.pictures.dtype != torch.uint8:
+            raise ValueError(
+                f"the row {row.label!r} needs pictures uint8 {list(expected)}, one for each caption, "
+                f"got {row.pictures.dtype} {list(row.pictures.shape)}"
+            )
+    for text in texts:
+        if not text.isascii():
+            raise ValueError(f"the built-in font writes ASCII only, got {text!r}")
