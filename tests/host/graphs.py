@@ -103,6 +103,11 @@ def shown(server: ComfyServer, graph: Graph, value: list[Any]) -> list[float]:
     return values
 
 
+def shown_tensor(outputs: dict[str, Any], node: Node) -> Tensor:
+    """Return the tensor that a TestShow node showed."""
+    return torch.tensor(outputs[node.id]["values"]).view(outputs[node.id]["shape"])
+
+
 def host_noise(seed: int, batch: int = 1, size: int = 8) -> Tensor:
     """Return the noise [B, 4, size, size] with which the host begins."""
     return torch.randn(batch, 4, size, size, generator=torch.Generator().manual_seed(seed))

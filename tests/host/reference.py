@@ -30,15 +30,17 @@ def tcd_scheduler_sample(
     seed: int,
     prediction: str = "epsilon",
     zero_snr: bool = False,
+    context: Tensor | None = None,
 ) -> Tensor:
     """Sample from x [B, 4, h, w] at timesteps[0], in the variance preserving scale, with diffusers' TCDScheduler.
 
-    Its injected noise is replaced by ours, which the seed fixes. Its last step is left out: the host ends at x0.
+    Its injected noise is replaced by ours, which the seed fixes. Its last step is left out: the host ends at x0. The
+    context [1, 77, C] is that of TestConditioning, if not given.
     """
     scheduler = TCDScheduler(prediction_type=prediction, rescale_betas_zero_snr=zero_snr)
     scheduler.set_timesteps(timesteps=list(timesteps))
     draw = seeded_noise(seed)
-    context = condition().expand(len(x), -1, -1)
+    context = (condition() if context is None else context).expand(len(x), -1, -1)
     table = sigma_table()
     for i, t in enumerate(timesteps):
         output = unet(x, t, context).sample

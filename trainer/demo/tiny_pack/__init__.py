@@ -1,21 +1,26 @@
 """A ComfyUI pack that the demo and the tests lend to the host, so that it knows the tiny family.
 
 The stock CheckpointLoaderSimple then loads the UNet and the text encoder of a tiny checkpoint. Its VAE it cannot, since
-the host's has 128 channels whatever the file has: TinyShapesVAE gives that. The shapes are those of trainer/bases/tiny.
+the host's has 128 channels whatever the file has: TinyShapesVAE gives that. The shapes are those of trainer/bases/tiny,
+and with them the number of groups in a GroupNorm, which for the host is always 32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models
 import comfy.utils
 import folder_paths
+import torch
 from comfy.supported_models_base import ClipTarget
 
+NORM_GROUPS = 4
 TEXT_CONFIG = {
     "hidden_act": "quick_gelu",
     "hidden_size": 32,
@@ -31,12 +36,26 @@ VAE_CONFIG = {
     "resolution": 64,
     "in_channels": 3,
     "out_ch": 3,
-    "ch": 32,
-    "ch_mult": [1, 1, 1, 1],
+    "ch": 16,
+    "ch_mult": [1, 2, 4, 4],
     "num_res_blocks": 1,
     "attn_resolutions": [],
     "dropout": 0.0,
 }
+
+
+@contextmanager
+def few_groups() -> Iterator[None]:
+    """Build what is built in the meantime with NORM_GROUPS groups, whatever it asks for."""
+    build = torch.nn.GroupNorm.__init__
+
+    def build_with_few(
+        self: torch.nn.GroupNorm, num_groups: int, num_channels: int, *args: Any, **options: Any
+    ) -> None:
+        build(self, NORM_GROUPS, num_channels, *args, **options)
+
+    with mock.patch.object(torch.nn.GroupNorm, "__init__", build_with_few):
+        yield
 
 
 class TinyTextEncoder(comfy.sd1_clip.SDClipModel):
@@ -68,6 +87,11 @@ class TinyShapes(comfy.supported_models.SD15):
     unet_extra_config = {"num_heads": 2, "num_head_channels": -1}
     vae_key_prefix = ["no such key, so that the host does not try its own VAE on it: "]
 
+    def get_model(self, *args: Any, **options: Any) -> Any:
+        """Build the model around the UNet."""
+        with few_groups():
+            return super().get_model(*args, **options)
+
     def clip_target(self, state_dict: Mapping[str, Any] | None = None) -> ClipTarget:
         """Name the tokenizer and the text encoder."""
         return ClipTarget(comfy.sd1_clip.SD1Tokenizer, TinyClip)
@@ -89,7 +113,8 @@ class TinyShapesVAE:
         """Return the VAE."""
         tensors = comfy.utils.load_torch_file(folder_paths.get_full_path_or_raise("checkpoints", ckpt_name))
         weights = comfy.utils.state_dict_prefix_replace(tensors, {"first_stage_model.": ""}, filter_keys=True)
-        return (comfy.sd.VAE(sd=weights, config={"params": {"ddconfig": VAE_CONFIG, "embed_dim": 4}}),)
+        with few_groups():
+            return (comfy.sd.VAE(sd=weights, config={"params": {"ddconfig": VAE_CONFIG, "embed_dim": 4}}),)
 
 
 if not any(model.__name__ == TinyShapes.__name__ for model in comfy.supported_models.models):

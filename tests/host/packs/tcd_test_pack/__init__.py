@@ -20,7 +20,7 @@ class TestConditioning:
 
 
 class TestShow:
-    """Numbers of a SIGMAS, INT or FLOAT, shown as this output node's `values`; another salt as above."""
+    """Numbers of what is linked, shown as this output node's `values` and their `shape`; another salt as above."""
 
     RETURN_TYPES = ()
     FUNCTION = "show"
@@ -36,8 +36,10 @@ class TestShow:
         return True
 
     def show(self, value, salt):
-        values = value.tolist() if isinstance(value, torch.Tensor) else [value]
-        return {"ui": {"values": values}}
+        if isinstance(value, list):  # a CONDITIONING
+            value = value[0][0]
+        value = torch.as_tensor(value, dtype=torch.float64)
+        return {"ui": {"values": value.flatten().tolist(), "shape": list(value.shape)}}
 
 
 class TestFloat:
