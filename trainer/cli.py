@@ -41,14 +41,14 @@ def _run(options: argparse.Namespace) -> int:
 
     from trainer.export import ExportError
     from trainer.loop import NonFiniteError
-    from trainer.run import plan, run
+    from trainer.run import check, plan, run
 
     if options.dry_run:
-        sys.stdout.write(f"{resolved.to_toml()}\n{plan(resolved)}\n")
+        sys.stdout.write(f"{resolved.to_toml()}\n{plan(resolved, check(resolved))}\n")
         return 0
     try:
         run(resolved)
-    except (ExportError, NonFiniteError) as error:
+    except (ExportError, NonFiniteError, OSError) as error:  # an OSError says which file, and that the disk is full
         return _fail(str(error), 1)
     return 0
 

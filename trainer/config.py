@@ -61,7 +61,7 @@ class MethodConfig:
     guidance_min: float = _number(2.0, 0.0)
     guidance_max: float = _number(8.0, 0.0)
     """The teacher's guidance is drawn uniformly between the two, per picture; 1 is none."""
-    huber_c: float = _number(0.001, 0.0)
+    huber_c: float = _number(0.001, 1e-6)
     """Pseudo-Huber: errors well above c count linearly, errors well below it quadratically."""
 
 
@@ -130,9 +130,19 @@ class Config:
             raise UserError(f"output.name is {self.output.name!r}: use a plain file name without folder or ending")
 
     @property
+    def data_folder(self) -> Path:
+        """The folder of pictures."""
+        return Path(self.data.folder).expanduser()
+
+    @property
+    def output_folder(self) -> Path:
+        """The folder of the LoRA and of the configuration that made it."""
+        return Path(self.output.folder).expanduser()
+
+    @property
     def lora_path(self) -> Path:
         """The file that the run writes."""
-        return Path(self.output.folder) / f"{self.output.name}.safetensors"
+        return self.output_folder / f"{self.output.name}.safetensors"
 
     def to_toml(self) -> str:
         """The resolved configuration, as a file that `load` reads back to an equal value."""

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from trainer.adapter import add_adapter
+from trainer.bases import Family
 from trainer.conditioning import encode
 from trainer.config import Config
 from trainer.data import Dataset, Picture, encode_pictures, find_pictures
@@ -24,18 +26,29 @@ CONFIG_NAME = "config.toml"
 log = logging.getLogger("trajectory-consistency")
 
 
-def plan(config: Config) -> str:
-    """Say in words what a run would do, after every check that needs no model in memory.
+class Inputs(NamedTuple):
+    """What a run reads, as far as it can be known without a model in memory."""
+
+    family: Family
+    pictures: list[Picture]
+
+
+def check(config: Config) -> Inputs:
+    """Look at everything that a run needs, and load no weights.
 
     Raises UserError for whatever would stop the run.
     """
-    family = identify(config.base.path)
-    pictures = find_pictures(Path(config.data.folder))
+    _device(config)
     _check_free(config)
-    training, method = config.training, config.method
+    return Inputs(identify(config.base.path), find_pictures(config.data_folder))
+
+
+def plan(config: Config, inputs: Inputs) -> str:
+    """Say in words what a run would do."""
+    training, method, pictures = config.training, config.method, inputs.pictures
     return "\n".join(
         [
-            f"base      {config.base.path} ({family}), in {_dtype(config)} on {_device(config)}",
+            f"base      {config.base.path} ({inputs.family}), in {_dtype(config)} on {_device(config)}",
             f"data      {len(pictures)} captioned pictures in {config.data.folder}, at {config.data.resolution} px",
             f"method    law {method.law}, solver step {method.skip}, "
             f"guidance {method.guidance_min:g} to {method.guidance_max:g}",
@@ -52,12 +65,12 @@ def run(config: Config) -> Path:
 
     Raises UserError for bad input, NonFiniteError when training diverges, ExportError when the file does not hold up.
     """
-    log.info("%s", plan(config))
-    torch.manual_seed(config.training.seed)
+    inputs = check(config)
+    log.info("%s", plan(config, inputs))
     device = _device(config)
     base = load_base(config.base.path, prediction=config.base.prediction, dtype=_dtype(config))
     metadata = describe(config, base, locate(config.base.path))
-    dataset = _encode(base, find_pictures(Path(config.data.folder)), config, device)
+    dataset = _encode(base, inputs.pictures, config, device)
     network = Network(base.unet.to(device), base.alpha_bar.float().to(device), base.prediction)
     del base  # and with it the VAE and the text encoder
     seed = config.training.seed
@@ -82,7 +95,7 @@ def _encode(base: Base, pictures: list[Picture], config: Config, device: torch.d
 
 def _check_free(config: Config) -> None:
     """Refuse an output folder that holds another run: a finished one, or one of other settings."""
-    folder = Path(config.output.folder)
+    folder = config.output_folder
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output.folder is {folder}, which is a file: choose another")
     if config.lora_path.exists():
@@ -94,7 +107,7 @@ def _check_free(config: Config) -> None:
 
 def _claim(config: Config) -> None:
     """Write the resolved configuration into the output folder."""
-    folder = Path(config.output.folder)
+    folder = config.output_folder
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_NAME).write_text(config.to_toml(), encoding="utf-8")
 
