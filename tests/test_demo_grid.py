@@ -88,7 +88,7 @@ def test_a_number_stands_right_of_its_row_under_its_name(rows: list[Row]) -> Non
         assert picture[2] < boxes[name][0] and picture[1] < boxes[name][1] and boxes[name][3] < picture[3]
     assert boxes["distance to data"][2] < boxes["accuracy"][0]
     renamed = [
-        replace(row, numbers={k.replace("distance to", "Distance to"): v for k, v in row.numbers.items()})
+        replace(row, numbers={k.replace("distance to data", "data to distance"): v for k, v in row.numbers.items()})
         for row in rows
     ]
     heading = changed(page, draw_grid(renamed, CAPTIONS, "Title"))
