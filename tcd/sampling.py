@@ -59,7 +59,7 @@ def sample_tcd(
 def seeded_noise(seed: int, *, first_index: int = 0) -> Noise:
     """Return a noise source whose draw for batch item k at sigma_next depends on (seed, k, sigma_next) alone.
 
-    So an image is the same on every device, in every batch and wherever its schedule was split; k counts from
+    So an image gets the same noise on every device, in every batch and wherever its schedule was split; k counts from
     first_index. Each draw is float32 on the CPU. Alike are: item k of a seed and item 0 of seed + k; a level and itself
     when visited again; seeds 2^32 apart, of which torch's CPU generator keeps the low half (as in the initial noise).
 
