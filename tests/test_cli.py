@@ -59,6 +59,51 @@ def test_bad_input_is_one_line_code_2_and_no_file(
     assert files(inputs.parent) == before
 
 
+def no_pictures(folder: Path) -> None:
+    for path in (folder / "data").iterdir():
+        path.unlink()
+
+
+def no_caption(folder: Path) -> None:
+    (folder / "data" / "00002.txt").unlink()
+
+
+def no_picture(folder: Path) -> None:
+    (folder / "data" / "00002.png").write_bytes(b"not a picture")
+
+
+def truncated(folder: Path) -> None:
+    with open(folder / "base.safetensors", "rb+") as file:
+        file.truncate(100_000)
+
+
+def another_architecture(folder: Path) -> None:
+    context = "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
+    names = {"input_blocks.0.0.weight": torch.zeros(320, 4, 3, 3), context: torch.zeros(8, 2048)}
+    save_file({ldm.UNET_PREFIX + name: value for name, value in names.items()}, folder / "base.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (no_pictures, "has no pictures in it"),
+        (no_caption, "1 of 6 pictures have no .txt caption beside them: 00002.png"),
+        (no_picture, "1 of 6 pictures do not decode: 00002.png"),
+        (truncated, "is not a whole safetensors file"),
+        (another_architecture, "is SDXL"),
+    ],
+)
+def test_files_that_are_not_right_are_one_line_code_2_and_no_file(
+    inputs: Path, spoil: Callable[[Path], None], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil(inputs.parent)
+    before = files(inputs.parent)
+    assert main(["run", str(inputs)]) == 2
+    printed = capsys.readouterr().err.strip().splitlines()
+    assert len(printed) == 1 and printed[0].startswith("error: ") and message in printed[0]
+    assert files(inputs.parent) == before
+
+
 def test_a_folder_of_another_run_is_not_touched(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = inputs.parent / "out"
     out.mkdir()

@@ -55,7 +55,7 @@ class MethodConfig:
     law: Literal["uniform", "zero"] = "uniform"
     """How the target time s is drawn: `uniform` on the grid up to t_next is TCD, `zero` is LCM."""
     origin_steps: int = _number(50, 1, 1000)
-    """Points of the timestep grid on which t is drawn: 50 is 19, 39 … 999."""
+    """Points of the timestep grid on which t is drawn: 50 is 19, 39 ... 999."""
     skip: int = _number(20, 1, 999)
     """Length k of the teacher's solver step, in training timesteps."""
     guidance_min: float = _number(2.0, 0.0)
@@ -88,7 +88,7 @@ class TrainingConfig:
     """Greatest norm of the gradient."""
     seed: int = _number(0, 0, 2**63 - 1)
     device: str = "auto"
-    """`auto`, `cpu`, `cuda`, `cuda:1`, `mps` …"""
+    """`auto`, `cpu`, `cuda`, `cuda:1`, `mps` ..."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -130,7 +130,7 @@ def _family_of(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> bases.Famil
     if _CONV_IN not in shapes or not contexts:
         examples = ", ".join(sorted(shapes)[:3])
         raise UserError(
-            f"{path} is not an SD1.5 checkpoint: it has no UNet under {ldm.UNET_PREFIX!r} (its tensors: {examples} …)"
+            f"{path} is not an SD1.5 checkpoint: it has no UNet under {ldm.UNET_PREFIX!r} (its tensors: {examples} ...)"
         )
     found = shapes[_CONV_IN][0], contexts[0]
     if found not in _FAMILIES:
