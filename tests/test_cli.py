@@ -2,12 +2,16 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tomli_w
+import torch
+from safetensors.torch import save_file
 
 from tiny_base import write_inputs
+from trainer import ldm
 from trainer.cli import main
 
 
