@@ -17,7 +17,7 @@ LISTEN = Path(__file__).parent / "scripts" / "listen.py"
 
 def _events(server: ComfyServer, graph: Graph, *, interrupt_at: int = 0) -> list[tuple[str, dict[str, Any]]]:
     command = [str(server.host.python), str(LISTEN), server.url, str(interrupt_at)]
-    done = subprocess.run(command, input=json.dumps(graph), capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, input=json.dumps(graph), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return [tuple(event) for event in json.loads(done.stdout)]
 

@@ -62,6 +62,22 @@ def test_strength_0_leaves_the_model(server: ComfyServer, unet: UNet2DConditionM
     assert torch.equal(_sampled_with(server, name, 0.0), sampled(server, seed=1))
 
 
+def test_strength_0_asks_for_no_fit(server: ComfyServer, unet: UNet2DConditionModel) -> None:
+    name = _write(server, "xl.safetensors", _wider(random_lora(unet)))
+    assert torch.equal(_sampled_with(server, name, 0.0), sampled(server, seed=1))
+
+
+def test_the_model_that_came_in_is_left_alone(server: ComfyServer, unet: UNet2DConditionModel) -> None:
+    graph = Graph()
+    with_lora = _loader(graph, _write(server, "whole.safetensors", random_lora(unet)))
+    after = graph.add("TCDLoraLoader", model=with_lora[0], lora_name="whole.safetensors", strength_model=0.0)
+    patched = graph.sampler_custom(model=after[0], seed=1)
+    base = graph.sampler_custom(model=graph[with_lora.id]["inputs"]["model"], seed=1)
+    found = latents(server, graph, graph.save(patched[0]), graph.save(base[0]))
+    assert relative_error(found[0], _expected(unet)) > 0.05
+    assert relative_error(found[1], _expected(unet)) < 1e-4
+
+
 def test_two_loras_add_up(server: ComfyServer, unet: UNet2DConditionModel) -> None:
     one, two = random_lora(unet, 1), random_lora(unet, 2)
     graph = Graph()

@@ -104,6 +104,7 @@ def test_the_pack_loads_without_a_word(server: ComfyServer) -> None:
     [
         ({}, [999, 759, 499, 259]),
         ({"steps": 1}, [999]),
+        ({"steps": 2, "timesteps": "  "}, [999, 499]),
         ({"steps": 2, "denoise": 0.5}, [499, 259]),
         ({"steps": 3, "timesteps": " 800 , 400,0"}, [800, 400, 0]),
     ],

@@ -100,7 +100,7 @@ class ComfyServer:
         packs: Sequence[Path] = (),
         host: Host | None = None,
         threads: int | None = None,
-        start_timeout_s: float = 180,
+        start_timeout_s: float = 300,
     ) -> None:
         """Prepare the base folder, where models can be put before the host starts; raises HostNotFoundError.
 

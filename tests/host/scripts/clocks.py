@@ -114,6 +114,24 @@ def targets(host: Any) -> dict[str, list[float]]:
     }
 
 
+class Bare:
+    """What a sampler function is given: KSAMPLER's wrapping of a guider, which passes its arguments on."""
+
+    def __init__(self, guider: Guider) -> None:
+        self.inner_model = guider
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **options: Any) -> torch.Tensor:
+        return self.inner_model(x, sigma, **options)
+
+
+def bare_call(host: Any) -> torch.Tensor:
+    """Call the sampler function as anyone may: with neither extra_args nor a callback."""
+    discrete = MODELS["discrete eps"]
+    return host.tcd_sampler(0.3).sampler_function(
+        Bare(Guider(discrete, x0=0.75)), torch.ones(1, 4, 8, 8), sigmas_of(discrete), disable=True
+    )
+
+
 def details(host: Any) -> dict[str, Any]:
     discrete = MODELS["discrete eps"]
     sigmas = sigmas_of(discrete)
@@ -128,6 +146,7 @@ def details(host: Any) -> dict[str, Any]:
         "unseeded_runs_differ": bool((unseeded[0] != unseeded[1]).any()),
         "half": [str(half.dtype), bool(half.isfinite().all())],
         "calls_for_one_sigma": len(one["seen"]),
+        "called_barely": float((bare_call(host) - 0.75).abs().max()),
     }
 
 
