@@ -25,6 +25,8 @@ from tcd import add_noise, scaled_linear_alpha_bar, vp_level
 from trainer import ldm
 from trainer.bases import empty_text_encoder, empty_unet, empty_vae
 from trainer.conditioning import tokenize
+from trainer.randomness import generator
+from trainer.teacher import load_base
 from trainer.tiny import world
 
 NUM_TIMESTEPS = 1000
@@ -32,6 +34,7 @@ CAPTION_DROPOUT = 0.1
 KL_WEIGHT = 1e-4
 INITIAL_LOG_VARIANCE = -6.0
 SHAPE_WEIGHT = 6.0
+LAYOUT_FROM = 850
 
 
 def pictures(count: int, seed: int) -> tuple[Tensor, list[str]]:
@@ -122,11 +125,12 @@ def train_unet(
     for step in _steps(steps, "unet", optimizer, 2e-3):
         picked = torch.randint(len(latents), (batch,), generator=generator)
         dropped = torch.rand(batch, generator=generator) < CAPTION_DROPOUT
-        timesteps = torch.randint(NUM_TIMESTEPS, (batch,), generator=generator)
+        timesteps = _draw_timesteps(batch, generator)
         eps = torch.randn(latents[picked].shape, generator=generator)
         x_t = add_noise(latents[picked], eps, vp_level(alpha_bar[timesteps].view(-1, 1, 1, 1)))
         context = text_encoder(torch.where(dropped[:, None], empty, ids[picked])).last_hidden_state
-        loss = nn.functional.mse_loss(unet(x_t, timesteps, context).sample, eps)
+        error = (unet(x_t, timesteps, context).sample - eps).square().mean(dim=(1, 2, 3))
+        loss = (error / alpha_bar[timesteps]).mean()  # the error of v, which weighs all levels alike
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(models.parameters(), 1.0)
@@ -136,6 +140,16 @@ def train_unet(
             tqdm.write(f"unet {step}: loss {loss.item():.4f}")
             save(*cast("nn.ModuleList", average.module))
     save(*cast("nn.ModuleList", average.module))
+
+
+def _draw_timesteps(batch: int, generator: torch.Generator) -> Tensor:
+    """Half of a batch over all noise levels, half over the highest, where the caption alone decides the layout.
+
+    With all of it uniform, the word for the place is not learned: too few examples say anything about it.
+    """
+    timesteps = torch.randint(NUM_TIMESTEPS, (batch,), generator=generator)
+    timesteps[: batch // 2] = torch.randint(LAYOUT_FROM, NUM_TIMESTEPS, (batch // 2,), generator=generator)
+    return timesteps
 
 
 def write_checkpoint(path: Path, unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel) -> None:
@@ -151,15 +165,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="the checkpoint to write")
     parser.add_argument("--vae-steps", type=int, default=3800)
-    parser.add_argument("--unet-steps", type=int, default=12000)
+    parser.add_argument("--unet-steps", type=int, default=10000)
     parser.add_argument("--pictures", type=int, default=24000)
+    parser.add_argument("--vae", type=Path, help="take the VAE from this checkpoint instead of training one")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.manual_seed(options.seed)
-    generator = torch.Generator().manual_seed(options.seed)
     unet, vae, text_encoder = empty_unet("tiny"), empty_vae("tiny"), empty_text_encoder("tiny")
     images, captions = pictures(options.pictures, options.seed)
-    train_vae(vae, images, steps=options.vae_steps, batch=8, generator=generator)
+    if options.vae:
+        vae = load_base(str(options.vae)).vae
+    else:
+        train_vae(vae, images, steps=options.vae_steps, batch=8, generator=generator(options.seed, "vae"))
     latents = encode_pictures(vae.eval(), images)
     train_unet(
         unet,
@@ -168,7 +185,7 @@ def main() -> None:
         captions,
         steps=options.unet_steps,
         batch=32,
-        generator=generator,
+        generator=generator(options.seed, "unet"),
         save=lambda unet, text_encoder: write_checkpoint(options.out, unet, vae, text_encoder),
     )
 
