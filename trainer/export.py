@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -20,7 +21,6 @@ from trainer.config import Config
 from trainer.network import Network
 from trainer.teacher import Base
 
-VERSION = "0.1.0"
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
 
@@ -88,7 +88,7 @@ def describe(config: Config, base: Base, source: Path) -> dict[str, str]:
         "ss_network_dim": str(config.adapter.rank),
         "ss_network_alpha": str(config.adapter.alpha),
         "ss_base_model_version": "sd_v1" if base.family == "sd15" else f"{base.family}_sd",
-        "tcd.version": VERSION,
+        "tcd.version": version("trajectory-consistency"),
         "tcd.method": "tcd" if method.law == "uniform" else "lcm",
         "tcd.law": method.law,
         "tcd.grid": str(method.origin_steps),

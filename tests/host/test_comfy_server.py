@@ -149,6 +149,7 @@ def test_no_process_is_left_even_of_a_stubborn_host(
 
 def test_our_packages_stay_out_of_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(PACK))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     server = _stand_in(tmp_path)
     with server:
         assert "the stand-in has begun None None" in server.log_text()
