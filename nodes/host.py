@@ -3,7 +3,7 @@
 The clock here is sigma on the host's scale: variance exploding (x = x0 + sigma * eps), or flow where the model is one.
 """
 
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +74,10 @@ def schedule_of(model_sampling: Any) -> Schedule:
 
 def tcd_sampler(gamma: float) -> comfy.samplers.KSAMPLER:
     """Return a SAMPLER: strategic stochastic sampling (arXiv 2402.19159) with stochasticity gamma in [0, 1]."""
-    return comfy.samplers.KSAMPLER(partial(_sample, gamma=gamma), extra_options={}, inpaint_options={})
+    return comfy.samplers.KSAMPLER(sample_with_tcd, extra_options={"gamma": gamma}, inpaint_options={})
 
 
-def _sample(
+def sample_with_tcd(
     model: Any,
     x: Tensor,
     sigmas: Tensor,
@@ -87,7 +87,7 @@ def _sample(
     *,
     gamma: float,
 ) -> Tensor:
-    """Sample as the functions of k-diffusion do, whose signature this is: from noisy x [B, C, ...] along sigmas."""
+    """Sample from noisy x [B, C, ...] along sigmas [N + 1], in the way that the host calls k-diffusion's samplers."""
     extra_args = extra_args or {}
     model_sampling = model.inner_model.model_patcher.get_model_object("model_sampling")
 
@@ -131,7 +131,7 @@ def tcd_sigmas(model: Any, *, steps: int, denoise: float, timesteps: str) -> Ten
     if not isinstance(schedule, (DiscreteSchedule, SparseSchedule)):
         raise ValueError(
             f"TCD Sigmas needs a model with integer timesteps, such as SD 1.5 or SDXL, but {_model_name(model)} has "
-            f"none: use BasicScheduler instead, with scheduler simple for a flow model and karras for another"
+            "none: use BasicScheduler instead, with scheduler simple for a flow model and karras for another"
         )
     count = model_sampling.num_timesteps
     if timesteps.strip():

@@ -127,8 +127,8 @@ class Bare:
 def bare_call(host: Any) -> torch.Tensor:
     """Call the sampler function as anyone may: with neither extra_args nor a callback."""
     discrete = MODELS["discrete eps"]
-    return host.tcd_sampler(0.3).sampler_function(
-        Bare(Guider(discrete, x0=0.75)), torch.ones(1, 4, 8, 8), sigmas_of(discrete), disable=True
+    return host.sample_with_tcd(
+        Bare(Guider(discrete, x0=0.75)), torch.ones(1, 4, 8, 8), sigmas_of(discrete), disable=True, gamma=0.3
     )
 
 
