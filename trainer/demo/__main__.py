@@ -31,6 +31,7 @@ from trainer.run import run
 from trainer.tiny import world
 
 COLUMNS = 8
+REFERENCE = 4096  # held-out pictures of the world that every row is measured against
 WORLD = "Fresh data"
 COMFY_TOLERANCE = 1e-4
 LEAST_ACCURACY = 0.5  # of TCD at 4 steps; a run that distills nothing ends near 0
@@ -91,7 +92,7 @@ def demo(out: Path, *, seed: int, steps: int, samples: int) -> None:
     classifier = train_classifier(seed)
     scenes = world.random_scenes(samples, seed + 1)
     captions = [scene.caption for scene in scenes]
-    reference = classifier.features(world_sample(samples, purpose="reference", seed=seed)[0])
+    reference = classifier.features(world_sample(REFERENCE, purpose="reference", seed=seed)[0])
     studio = Studio(loras, captions)
     metrics: dict[str, Any] = {WORLD: noise_floor(classifier, scenes, reference, seed=seed)}
     fresh = draw_pictures(scenes[:COLUMNS], random.Random(seed))

@@ -21,7 +21,7 @@ from trainer.sample import Guidance, decode, initial_noise, sample_latents
 from trainer.teacher import load_base
 from trainer.tiny.world import SIZE_PX
 
-TEACHER_GUIDANCE = 3.0
+TEACHER_GUIDANCE = 2.0
 _BATCH = 64
 
 

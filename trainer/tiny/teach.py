@@ -167,14 +167,15 @@ def main() -> None:
     parser.add_argument("--vae-steps", type=int, default=3800)
     parser.add_argument("--unet-steps", type=int, default=10000)
     parser.add_argument("--pictures", type=int, default=24000)
-    parser.add_argument("--vae", type=Path, help="take the VAE from this checkpoint instead of training one")
+    parser.add_argument("--start", type=Path, help="go on from this checkpoint, and keep its VAE as it is")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     unet, vae, text_encoder = empty_unet("tiny"), empty_vae("tiny"), empty_text_encoder("tiny")
     images, captions = pictures(options.pictures, options.seed)
-    if options.vae:
-        vae = load_base(str(options.vae)).vae
+    if options.start:
+        start = load_base(str(options.start))
+        unet, vae, text_encoder = (part.requires_grad_(True) for part in (start.unet, start.vae, start.text_encoder))
     else:
         train_vae(vae, images, steps=options.vae_steps, batch=8, generator=generator(options.seed, "vae"))
     latents = encode_pictures(vae.eval(), images)

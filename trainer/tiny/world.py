@@ -68,11 +68,11 @@ def random_scenes(count: int, seed: int) -> list[Scene]:
 
 
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
-    """The scene as an RGB picture of `SIZE_PX` squared, antialiased, with a little freedom in place, size and angle."""
+    """The scene as an RGB picture of `SIZE_PX` squared, antialiased; exact place, size and angle are left to chance."""
     canvas = SIZE_PX * SUPERSAMPLING
     image = Image.new("RGB", (canvas, canvas), COLORS[scene.ground])
-    center_x, center_y = (c * canvas + rng.uniform(-0.03, 0.03) * canvas for c in PLACES[scene.place])
-    radius = rng.uniform(0.17, 0.22) * canvas
+    center_x, center_y = (c * canvas + rng.uniform(-0.07, 0.07) * canvas for c in PLACES[scene.place])
+    radius = rng.uniform(0.14, 0.23) * canvas
     pen = ImageDraw.Draw(image)
     if scene.shape == "circle":
         pen.ellipse([center_x - radius, center_y - radius, center_x + radius, center_y + radius], COLORS[scene.color])
