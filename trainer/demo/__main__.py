@@ -48,7 +48,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer.demo", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the grid, the LoRA and the metrics")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=600, help="training steps of each of the two LoRAs")
+    parser.add_argument("--steps", type=int, default=350, help="training steps of each of the two LoRAs")
     parser.add_argument("--samples", type=int, default=256, help="pictures that each row is measured on")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -124,7 +124,7 @@ def _distill(name: str, out: Path, *, seed: int, steps: int) -> Path:
                     "huber_c": 0.03,
                 },
                 "adapter": {"rank": 32, "alpha": 32.0},
-                "training": {"steps": steps, "batch": 32, "lr": 1e-3, "warmup_steps": 10, "seed": seed},
+                "training": {"steps": steps, "batch": 32, "lr": 5e-4, "warmup_steps": 10, "seed": seed},
                 "output": {"folder": str(out / name), "name": f"{name}-lora"},
             }
         )

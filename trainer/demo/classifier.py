@@ -58,7 +58,7 @@ class Classifier(nn.Module):
 
 
 class _WhatAndWhere(nn.Module):
-    """Maps [B, C, H, W] to their maxima, which tell a shape wherever it stands, and their coarse means [B, C + CHW/4]."""
+    """Maps [B, C, H, W] as their maxima, which tell a shape wherever it stands, and their means over 2 x 2: [B, F]."""
 
     def forward(self, maps: Tensor) -> Tensor:
         return torch.cat([maps.amax((2, 3)), F.avg_pool2d(maps, 2).flatten(1)], dim=1)
