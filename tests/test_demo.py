@@ -56,7 +56,7 @@ def test_tcd_draws_its_captions_in_four_steps_and_closer_to_the_world_than_its_t
 
 def test_more_steps_do_not_make_tcd_worse(result: Path) -> None:
     metrics = read_metrics(result)
-    assert metrics["TCD, 16 steps"]["frechet"] < 1.1 * metrics["TCD, 4 steps"]["frechet"]
+    assert metrics["TCD, 16 steps"]["frechet"] < 1.2 * metrics["TCD, 4 steps"]["frechet"]
 
 
 @pytest.mark.host
