@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from trainer import tiny
+from trainer.demo import __main__ as demo_main
 from trainer.demo.methods import METHODS
 
 pytestmark = pytest.mark.slow
@@ -68,17 +69,39 @@ def test_the_embedded_teacher_is_small_enough_to_ship() -> None:
     assert tiny.CHECKPOINT.stat().st_size <= 8e6
 
 
-def test_one_that_is_not_good_enough_fails_keeps_the_old_result_and_is_the_same_each_time(tmp_path: Path) -> None:
+def test_it_is_the_same_each_time_and_takes_the_place_of_the_last(tmp_path: Path) -> None:
     out = tmp_path / "demo-out"
-    out.mkdir()
-    (out / "metrics.json").write_text("{}", encoding="utf-8")
     measured = []
     for _ in range(2):
         done = run_demo(out, "--steps", "2", "--samples", "8")
-        assert done.returncode == 1 and "error: TCD at 4 steps draws" in done.stderr
-        assert [path.name for path in out.iterdir()] == ["metrics.json"]
-        measured.append(read_metrics(tmp_path / "demo-out.unfinished"))
-    assert measured[0] == measured[1]
+        assert done.returncode == 0, done.stderr
+        measured.append(read_metrics(out))
+        (out / "metrics.json").write_text("{}", encoding="utf-8")
+    assert measured[0] == measured[1] != {}
+    assert [path.name for path in tmp_path.iterdir()] == ["demo-out"]
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "difference", "message"),
+    [(0.3, 1e-7, "draws 30% of its captions"), (0.9, 1e-3, "1.0e-03 from"), (0.9, float("nan"), "nan from")],
+)
+def test_one_that_is_not_good_enough_fails_and_keeps_the_old_result(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    accuracy: float,
+    difference: float,
+    message: str,
+) -> None:
+    metrics = {"TCD, 4 steps": {"accuracy": accuracy}, "ComfyUI": {"relative difference of latents": difference}}
+    out = tmp_path / "demo-out"
+    out.mkdir()
+    (out / "metrics.json").write_text("{}", encoding="utf-8")
+    monkeypatch.setattr(demo_main, "demo", lambda *_, **__: demo_main._check(metrics))
+    monkeypatch.setattr("sys.argv", ["demo", "--out", str(out)])
+    assert demo_main.main() == 1
+    assert message in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["metrics.json"]
 
 
 def test_a_folder_that_is_not_the_demos_is_left_alone(tmp_path: Path) -> None:
