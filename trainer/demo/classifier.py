@@ -103,7 +103,7 @@ def scene_labels(scenes: Sequence[Scene]) -> Tensor:
     return torch.tensor([scene.labels for scene in scenes])
 
 
-def train_classifier(seed: int, *, steps: int = 400, num_pictures: int = 6000) -> Classifier:
+def train_classifier(seed: int, *, steps: int = 800, num_pictures: int = 10_000) -> Classifier:
     """Train a classifier on `num_pictures` freshly drawn pictures; the same for the same seed.
 
     Raises RuntimeError when a head reads fewer than `LOWEST_ACCURACY` of 1000 held-out pictures rightly.
