@@ -15,13 +15,12 @@ from trainer.demo.classifier import (
     NUM_FEATURES,
     Classifier,
     as_signal,
-    draw_pictures,
     scene_labels,
     train_classifier,
     world_sample,
 )
 from trainer.demo.metrics import FEATURE_SPACE, caption_accuracy, evaluate, frechet_distance, noise_floor
-from trainer.tiny.world import LABELS, Scene, all_scenes
+from trainer.tiny.world import LABELS, Scene, all_scenes, draw_pictures
 
 Sample = tuple[Tensor, list[Scene]]
 

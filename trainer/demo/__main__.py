@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from trainer import config
-from trainer.demo.classifier import draw_pictures, train_classifier, world_sample
+from trainer.demo.classifier import train_classifier, world_sample
 from trainer.demo.comfy_row import draw_in_comfy
 from trainer.demo.comfy_server import Host, HostNotFoundError, find_host
 from trainer.demo.grid import Row, draw_grid
@@ -96,7 +96,7 @@ def demo(out: Path, *, seed: int, steps: int, samples: int) -> None:
     reference = classifier.features(world_sample(REFERENCE, purpose="reference", seed=seed)[0])
     studio = Studio(loras, captions)
     metrics: dict[str, Any] = {WORLD: noise_floor(classifier, scenes, reference, seed=seed)}
-    fresh = draw_pictures(scenes[:COLUMNS], random.Random(seed))
+    fresh = world.draw_pictures(scenes[:COLUMNS], random.Random(seed))
     rows = [Row(f"{WORLD}\nthe noise floor", fresh, _numbers(metrics[WORLD]))]
     for method in METHODS:
         pictures = studio.pictures(method, samples, seed)

@@ -8,13 +8,12 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from trainer.tiny.world import LABELS, SIZE_PX, Scene, all_scenes, draw
+from trainer.tiny.world import LABELS, SIZE_PX, Scene, all_scenes, draw_pictures
 
 NUM_FEATURES = 64
 LOWEST_ACCURACY = 0.97
@@ -83,12 +82,6 @@ def as_signal(pictures: Tensor) -> Tensor:
     if not pictures.isfinite().all():
         raise ValueError("the pictures hold values that are not finite; the sampling that made them has diverged")
     return pictures.float().clamp(-1, 1)
-
-
-def draw_pictures(scenes: Sequence[Scene], rng: random.Random) -> Tensor:
-    """One picture for each scene, uint8 [B, 3, 64, 64]."""
-    images = np.stack([np.asarray(draw(scene, rng)) for scene in scenes])
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
 def world_sample(count: int, *, purpose: str, seed: int) -> tuple[Tensor, list[Scene]]:

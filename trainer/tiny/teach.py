@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
@@ -39,10 +38,8 @@ LAYOUT_FROM = 850
 
 def pictures(count: int, seed: int) -> tuple[Tensor, list[str]]:
     """Draw `count` scenes: pictures uint8 [count, 3, H, W] and their captions."""
-    rng = random.Random(seed)
     scenes = world.random_scenes(count, seed)
-    images = torch.from_numpy(np.stack([np.asarray(world.draw(scene, rng)) for scene in scenes]))
-    return images.permute(0, 3, 1, 2).contiguous(), [scene.caption for scene in scenes]
+    return world.draw_pictures(scenes, random.Random(seed)), [scene.caption for scene in scenes]
 
 
 def to_signal(images: Tensor) -> Tensor:

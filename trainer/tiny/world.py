@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from itertools import product
 from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 SIZE_PX = 64
 SUPERSAMPLING = 4
@@ -95,6 +99,12 @@ def _outline(shape: str, x: float, y: float, radius: float, tilt: float) -> list
         reach = radius * (inner if k % 2 else 1.0) * (1.15 if shape != "star" else 1.2)
         points.append((x + reach * math.sin(angle), y - reach * math.cos(angle)))
     return points
+
+
+def draw_pictures(scenes: Sequence[Scene], rng: random.Random) -> Tensor:
+    """One picture for each scene, uint8 [B, 3, 64, 64]."""
+    images = np.stack([np.asarray(draw(scene, rng)) for scene in scenes])
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
 def write_folder(folder: Path, count: int, seed: int) -> None:
