@@ -4,48 +4,61 @@ Tensors in, tensors out, with torch as the only dependency: no files, no logging
 What the trainer trains is what the nodes sample, because both call the functions of this package.
 """
 
-from .lora_keys import Coverage, ShapeMismatch, coverage, kohya_name, to_kohya
+from .lora_alpha import peft_alpha
+from .lora_coverage import Coverage, ShapeMismatch, coverage
+from .lora_keys import LoraModule, kohya_name, lora_modules, split_name, to_kohya
 from .prediction import Prediction, from_x0, to_x0
 from .sampling import Denoise, Noise, Report, sample_tcd, seeded_noise
 from .schedule import (
+    BridgeSchedule,
     ContinuousSchedule,
     DiscreteSchedule,
     FlowSchedule,
     Schedule,
     alpha_bar_to_sigma,
-    parse_timesteps,
     scaled_linear_alpha_bar,
     sigma_to_alpha_bar,
-    timestep_grid,
     vp_level,
     zero_terminal_snr,
 )
+from .target_time import TargetTime, Told, split_target_time
+from .timesteps import parse_flow_times, parse_timesteps, refined_origin_steps, timestep_grid
 from .trajectory import Level, add_noise, jump, renoise
 
 __all__ = [
+    "BridgeSchedule",
     "ContinuousSchedule",
     "Coverage",
     "Denoise",
     "DiscreteSchedule",
     "FlowSchedule",
     "Level",
+    "LoraModule",
     "Noise",
     "Prediction",
     "Report",
     "Schedule",
     "ShapeMismatch",
+    "TargetTime",
+    "Told",
     "add_noise",
     "alpha_bar_to_sigma",
     "coverage",
     "from_x0",
     "jump",
     "kohya_name",
+    "lora_modules",
+    "parse_flow_times",
     "parse_timesteps",
+    "peft_alpha",
+    "refined_origin_steps",
     "renoise",
     "sample_tcd",
     "scaled_linear_alpha_bar",
     "seeded_noise",
     "sigma_to_alpha_bar",
+    "split_name",
+    "split_target_time",
     "timestep_grid",
     "to_kohya",
     "to_x0",

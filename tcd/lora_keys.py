@@ -1,147 +1,170 @@
-"""Names of LoRA tensors, as pure dict -> dict; and how much of a file fits a model.
+"""Names of LoRA tensors, as pure dict -> dict: every spelling in use becomes kohya's.
 
-kohya names are the one spelling that ComfyUI and diffusers both map completely on SD1.5 and SDXL:
-lora_unet_<module path with _>.lora_down.weight [r, in, ...], .lora_up.weight [out, r, ...] and .alpha [].
+kohya names are the one spelling that ComfyUI and diffusers both map completely on SD1.5 and SDXL. They name a module
+lora_unet_<path with _>, and its tensors .lora_down.weight [r, in, ...], .lora_up.weight [out, r, ...], .alpha []; of
+LyCORIS, .lora_mid.weight [r, r, ...], the core of a convolution in Tucker's form; of DoRA (arXiv 2402.09353),
+.dora_scale [out, 1, ...] or [1, in, 1, ...].
 """
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_PEFT_NAME = re.compile(r"(?:unet\.)?(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
-_KOHYA_NAME = re.compile(r"(?P<module>lora_[^.]+)\.(?P<part>lora_down\.weight|lora_up\.weight|alpha)")
-_PART = {"A": "lora_down.weight", "B": "lora_up.weight"}
-_SHOWN = 3  # names of each kind that a description spells out
+DOWN, UP, MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
+ALPHA, DORA = "alpha", "dora_scale"
+
+Alpha = float | Callable[[str, int], float | None] | None
+"""The alpha of modules that have none of their own: for all of them, or by diffusers path and rank; None: unknown."""
+
+# Where the network stands within whatever was saved, by who saved it: diffusers, PEFT, ComfyUI, a checkpoint, kohya,
+# OneTrainer, LyCORIS.
+_PREFIX = re.compile(
+    r"\A(?:(?:unet|transformer|base_model\.model|model\.diffusion_model|diffusion_model)\.)*"
+    r"(?:lora_unet_|lora_transformer_|lycoris_)?"
+)
+_PARTS = {
+    part: re.compile(f"(?P<path>.+)(?:{pattern})")
+    for part, pattern in {
+        DOWN: r"\.lora_A(\.default)?(\.weight)?|(\.lora_|[._]lora\.|\.lora_linear_layer\.)down\.weight",
+        UP: r"\.lora_B(\.default)?(\.weight)?|(\.lora_|[._]lora\.|\.lora_linear_layer\.)up\.weight",
+        MID: r"\.lora_mid\.weight",
+        ALPHA: r"\.alpha",
+        DORA: r"\.dora_scale|\.lora_magnitude_vector(\.default)?(\.weight)?",
+    }.items()
+}
+_OTHER_KINDS = {
+    "LoHa": re.compile(r".+\.hada_[wt]\d\w*"),
+    "LoKr": re.compile(r".+\.lokr_[wt]\d\w*"),
+    "OFT": re.compile(r".+\.oft_(blocks|diag)"),
+    "GLoRA": re.compile(r".+\.[ab][12]\.weight"),
+    "difference": re.compile(r".+\.(diff|diff_b|set_weight|reshape_weight|[wb]_norm)"),
+}
 
 
-def kohya_name(module_path: str) -> str:
-    """Return the kohya name of a UNet module, given its diffusers path: "mid_block.x" is "lora_unet_mid_block_x"."""
-    return "lora_unet_" + module_path.replace(".", "_")
+class LoraName(NamedTuple):
+    """The name of a LoRA tensor: the module's path as it is spelled, and kohya's name of the part."""
 
-
-def to_kohya(peft_state_dict: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """Rename a UNet adapter's PEFT tensors to kohya names, and write alpha (float32, []) for each module.
-
-    Takes "x.lora_A.weight" [r, in, ...] and "x.lora_B.weight" [out, r, ...], also as ".lora_A.default.weight" and with
-    "unet." and "base_model.model." before it. Tensors are passed on as they are.
-
-    Raises ValueError for another name, two names that become one, a module with one half only, and a bad alpha.
-    """
-    if not (math.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"alpha is {alpha!r}, but must be a positive number")
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in peft_state_dict.items():
-        match = _PEFT_NAME.fullmatch(name)
-        if match is None:
-            raise ValueError(f"{name} is not the name of a PEFT LoRA tensor, such as x.lora_A.weight")
-        key = f"{kohya_name(match['module'])}.{_PART[match['side']]}"
-        if key in renamed:
-            raise ValueError(f"{name} and another tensor would both be named {key}")
-        renamed[key] = tensor
-    for module in _group(renamed)[0]:
-        renamed[f"{module}.alpha"] = torch.tensor(float(alpha))
-    return renamed
-
-
-class ShapeMismatch(NamedTuple):
-    """A LoRA module whose product does not have the shape of the weight that it is to change."""
-
-    module: str
-    found: tuple[int, ...]
-    expected: tuple[int, ...]
+    path: str
+    part: str
 
 
 @dataclass(frozen=True)
-class Coverage:
-    """How much of a LoRA file fits a model, by kohya module name."""
+class LoraModule:
+    """What a LoRA has for one module: its tensors by kohya's names of the parts, and its path as it was spelled."""
 
-    matched: tuple[str, ...]
-    missing: tuple[str, ...]  # in the file but not in the model, or not named as kohya does
-    mismatched: tuple[ShapeMismatch, ...]
+    path: str
+    tensors: Mapping[str, Tensor]
 
     @property
-    def complete(self) -> bool:
-        """Whether the file has something for the model, and all of it fits."""
-        return bool(self.matched) and not self.missing and not self.mismatched
+    def rank(self) -> int:
+        """The rank r of the product."""
+        return self.tensors[DOWN].shape[0]
 
-    def describe(self) -> str:
-        """Say in one line what fits and what does not."""
-        total = len(self.matched) + len(self.missing) + len(self.mismatched)
-        parts = [f"{len(self.matched)} of {total} LoRA modules fit the model"]
-        if self.missing:
-            parts.append(f"not in the model: {_some(self.missing)}")
-        if self.mismatched:
-            shapes = [f"{m.module} is {_by(m.found)}, but the model has {_by(m.expected)}" for m in self.mismatched]
-            parts.append(f"wrong shape: {_some(shapes)}")
-        return "; ".join(parts)
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape [out, in, ...] of the product."""
+        kernel = self.tensors.get(MID, self.tensors[DOWN]).shape[2:]
+        return (self.tensors[UP].shape[0], self.tensors[DOWN].shape[1], *kernel)
 
 
-def coverage(state_dict: Mapping[str, Tensor], module_shapes: Mapping[str, tuple[int, ...]]) -> Coverage:
-    """Compare a kohya LoRA file with the weight shapes [out, in, ...] of a model, by kohya module name.
+def split_name(name: str) -> LoraName | None:
+    """Take the name of a LoRA tensor apart; None for another tensor's."""
+    for part, pattern in _PARTS.items():
+        match = pattern.fullmatch(name)
+        if match is not None:
+            return LoraName(match["path"], part)
+    return None
 
-    Raises ValueError for a module with one half only, or whose halves are not of one rank: such a file is damaged.
+
+def kohya_name(path: str) -> str:
+    """Return the kohya name of a module, given its path in any spelling: "mid_block.x" is "lora_unet_mid_block_x"."""
+    return "lora_unet_" + _bare(path).replace(".", "_")
+
+
+def to_kohya(state_dict: Mapping[str, Tensor], alpha: Alpha = None) -> dict[str, Tensor]:
+    """Rename the tensors of a LoRA, whatever their spelling, to kohya names, and write alpha (float32, []) if known.
+
+    An alpha in state_dict is kept. Tensors are passed on as they are, PEFT's DoRA magnitudes as [out, 1, ...].
+
+    Raises ValueError for a name that is not a LoRA's, a bad alpha, and as lora_modules does.
     """
-    modules, others = _group(state_dict)
-    matched: list[str] = []
-    missing = list(others)
-    mismatched: list[ShapeMismatch] = []
-    for module, (down, up) in modules.items():
-        expected = tuple(module_shapes.get(module, ()))
-        found = (up.shape[0], *down.shape[1:])
-        if module not in module_shapes:
-            missing.append(module)
-        elif _flat(found) != _flat(expected):
-            mismatched.append(ShapeMismatch(module, found, expected))
-        else:
-            matched.append(module)
-    return Coverage(tuple(matched), tuple(missing), tuple(mismatched))
+    modules, others = lora_modules(state_dict)
+    if others:
+        raise ValueError(f"{others[0]} is not the name of a LoRA tensor, such as x.lora_A.weight")
+    renamed: dict[str, Tensor] = {}
+    for name, module in modules.items():
+        renamed |= {f"{name}.{part}": tensor for part, tensor in module.tensors.items()}
+        known = alpha(_bare(module.path), module.rank) if callable(alpha) else alpha
+        if known is not None:
+            renamed.setdefault(f"{name}.{ALPHA}", torch.tensor(_checked(known)))
+    return renamed
 
 
-class _Pair(NamedTuple):
-    down: Tensor
-    up: Tensor
+def lora_modules(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, LoraModule], tuple[str, ...]]:
+    """Gather a LoRA's tensors by kohya module name, in their order; and the names that are not a LoRA's.
 
-
-def _group(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, _Pair], list[str]]:
-    """Gather the halves of each module, in the file's order; and the names that are not kohya's."""
-    parts: dict[str, dict[str, Tensor]] = {}
+    Looks at names and shapes alone, so the tensors may be on the meta device. Raises ValueError for two names that
+    become one, a module whose parts do not make a product, and weights of a kind that is not a LoRA.
+    """
+    spelled: dict[str, dict[str, str]] = {}
+    paths: dict[str, str] = {}
     others: list[str] = []
-    for name, tensor in state_dict.items():
-        match = _KOHYA_NAME.fullmatch(name)
-        if match is None:
+    for name in state_dict:
+        split = split_name(name)
+        if split is None:
+            _refuse_other_kinds(name)
             others.append(name)
-        else:
-            parts.setdefault(match["module"], {})[match["part"]] = tensor
-    return {module: _pair(module, tensors) for module, tensors in parts.items()}, others
+            continue
+        module = kohya_name(split.path)
+        paths.setdefault(module, split.path)
+        first = spelled.setdefault(module, {}).setdefault(split.part, name)
+        if first is not name:
+            raise ValueError(f"{first} and {name} would both be named {module}.{split.part}")
+    return {module: _module(paths[module], names, state_dict) for module, names in spelled.items()}, tuple(others)
 
 
-def _pair(module: str, tensors: Mapping[str, Tensor]) -> _Pair:
-    absent = [part for part in _PART.values() if part not in tensors]
+def _bare(path: str) -> str:
+    """Strip a module's path to what stands in the network: as diffusers spells it now, or without dots."""
+    path = re.sub(r"\.processor\.to_out$", ".to_out.0", _PREFIX.sub("", path))
+    return path.replace(".processor.", ".")
+
+
+def _checked(alpha: float) -> float:
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise ValueError(f"alpha is {alpha!r}, but must be a positive number")
+    return float(alpha)
+
+
+def _refuse_other_kinds(name: str) -> None:
+    for kind, pattern in _OTHER_KINDS.items():
+        if pattern.fullmatch(name):
+            raise ValueError(f"it has weights of the kind {kind} ({name}), not of a LoRA: use ComfyUI's own LoraLoader")
+
+
+def _module(path: str, names: Mapping[str, str], state_dict: Mapping[str, Tensor]) -> LoraModule:
+    """Gather the tensors of one module, given their names by part."""
+    absent = [part for part in (DOWN, UP) if part not in names]
     if absent:
-        raise ValueError(f"{module} has no {' and no '.join(absent)}: the LoRA is damaged")
-    down, up = (tensors[part] for part in _PART.values())
-    if down.ndim < 2 or up.ndim < 2 or up.numel() != up.shape[0] * down.shape[0]:
-        raise ValueError(
-            f"{module} has lora_down {_by(down.shape)} and lora_up {_by(up.shape)}, "
-            "which are not of one rank: the LoRA is damaged"
-        )
-    return _Pair(down, up)
+        raise ValueError(f"{path} has no {' and no '.join(absent)}: the LoRA is damaged")
+    tensors = {part: state_dict[name] for part, name in names.items()}
+    down, up, mid = tensors[DOWN], tensors[UP], tensors.get(MID)
+    whole = down.ndim > 1 and up.ndim > 1 and up.numel() == up.shape[0] * down.shape[0] > 0
+    if mid is not None:
+        # Tucker's form: only the core has a kernel.
+        whole = whole and mid.ndim > 2 and mid.shape[:2] == (down.shape[0],) * 2 and down[0].numel() == down.shape[1]
+    if not whole or (ALPHA in tensors and tensors[ALPHA].numel() != 1):
+        shapes = ", ".join(f"{part} {by(tensor.shape)}" for part, tensor in tensors.items())
+        raise ValueError(f"{path} has {shapes}, which are not of one rank: the LoRA is damaged")
+    if ".lora_magnitude_vector" in names.get(DORA, ""):
+        tensors[DORA] = tensors[DORA].reshape(-1, *[1] * (down.ndim - 1))  # PEFT's is [out], or [1, out, 1, 1]
+    return LoraModule(path, tensors)
 
 
-def _flat(shape: tuple[int, ...]) -> tuple[int, int]:
-    # The host multiplies flattened halves and reshapes the product, so a linear half may serve a 1 x 1 convolution.
-    return shape[0], math.prod(shape[1:])
-
-
-def _by(shape: tuple[int, ...]) -> str:
+def by(shape: tuple[int, ...]) -> str:
+    """Write a shape as a person does: 320 x 768."""
     return " x ".join(str(size) for size in shape) or "a number"
-
-
-def _some(names: list[str] | tuple[str, ...]) -> str:
-    rest = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

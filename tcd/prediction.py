@@ -5,6 +5,7 @@ Everything past this file thinks in x0, so no sampler and no loss branches on th
 
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from .trajectory import Level
@@ -57,6 +58,6 @@ def _check(prediction: str) -> None:
         raise ValueError(f"prediction is {prediction!r}, but must be one of {', '.join(choices)}")
 
 
-def _require_nonzero(value: Tensor, name: str, reason: str) -> None:
-    if bool((value == 0).any()):
+def _require_nonzero(value: Tensor | float, name: str, reason: str) -> None:
+    if bool((torch.as_tensor(value) == 0).any()):
         raise ValueError(f"{name} is 0: {reason}")

@@ -12,10 +12,10 @@ from torch import Tensor
 
 
 class Level(NamedTuple):
-    """A noise level: x = alpha * x0 + sigma * eps, with both of shape [] or [B, 1, 1, 1], float32 or float64."""
+    """A noise level: x = alpha * x0 + sigma * eps. Numbers, or tensors [] or [B, 1, 1, 1] of float32 or more."""
 
-    alpha: Tensor
-    sigma: Tensor
+    alpha: Tensor | float
+    sigma: Tensor | float
 
 
 def add_noise(x0: Tensor, eps: Tensor, t: Level) -> Tensor:
@@ -35,7 +35,7 @@ def jump(x: Tensor, x0: Tensor, t: Level, s: Level) -> Tensor:
     integrator. Without logarithms it also holds at zero terminal SNR (alpha_t = 0), and jumping to t itself gives x.
     A clean level (sigma_t = 0) can only be left for itself: there the ratio of the sigmas is 1, their limit at s = t.
     """
-    ratio = torch.where(t.sigma == 0, torch.ones_like(t.sigma), s.sigma / t.sigma)
+    ratio = _ratio(s.sigma, t.sigma)
     return ratio * x + (s.alpha - ratio * t.alpha) * x0
 
 
@@ -47,4 +47,10 @@ def renoise(x_s: Tensor, s: Level, t: Level, z: Tensor) -> Tensor:
     The second half of strategic stochastic sampling (arXiv 2402.19159). alpha_s must not be 0.
     """
     a = t.alpha / s.alpha  # divided first: a <= 1 however it is rounded, so no rounding makes the variance negative
-    return a * x_s + (t.sigma**2 - (a * s.sigma) ** 2).sqrt() * z
+    return a * x_s + (t.sigma**2 - (a * s.sigma) ** 2) ** 0.5 * z
+
+
+def _ratio(sigma_s: Tensor | float, sigma_t: Tensor | float) -> Tensor | float:
+    if isinstance(sigma_t, Tensor):
+        return torch.where(sigma_t == 0, torch.ones_like(sigma_t), sigma_s / sigma_t)
+    return sigma_s / sigma_t if sigma_t else 1.0

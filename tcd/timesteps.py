@@ -1,0 +1,98 @@
+"""Which timesteps a run visits: N of the grid on which a student was distilled, or those that a person typed."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+ORIGIN_STEPS = 50  # of the grid that published students were distilled on
+_FLOW_TIMESTEPS = 1000  # a flow has no timesteps of its own; diffusers counts its sigmas in thousandths, as do people
+
+_Number = TypeVar("_Number", int, float)
+
+
+def timestep_grid(
+    steps: int, *, num_timesteps: int = 1000, origin_steps: int = ORIGIN_STEPS, denoise: float = 1.0
+) -> list[int]:
+    """Choose `steps` timesteps, descending, among those on which the student was distilled.
+
+    The distillation grid is 19, 39, ..., 999 (num_timesteps / origin_steps apart). Of it, the lower part `denoise` is
+    kept and divided evenly from its top: 4 steps are 999, 759, 499, 259. denoise = 0 gives no timestep.
+
+    Raises ValueError when steps is not a whole number >= 1 or exceeds the timesteps kept, or denoise is not in [0, 1].
+    """
+    check_steps(steps, denoise)
+    if not 1 <= origin_steps <= num_timesteps:
+        raise ValueError(f"origin_steps is {origin_steps!r}, but must be from 1 to num_timesteps ({num_timesteps})")
+    if denoise == 0:
+        return []
+    kept = int(origin_steps * denoise)
+    if steps > kept:
+        raise ValueError(_too_many_steps(steps, kept, origin_steps, denoise))
+    skip = num_timesteps // origin_steps
+    return [(kept - i * kept // steps) * skip - 1 for i in range(steps)]
+
+
+def refined_origin_steps(steps: int, *, num_timesteps: int = 1000) -> int:
+    """Return the size of the coarsest grid with `steps` timesteps: 50, or a multiple of it that divides num_timesteps.
+
+    Each is a refinement of the distillation grid: 50, 100, 200, 250, 500 or 1000 of 1000 timesteps.
+
+    Raises ValueError when steps exceeds num_timesteps.
+    """
+    for origin_steps in range(ORIGIN_STEPS, num_timesteps + 1, ORIGIN_STEPS):
+        if num_timesteps % origin_steps == 0 and origin_steps >= steps:
+            return origin_steps
+    raise ValueError(
+        f"steps (divided by denoise, where that is below 1) is {steps}, but the model has {num_timesteps} timesteps: "
+        "use fewer steps or a higher denoise"
+    )
+
+
+def check_steps(steps: int, denoise: float) -> None:
+    """Raise ValueError unless steps is a whole number >= 1 and denoise is in [0, 1]."""
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise ValueError(f"steps is {steps!r}, but must be a whole number of at least 1")
+    if not 0.0 <= denoise <= 1.0:
+        raise ValueError(f"denoise is {denoise!r}, but must be from 0.0 to 1.0")
+
+
+def _too_many_steps(steps: int, kept: int, origin_steps: int, denoise: float) -> str:
+    remedies = [f"steps of at most {kept}"] if kept else []
+    if steps <= origin_steps:
+        remedies.append(f"denoise of at least {steps / origin_steps:g}")
+    return (
+        f"steps is {steps}, but denoise {denoise:g} keeps {kept} of the {origin_steps} distilled timesteps: "
+        f"use {' or '.join(remedies)}"
+    )
+
+
+def parse_timesteps(text: str, *, num_timesteps: int = 1000) -> list[int]:
+    """Read timesteps that a person typed, such as "800" or "999,759,499,259", strictly descending.
+
+    Raises ValueError, which says what to type, for anything else.
+    """
+    hint = f"type whole numbers from {num_timesteps - 1} down to 0 with commas between, such as 999,759,499,259"
+    return _descending(text, int, lambda timestep: 0 <= timestep < num_timesteps, hint)
+
+
+def parse_flow_times(text: str) -> list[float]:
+    """Read flow times that a person typed in thousandths, such as "1000,913.04,767.44": strictly descending, in (0, 1].
+
+    Raises ValueError, which says what to type, for anything else.
+    """
+    hint = "type numbers from 1000 down to above 0 with commas between, such as 1000,750,500,250"
+    timesteps = _descending(text, float, lambda timestep: 0 < timestep <= _FLOW_TIMESTEPS, hint)
+    return [timestep / _FLOW_TIMESTEPS for timestep in timesteps]
+
+
+def _descending(text: str, number: type[_Number], in_range: Callable[[_Number], bool], hint: str) -> list[_Number]:
+    try:
+        timesteps = [number(word) for word in text.split(",")]
+    except ValueError:
+        raise ValueError(f"timesteps is {text!r}: {hint}") from None
+    for timestep in timesteps:
+        if not in_range(timestep):
+            raise ValueError(f"timesteps has {timestep}, out of range: {hint}")
+    for before, after in zip(timesteps, timesteps[1:], strict=False):
+        if after >= before:
+            raise ValueError(f"timesteps has {after} after {before}, but must descend: {hint}")
+    return timesteps
