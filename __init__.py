@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .nodes import TCDExtension
 
+WEB_DIRECTORY = "./nodes/web"  # docs/<node>.md in it is the node's help page
+
 
 async def comfy_entrypoint() -> "TCDExtension":
     """Return the extension that lists the pack's nodes; the host calls this once, when it loads the pack."""

@@ -18,7 +18,7 @@ class TCDLoraLoader(io.ComfyNode):
             category="loaders",
             description=(
                 "Load a TCD LoRA, which makes a model a few-step one, and the steps, eta and cfg that its file "
-                "recommends. A file for another architecture is refused, never applied in part."
+                "recommends. A file for another architecture is refused, and one that fits in part only if allowed."
             ),
             inputs=[
                 io.Model.Input(
@@ -32,6 +32,13 @@ class TCDLoraLoader(io.ComfyNode):
                     max=100.0,
                     step=0.01,
                     tooltip="How much of the LoRA is added to the weights theta. 0 leaves the model as it is.",
+                ),
+                io.Boolean.Input(
+                    "allow_partial",
+                    default=False,
+                    optional=True,
+                    tooltip="Apply what fits of a file that fits in part, such as one with weights for a text encoder "
+                    "too. The log says what is left out.",
                 ),
             ],
             outputs=[
@@ -55,9 +62,12 @@ class TCDLoraLoader(io.ComfyNode):
         return lora_name and host.lora_stamp(lora_name)
 
     @classmethod
-    def execute(cls, model: object, lora_name: str, strength_model: float) -> io.NodeOutput:
+    def execute(
+        cls, model: object, lora_name: str, strength_model: float, allow_partial: bool = False
+    ) -> io.NodeOutput:
         """Return the model with the LoRA, and the recommended settings."""
         check_range("strength_model", strength_model, -100.0, 100.0)
         lora = host.read_lora(lora_name)
         settings = lora.settings()
-        return io.NodeOutput(host.apply_lora(model, lora, strength_model), *settings)
+        patched = host.apply_lora(model, lora, strength_model, allow_partial=allow_partial)
+        return io.NodeOutput(patched, *settings)

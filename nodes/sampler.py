@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from . import host
+from .eta import eta_input
 from .ranges import check_range
 
 
@@ -20,19 +21,7 @@ class TCDSampler(io.ComfyNode):
                 "Strategic stochastic sampling of Trajectory Consistency Distillation (TCD, arXiv 2402.19159), for a "
                 "model with a TCD LoRA. Use it with TCD Sigmas and a cfg near 1."
             ),
-            inputs=[
-                io.Float.Input(
-                    "eta",
-                    default=0.3,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip=(
-                        "Stochasticity, the paper's gamma. 0 is deterministic; 1 goes back to clean and adds all noise "
-                        "anew at each step, as LCM does. 0.3 suits few steps, more suits more steps."
-                    ),
-                ),
-            ],
+            inputs=[eta_input()],
             outputs=[io.Sampler.Output(tooltip="For the sampler input of SamplerCustom or SamplerCustomAdvanced.")],
         )
 

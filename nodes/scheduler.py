@@ -16,8 +16,9 @@ class TCDSigmas(io.ComfyNode):
             display_name="TCD Sigmas",
             category="sampling/custom_sampling/schedulers",
             description=(
-                "Noise levels for TCD Sampler: evenly spaced among the 50 timesteps (19, 39 ... 999) that TCD LoRAs "
-                "are distilled on, or timesteps of your own."
+                "Noise levels for TCD Sampler, evenly spaced: among the 50 timesteps (19, 39 ... 999) that TCD LoRAs "
+                "are distilled on; in shifted time for a flow model (SD3, Flux); in sigma / (1 + sigma) for a model "
+                "without timesteps (EDM). Or at timesteps of your own."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The model whose sigma at each timestep t is taken."),
@@ -25,8 +26,11 @@ class TCDSigmas(io.ComfyNode):
                     "steps",
                     default=4,
                     min=1,
-                    max=50,
-                    tooltip="The paper's N, the number of steps: 4 gives the timesteps 999, 759, 499 and 259.",
+                    max=1000,
+                    tooltip=(
+                        "The paper's N, the number of steps: 4 gives the timesteps 999, 759, 499 and 259. "
+                        "At most 50 where the model has timesteps, of which TCD LoRAs know 50."
+                    ),
                 ),
                 io.Float.Input(
                     "denoise",
@@ -35,8 +39,8 @@ class TCDSigmas(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     tooltip=(
-                        "The part of the trajectory to go, counted from clean (t = 0). Below 1 the latent image is "
-                        "kept in part; 0 keeps it whole."
+                        "The part of the trajectory to go, counted from clean (t = 0) on the model's clock. Below 1 "
+                        "the latent image is kept in part; 0 keeps it whole."
                     ),
                 ),
                 io.String.Input(
@@ -44,8 +48,9 @@ class TCDSigmas(io.ComfyNode):
                     default="",
                     optional=True,
                     tooltip=(
-                        "The paper's timesteps tau_N > ... > tau_1 by hand, such as 800 or 999,759,499,259. "
-                        "Steps and denoise then have no say. Empty: chosen by steps and denoise."
+                        "The paper's timesteps tau_N > ... > tau_1 by hand, such as 800 or 999,759,499,259; for a flow "
+                        "model of 1000, as its network is told them, such as 1000,750.5,500. Steps and denoise then "
+                        "have no say. Empty: chosen by steps and denoise."
                     ),
                 ),
             ],

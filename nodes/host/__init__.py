@@ -1,0 +1,24 @@
+"""The one package that imports the host's own modules: its objects come in, and become those that tcd/ knows."""
+
+from .clock import schedule_of, scheduler_sigmas, tcd_sigmas
+from .lists import register, set_eta
+from .lora import apply_lora
+from .lora_files import lora_names, lora_stamp, read_lora
+from .sampling import sample_with_tcd, tcd_sampler
+from .schedulers import SETUP_SCHEDULERS, setup_sigmas
+
+__all__ = [
+    "SETUP_SCHEDULERS",
+    "apply_lora",
+    "lora_names",
+    "lora_stamp",
+    "read_lora",
+    "register",
+    "sample_with_tcd",
+    "schedule_of",
+    "scheduler_sigmas",
+    "set_eta",
+    "setup_sigmas",
+    "tcd_sampler",
+    "tcd_sigmas",
+]
