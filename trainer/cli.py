@@ -1,14 +1,15 @@
-"""The command line: `tcd-train run CONFIG.toml [section.key=value ...]`."""
+"""The command line: `tcd-train COMMAND ...`."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from trainer.errors import UserError
+from trainer.commands import COMMANDS
+from trainer.errors import RunError, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,41 +17,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        return _run(options)
+        code: int = options.execute(options)
+        return code
     except UserError as error:
         return _fail(str(error), 2)
-    except KeyboardInterrupt:
-        return _fail("interrupted; no LoRA was written", 130)
+    except (RunError, OSError) as error:  # an OSError says which file, and that the disk is full
+        return _fail(str(error), 1)
+    except KeyboardInterrupt as error:
+        return _fail(str(error) or "interrupted; no LoRA was written", 130)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tcd-train", description="Distill a diffusion model into a TCD LoRA.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    run = commands.add_parser("run", help="distill as a configuration file says")
-    run.add_argument("config", type=Path, metavar="CONFIG.toml")
-    run.add_argument("overrides", nargs="*", metavar="section.key=value", help="take precedence over the file")
-    run.add_argument("--dry-run", action="store_true", help="check everything, print the plan, and stop")
+    for name in COMMANDS:
+        module = importlib.import_module(f"trainer.commands.{name}")
+        command = commands.add_parser(name, help=module.HELP, description=module.__doc__)
+        module.add_arguments(command)
+        command.set_defaults(execute=module.execute)
     return parser
-
-
-def _run(options: argparse.Namespace) -> int:
-    # Imported here, so that `--help` and a typo in the configuration do not wait for the model libraries.
-    from trainer import config
-
-    resolved = config.load(options.config, options.overrides)
-
-    from trainer.export import ExportError
-    from trainer.loop import NonFiniteError
-    from trainer.run import check, plan, run
-
-    if options.dry_run:
-        sys.stdout.write(f"{resolved.to_toml()}\n{plan(resolved, check(resolved))}\n")
-        return 0
-    try:
-        run(resolved)
-    except (ExportError, NonFiniteError, OSError) as error:  # an OSError says which file, and that the disk is full
-        return _fail(str(error), 1)
-    return 0
 
 
 def _fail(message: str, code: int) -> int:

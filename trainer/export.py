@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import os
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,49 +14,47 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tcd import to_kohya
 from trainer import adapter
+from trainer.adapter_file import TOLD
+from trainer.atomic import whole_file
+from trainer.conditioning import Conditioning
 from trainer.config import Config
+from trainer.errors import RunError
 from trainer.network import Network
 from trainer.teacher import Base
 
+_METHODS = {"uniform": "tcd", "zero": "lcm", "segment": "tscd", "phase": "pcm", "target": "tdd"}
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
 
-class ExportError(RuntimeError):
+class ExportError(RunError):
     """The written file does not give what the network in training gives; it was removed."""
 
 
-def write_lora(path: Path, network: Network, config: Config, metadata: dict[str, str], context: Tensor) -> None:
+def write_lora(path: Path, network: Network, config: Config, metadata: dict[str, str], cond: Conditioning) -> None:
     """Write the adapter of `network` to `path`, atomically, after reading it back and comparing one prediction.
 
-    context: [1, 77, D], any caption, for that prediction.  Raises ExportError when the file's prediction differs from
+    cond: one row, any caption, for that prediction.  Raises ExportError when the file's prediction differs from
     the trained one by more than rounding, or not at all from the base's.
     """
     dtype = getattr(torch, config.output.dtype)
-    state = to_kohya(adapter.adapter_state(network.unet), config.adapter.alpha)
+    state = adapter.file_tensors(network.unet, config.adapter.alpha)
     state = {key: value.to("cpu", dtype).contiguous() for key, value in state.items()}
-    unfinished = path.with_name(f".{path.stem}.unfinished.safetensors")
-    try:
+    with whole_file(path) as unfinished:
         save_file(state, unfinished, metadata=metadata)
-        os.chmod(unfinished, 0o644)
-        with open(unfinished, "rb+") as file:
-            os.fsync(file.fileno())
-        _verify(unfinished, network, context, TOLERANCE[dtype])
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        # A base in bfloat16 answers the least change of an adapter with as much as the rounding of its own dtype.
+        _verify(unfinished, network, cond, max(TOLERANCE[dtype], TOLERANCE.get(network.unet.dtype, 0)))
 
 
 @torch.no_grad()
-def _verify(path: Path, network: Network, context: Tensor, tolerance: float) -> None:
+def _verify(path: Path, network: Network, cond: Conditioning, tolerance: float) -> None:
     """Read the file with diffusers' own loader, as a second adapter on the same frozen base, and compare."""
     unet = network.unet
-    trained = _probe(network, context)
+    trained = _probe(network, cond)
     with adapter.adapters_off(unet):
-        base = _probe(network, context)
+        base = _probe(network, cond)
     with adapter.second_adapter(unet, path):
-        written = _probe(network, context)
+        written = _probe(network, cond)
     error = ((written - trained).norm() / trained.norm()).item()
     effect = ((written - base).norm() / base.norm()).item()
     if not error <= tolerance:
@@ -66,11 +63,12 @@ def _verify(path: Path, network: Network, context: Tensor, tolerance: float) -> 
         raise ExportError("the written LoRA changes nothing: its prediction is the base model's")
 
 
-def _probe(network: Network, context: Tensor) -> Tensor:
-    """One prediction, always at the same noise and timestep."""
-    size = network.unet.config.sample_size
-    x_t = torch.randn((1, 4, size, size), generator=torch.Generator().manual_seed(0)).to(context.device)
-    return network.x0(x_t, torch.tensor([499], device=context.device), context)
+def _probe(network: Network, cond: Conditioning) -> Tensor:
+    """One prediction, always at the same noise and timesteps."""
+    device = cond.context.device
+    x_t = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(0)).to(device)  # small proves as much
+    t, s = torch.tensor([[499], [259]], device=device)
+    return network.x0(x_t, t, cond, s)
 
 
 def describe(config: Config, base: Base, source: Path) -> dict[str, str]:
@@ -79,7 +77,7 @@ def describe(config: Config, base: Base, source: Path) -> dict[str, str]:
     predicted = {"eps": "epsilon", "v": "v", "x0": "sample", "flow": "flow"}[base.prediction]
     metadata = {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": "stable-diffusion-v1/lora" if base.family == "sd15" else f"{base.family}-sd/lora",
+        "modelspec.architecture": f"{_architecture(base)}/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.title": output.name,
         "modelspec.date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -87,16 +85,18 @@ def describe(config: Config, base: Base, source: Path) -> dict[str, str]:
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(config.adapter.rank),
         "ss_network_alpha": str(config.adapter.alpha),
-        "ss_base_model_version": "sd_v1" if base.family == "sd15" else f"{base.family}_sd",
+        "ss_base_model_version": _kohya_version(base),
+        "ss_v2": str(base.family == "sd2"),
+        "ss_zero_terminal_snr": str(base.alpha_bar[-1].item() == 0),
         "tcd.version": version("trajectory-consistency"),
-        "tcd.method": "tcd" if method.law == "uniform" else "lcm",
+        "tcd.method": _METHODS[method.law],
         "tcd.law": method.law,
         "tcd.grid": str(method.origin_steps),
         "tcd.skip": str(method.skip),
         "tcd.guidance_min": str(method.guidance_min),
         "tcd.guidance_max": str(method.guidance_max),
         "tcd.prediction_type": base.prediction,
-        "tcd.target_time": "none",
+        TOLD: method.told if method.target_time else "none",
         "tcd.steps": str(output.steps),
         "tcd.eta": str(output.eta),
         "tcd.cfg": str(output.cfg),
@@ -106,6 +106,20 @@ def describe(config: Config, base: Base, source: Path) -> dict[str, str]:
         metadata["ss_sd_model_name"] = source.name
         metadata["ss_sd_model_hash"] = _short_hash(source)
     return metadata
+
+
+def _architecture(base: Base) -> str:
+    """The base's name in the model specification of Stability AI."""
+    if base.family == "sd2":
+        return "stable-diffusion-v2-768-v" if base.prediction == "v" else "stable-diffusion-v2-512"
+    return {"sd15": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1-base"}.get(base.family, f"{base.family}-sd")
+
+
+def _kohya_version(base: Base) -> str:
+    """The base's name among kohya's."""
+    if base.family == "sd2":
+        return "sd_v2_v" if base.prediction == "v" else "sd_v2"
+    return {"sd15": "sd_v1", "sdxl": "sdxl_base_v1-0"}.get(base.family, f"{base.family}_sd")
 
 
 def _short_hash(path: Path) -> str:

@@ -1,14 +1,15 @@
-"""The names of a single-file checkpoint: diffusers module path -> the original latent-diffusion key.
+"""The names of a single-file checkpoint: diffusers module path <-> the original latent-diffusion key.
 
-The reading direction (file -> diffusers) is diffusers' own converter; this is the writing direction, for files
-that ComfyUI loads.  Flows in: state dicts in diffusers' names.  Flows out: one dict in the checkpoint's names.
+Flows in: the names of a model's tensors in diffusers or transformers.  Flows out: the `Place` of each in the file,
+by which files are both written and read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 UNET_PREFIX = "model.diffusion_model."
@@ -36,29 +37,118 @@ _UNET_TOP = {
     "conv_out": "out.2",
 }
 _VAE_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out", "group_norm": "norm"}
+_OPEN_CLIP = {
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm.weight": "ln_final.weight",
+    "final_layer_norm.bias": "ln_final.bias",
+    "text_projection.weight": "text_projection",
+}
+_OPEN_CLIP_LAYER = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "self_attn.out_proj": "attn.out_proj",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+_THIRDS = {"self_attn.q_proj": 0, "self_attn.k_proj": 1, "self_attn.v_proj": 2}
+
+
+class Place(NamedTuple):
+    """Where a tensor stands in a single-file checkpoint, and in which form."""
+
+    name: str
+    third: int | None = None
+    """Which part it is of what the file has in one: OpenCLIP's query, key and value."""
+    transposed: bool = False
+    """As OpenCLIP's projection, which multiplies from the other side."""
+    convolution: bool = False
+    """A matrix that the file has as a convolution of 1 x 1: the VAE's attention."""
+
+    def read(self, tensor: Tensor, shape: Sequence[int]) -> Tensor:
+        """Take a model's tensor of that shape out of the file's.
+
+        Raises ValueError when it has another shape.
+        """
+        part = tensor if self.third is None else tensor.chunk(3)[self.third]
+        part = part.T if self.transposed else part
+        part = part.flatten(1) if self.convolution and part.ndim > 1 else part
+        if part.shape != torch.Size(shape):
+            raise ValueError(f"{self.name} has the shape {list(tensor.shape)}, which gives no {list(shape)}")
+        return part
+
+
+def to_file(state: Mapping[str, Tensor], places: Mapping[str, Place]) -> dict[str, Tensor]:
+    """Bring a model's tensors into the names and forms of the file."""
+    out: dict[str, Tensor] = {}
+    thirds: dict[str, dict[int, Tensor]] = {}
+    for key, value in state.items():
+        place = places[key]
+        if place.third is not None:
+            thirds.setdefault(place.name, {})[place.third] = value
+        elif place.convolution and value.ndim == 2:
+            out[place.name] = value[:, :, None, None]
+        else:
+            out[place.name] = value.T if place.transposed else value
+    return out | {name: torch.cat([parts[i] for i in range(3)]) for name, parts in thirds.items()}
 
 
 def unet_to_ldm(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Rename a UNet2DConditionModel's state dict; `config` is the model's own."""
-    modules = _unet_modules(config)
-    return {UNET_PREFIX + _rename(key, modules, _UNET_RESNET, ".resnets."): value for key, value in state.items()}
+    return to_file(state, unet_places(state, config))
 
 
 def vae_to_ldm(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Rename an AutoencoderKL's state dict; attention weights become the 1 x 1 convolutions of the original."""
-    modules = _vae_modules(config)
-    out = {}
-    for key, value in state.items():
-        inner = _VAE_ATTENTION if ".attentions." in key else {"conv_shortcut": "nin_shortcut"}
-        name = VAE_PREFIX + _rename(key, modules, inner, ".")
-        is_projection = ".attentions." in key and value.ndim == 2
-        out[name] = value[:, :, None, None] if is_projection else value
-    return out
+    return to_file(state, vae_places(state, config))
 
 
 def text_to_ldm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a CLIPTextModel's state dict, whether or not its names begin with `text_model.`."""
-    return {TEXT_PREFIX + key.removeprefix("text_model."): value for key, value in state.items()}
+    """Rename a CLIPTextModel's state dict, whether or not its names begin with `text_model.`, as SD1.5 has it."""
+    return to_file(state, clip_places(state, TEXT_PREFIX))
+
+
+def unet_places(keys: Iterable[str], config: Mapping[str, Any]) -> dict[str, Place]:
+    """The places of a UNet2DConditionModel's tensors; `config` is the model's own."""
+    modules = _unet_modules(config)
+    return {key: Place(UNET_PREFIX + _rename(key, modules, _UNET_RESNET, ".resnets.")) for key in keys}
+
+
+def vae_places(keys: Iterable[str], config: Mapping[str, Any], prefix: str = VAE_PREFIX) -> dict[str, Place]:
+    """The places of an AutoencoderKL's tensors; a file with nothing but a VAE has no prefix."""
+    modules = _vae_modules(config)
+    out = {}
+    for key in keys:
+        attends = ".attentions." in key
+        inner = _VAE_ATTENTION if attends else {"conv_shortcut": "nin_shortcut"}
+        out[key] = Place(prefix + _rename(key, modules, inner, "."), convolution=attends)
+    return out
+
+
+def clip_places(keys: Iterable[str], prefix: str) -> dict[str, Place]:
+    """The places of a CLIPTextModel's tensors in a file that has OpenAI's CLIP-L as transformers names it."""
+    return {key: Place(prefix + key.removeprefix("text_model.")) for key in keys}
+
+
+def open_clip_places(keys: Iterable[str], prefix: str) -> dict[str, Place]:
+    """The places of a CLIPTextModel's tensors in a file that has it as OpenCLIP names it, query, key and value in one.
+
+    Raises KeyError for a tensor that OpenCLIP has no name for.
+    """
+    out = {}
+    for key in keys:
+        name = key.removeprefix("text_model.")
+        if name in _OPEN_CLIP:
+            out[key] = Place(prefix + _OPEN_CLIP[name], transposed=name == "text_projection.weight")
+            continue
+        _, _, number, rest = name.split(".", 3)  # encoder.layers.N.
+        module, _, leaf = rest.rpartition(".")
+        block = f"{prefix}transformer.resblocks.{number}."
+        if module in _THIRDS:
+            out[key] = Place(f"{block}attn.in_proj_{leaf}", third=_THIRDS[module])
+        else:
+            out[key] = Place(f"{block}{_OPEN_CLIP_LAYER[module]}.{leaf}")
+    return out
 
 
 def _rename(key: str, modules: Mapping[str, str], inner: Mapping[str, str], inner_within: str) -> str:

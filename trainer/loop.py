@@ -6,87 +6,194 @@ Flows in: a network with an adapter on it, and a dataset.  Flows out: the adapte
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from trainer.adapter import adapters_off
+from trainer.adapter import (
+    adapter_tensors,
+    add_average,
+    embedding_parameters,
+    load_adapter_tensors,
+    update_average,
+)
+from trainer.checkpoint import Checkpoints
+from trainer.compiled import compile_unet
 from trainer.config import Config
-from trainer.data import Dataset
+from trainer.dataset import Dataset
+from trainer.errors import RunError
+from trainer.full_memory import memory_advice
+from trainer.interrupt import Interrupted, asked_to_stop
 from trainer.network import Network
-from trainer.objective import tcd_loss
-from trainer.randomness import generator
-from trainer.times import Times, sample_times
+from trainer.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
+from trainer.processes import ALONE, Processes
+from trainer.step import draw, step_losses
+
+FLOAT16_SCALE = 1024.0  # of the loss, so that the gradients within a float16 UNet are not rounded to zero
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(RunError):
     """The loss or its gradient became NaN or infinite, and training stopped before it reached the weights."""
 
 
-def train(network: Network, parameters: Sequence[nn.Parameter], dataset: Dataset, config: Config) -> list[float]:
-    """Train `parameters` for `config.training.steps` steps and return the loss of each.
+class StepRecord(NamedTuple):
+    """What one step did."""
 
-    Raises NonFiniteError before a non-finite gradient would be applied.
+    step: int
+    """Number of steps that are done with this one."""
+    loss: float
+    lr: float
+    norm: float
+    """Of the gradient, before clipping."""
+    t: Tensor
+    s: Tensor
+    losses: Tensor
+    """[B] each, on the CPU: the times and the loss of every picture of the step, of all processes."""
+    images: int
+    seconds: float
+
+
+Observer = Callable[[StepRecord], None]
+
+
+def train(
+    network: Network,
+    parameters: Sequence[nn.Parameter],
+    dataset: Dataset,
+    config: Config,
+    *,
+    observers: Sequence[Observer] = (),
+    checkpoints: Checkpoints | None = None,
+    processes: Processes = ALONE,
+) -> list[float]:
+    """Train `parameters` up to step `config.training.steps`, from the newest of `checkpoints`, and return every loss.
+
+    observers: called after each step, in the main process alone.  Raises NonFiniteError before a non-finite gradient
+    would be applied, MemoryFullError, OSError when a checkpoint cannot be written, and Interrupted, all of them with
+    the last checkpoint whole.
     """
-    training = config.training
-    optimizer = torch.optim.AdamW(parameters, lr=training.lr, weight_decay=training.weight_decay)
-    rates = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: lr_factor(step, training.steps, training.warmup_steps)
+    training = Training(network, parameters, dataset, config, processes)
+    saved = checkpoints.latest() if checkpoints else None
+    if saved is not None:
+        training.restore(saved)
+    steps, batch = config.training.steps, config.training.batch
+    bar = tqdm(
+        total=steps * batch,
+        initial=training.step * batch,
+        desc="distilling",
+        unit="img",
+        unit_scale=True,
+        disable=not processes.main,
     )
-    losses = []
-    bar = tqdm(total=training.steps * training.batch, desc="distilling", unit="img", unit_scale=True)
-    for step in range(training.steps):
-        loss = step_loss(network, dataset, config, step)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(parameters, training.clip)
-        if not math.isfinite(norm.item()):
+    with bar, asked_to_stop() as asked, memory_advice(config, training.largest):
+        while training.step < steps:
+            record, stop = training.advance(asked)
+            if processes.main:
+                bar.update(batch)
+                bar.set_postfix(loss=f"{_mean(training.losses[-50:]):.4f}", refresh=False)
+                for observe in observers:
+                    observe(record)
+            save = checkpoints and (stop or training.step == steps or checkpoints.due(training.step))
+            if checkpoints and save and processes.main:
+                checkpoints.save(training.step, training.tensors())
+            if stop:
+                kept = "saved; the same command goes on from there" if save else "nothing was saved"
+                raise Interrupted(f"stopped after step {training.step} of {steps}: {kept}")
+    return training.losses
+
+
+class Training:
+    """All that changes while training, and how one step changes it."""
+
+    def __init__(
+        self,
+        network: Network,
+        parameters: Sequence[nn.Parameter],
+        dataset: Dataset,
+        config: Config,
+        processes: Processes = ALONE,
+    ) -> None:
+        """Begin at step 0; raises UserError when the settings do not fit the processes or what is installed."""
+        self.network, self.parameters, self.dataset, self.config = network, parameters, dataset, config
+        self.processes = processes
+        self.losses: list[float] = []
+        self.optimizer = make_optimizer(parameters, config.training, embedding_parameters(network.unet))
+        self.parts = processes.parts(config.training.batch, config.training.accumulate)
+        self.scale = FLOAT16_SCALE if network.unet.dtype == torch.float16 else 1.0
+        if config.method.ema_decay:
+            add_average(network.unet)
+        if config.training.gradient_checkpointing:
+            network.unet.enable_gradient_checkpointing()
+        if config.training.compile:
+            compile_unet(network.unet)
+
+    @property
+    def step(self) -> int:
+        """Number of steps that are done."""
+        return len(self.losses)
+
+    @property
+    def largest(self) -> int:
+        """Number of pictures that are in the UNet at a time, but for the teacher, which has each twice."""
+        return max(part.stop - part.start for part in self.parts)
+
+    def advance(self, asked: Callable[[], bool] = bool) -> tuple[StepRecord, bool]:
+        """Do one step; `asked` tells whether this process is to stop, and what comes back whether any is."""
+        began, training, dropout = time.perf_counter(), self.config.training, self.config.data.caption_dropout
+        losses = self.parameters[0].new_zeros(training.batch)
+        for rows in self.parts:
+            batch = self.dataset.batch(self.step, training.batch, rows, seed=training.seed, caption_dropout=dropout)
+            draws = draw(self.config, self.step, batch.latents.shape[1:])
+            part = step_losses(self.network, batch, draws.of(rows), self.config)
+            (part.sum() * (self.scale / training.batch)).backward()
+            losses[rows] = part.detach()
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        stops = losses.new_full((1,), float(asked()))
+        self.processes.add_up([*gradients, losses, stops])
+        if self.scale != 1:
+            torch._foreach_div_(gradients, self.scale)
+        length = nn.utils.clip_grad_norm_(self.parameters, training.clip)
+        seen = torch.cat([losses, length.view(1), stops]).cpu()  # the one time in a step that a GPU is waited for
+        loss, norm = seen[:-2].mean().item(), seen[-2].item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NonFiniteError(
-                f"step {step}: loss {loss.item()}, gradient norm {norm.item()}; try a smaller training.lr"
+                f"step {self.step + 1}: loss {loss}, gradient norm {norm}; try a smaller training.lr, or "
+                "base.dtype=float32"
             )
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        rates.step()
-        losses.append(loss.item())
-        bar.update(training.batch)
-        bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.4f}", refresh=False)
-    bar.close()
-    return losses
+        rate = set_rate(self.optimizer, self.step, training)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.config.method.ema_decay:
+            update_average(self.network.unet, self.config.method.ema_decay)
+        self.losses.append(loss)
+        seconds = time.perf_counter() - began
+        record = StepRecord(
+            self.step, loss, rate, norm, draws.times.t, draws.times.s, seen[:-2], training.batch, seconds
+        )
+        return record, bool(seen[-1])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a checkpoint holds: the adapters, what the optimizer remembers, and the losses."""
+        return {
+            **{f"adapter.{name}": tensor for name, tensor in adapter_tensors(self.network.unet).items()},
+            **{f"optimizer.{name}": tensor for name, tensor in optimizer_state(self.optimizer).items()},
+            "losses": torch.tensor(self.losses, dtype=torch.float64),
+        }
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Be as the training was that `tensors` is from; raises UserError when it had another adapter."""
+        load_adapter_tensors(self.network.unet, _under("adapter.", tensors))
+        load_optimizer_state(self.optimizer, _under("optimizer.", tensors))
+        self.losses = tensors["losses"].tolist()
 
 
-def step_loss(network: Network, dataset: Dataset, config: Config, step: int) -> Tensor:
-    """The loss of one step: everything random in it is a function of (seed, step)."""
-    method, seed, size = config.method, config.training.seed, config.training.batch
-    device = network.alpha_bar.device
-    batch = dataset.batch(step, size, seed=seed, caption_dropout=config.data.caption_dropout)
-    draw = generator(seed, "loss", step)
-    times = sample_times(size, law=method.law, origin_steps=method.origin_steps, skip=method.skip, generator=draw)
-    eps = torch.randn(batch.latents.shape, generator=draw).to(device)
-    low, high = method.guidance_min, method.guidance_max
-    guidance = (low + (high - low) * torch.rand(size, generator=draw)).to(device)
-    context, uncond = batch.context.to(device), dataset.uncond.to(device)
-
-    def student(x_t: Tensor, timesteps: Tensor, rows: Tensor) -> Tensor:
-        return network.x0(x_t, timesteps, context[rows])
-
-    def teacher(x_t: Tensor, timesteps: Tensor, rows: Tensor) -> Tensor:
-        with adapters_off(network.unet):
-            return network.guided_x0(x_t, timesteps, context[rows], uncond, guidance[rows])
-
-    return tcd_loss(
-        student,
-        teacher,
-        batch.latents.to(device),
-        eps,
-        Times(*(time.to(device) for time in times)),
-        level=network.level,
-        huber_c=method.huber_c,
-    )
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
-def lr_factor(step: int, steps: int, warmup_steps: int) -> float:
-    """The learning rate at a step as a share of its peak: linear warm-up, then a cosine that ends at zero."""
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(steps - warmup_steps, 1)))
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -10,27 +10,39 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
-from trainer.adapter import add_adapter
-from trainer.bases import Family
-from trainer.conditioning import encode
-from trainer.config import Config
-from trainer.data import Dataset, Picture, encode_pictures, find_pictures
+from trainer import sharding
+from trainer.adapter import adapter_tensors, add_adapter, freeze_lora, load_adapter_tensors, start_from
+from trainer.atomic import whole_file
+from trainer.buckets import Size
+from trainer.cache import open_cached
+from trainer.checkpoint import Checkpoints
+from trainer.config import FILE_NAME, Config, changes, load
+from trainer.encode import prepare
 from trainer.errors import UserError
 from trainer.export import describe, write_lora
-from trainer.loop import train
+from trainer.history import History
+from trainer.loop import Observer, train
 from trainer.network import Network
-from trainer.teacher import Base, identify, load_base, locate
+from trainer.optimizer import optimizer_class
+from trainer.placement import placed
+from trainer.preview import Previews
+from trainer.processes import join
+from trainer.report import write_report
+from trainer.scenes import Scenes, encode_scenes
+from trainer.survey import Survey, survey
+from trainer.teacher import Identity, identify, load_base, locate
+from trainer.trackers import require, trackers
 
-CONFIG_NAME = "config.toml"
 log = logging.getLogger("trajectory-consistency")
 
 
 class Inputs(NamedTuple):
     """What a run reads, as far as it can be known without a model in memory."""
 
-    family: Family
-    pictures: list[Picture]
+    base: Identity
+    found: Survey
 
 
 def check(config: Config) -> Inputs:
@@ -38,94 +50,145 @@ def check(config: Config) -> Inputs:
 
     Raises UserError for whatever would stop the run.
     """
-    _device(config)
+    _, dtype = placed(config)
     _check_free(config)
-    return Inputs(identify(config.base.path), find_pictures(config.data_folder))
+    optimizer_class(config.training)
+    if sharding.wanted() and config.preview.prompts:
+        raise UserError(
+            "preview.prompts are drawn by one process, and FSDP leaves none with the whole base: "
+            "use preview.prompts=[], or gpus.yaml in the place of fsdp.yaml"
+        )
+    start = config.adapter.start_from
+    if start and not Path(start).expanduser().is_file():
+        raise UserError(f"adapter.start_from is {start}, where there is no file")
+    require(config.log)
+    base = config.base
+    identity = identify(base.path, prediction=base.prediction, zero_snr=base.zero_snr, vae=base.vae)
+    cached = open_cached(config, dtype)
+    return Inputs(identity, cached.found if cached else survey(config))
 
 
 def plan(config: Config, inputs: Inputs) -> str:
     """Say in words what a run would do."""
-    training, method, pictures = config.training, config.method, inputs.pictures
+    training, method, found = config.training, config.method, inputs.found
+    device, dtype = placed(config)
     return "\n".join(
         [
-            f"base      {config.base.path} ({inputs.family}), in {_dtype(config)} on {_device(config)}",
-            f"data      {len(pictures)} captioned pictures in {config.data.folder}, at {config.data.resolution} px",
+            f"base      {config.base.path} ({inputs.base}), in {dtype} on {device}",
+            *(f"          {note}" for note in inputs.base.notes),
+            f"data      {found.pictures} captioned pictures in {config.data.summary}, at {config.data.resolution} px",
+            *([f"          left out: {found.complaints()}"] if found.problems else []),
             f"method    law {method.law}, solver step {method.skip}, "
             f"guidance {method.guidance_min:g} to {method.guidance_max:g}",
             f"adapter   rank {config.adapter.rank}, alpha {config.adapter.alpha:g}",
             f"training  {training.steps} steps of {training.batch} pictures "
-            f"({training.steps * training.batch / len(pictures):.1f} epochs), learning rate {training.lr:g}",
+            f"({training.steps * training.batch / found.pictures:.1f} epochs), learning rate {training.lr:g}",
             f"output    {config.lora_path}",
         ]
     )
 
 
 def run(config: Config) -> Path:
-    """Distill, and return the LoRA file's path.
+    """Distill, or go on with it from the last checkpoint in the output folder, and return the LoRA file's path.
 
-    Raises UserError for bad input, NonFiniteError when training diverges, ExportError when the file does not hold up.
+    Raises UserError for bad input, what `train` raises, and ExportError when the file does not hold up.
     """
     inputs = check(config)
-    log.info("%s", plan(config, inputs))
-    device = _device(config)
-    base = load_base(config.base.path, prediction=config.base.prediction, dtype=_dtype(config))
-    metadata = describe(config, base, locate(config.base.path))
-    dataset = _encode(base, inputs.pictures, config, device)
-    network = Network(base.unet.to(device), base.alpha_bar.float().to(device), base.prediction)
-    del base  # and with it the VAE and the text encoder
-    seed = config.training.seed
-    parameters = add_adapter(network.unet, rank=config.adapter.rank, alpha=config.adapter.alpha, seed=seed)
-    _claim(config)
-    train(network, parameters, dataset, config)
-    write_lora(config.lora_path, network, config, metadata, dataset.contexts[-1:].to(device))
-    log.info("wrote %s", config.lora_path)
+    device, dtype = placed(config)
+    processes, device = join(device)
+    if processes.main:
+        log.info("%s", plan(config, inputs))
+    dataset = prepare(
+        config, device, dtype, part=processes.rank, parts=processes.count, total=inputs.found.seen, wait=processes.wait
+    )
+    scenes = _scenes(config, device, dtype) if processes.main and config.preview.prompts else None
+    student, parameters, metadata = _student(config, device, dtype)
+    if sharding.wanted():
+        sharding.shard(student.unet, parameters, device, processes)
+    checkpoints = _checkpoints(config)
+    observers: list[Observer] = []
+    if processes.main:
+        _claim(config)
+        observers += [History(config.output_folder), *trackers(config)]
+        if scenes is not None:
+            observers.append(previews := Previews(student, scenes, config, metadata))
+            previews.start()
+        if checkpoints.steps():
+            log.info("going on from step %d of %d", checkpoints.steps()[0], config.training.steps)
+    train(student, parameters, dataset, config, observers=observers, checkpoints=checkpoints, processes=processes)
+    if processes.main:
+        if sharding.wanted():
+            student = _whole(student, config, device, dtype)
+        report = write_report(config.output_folder)
+        any_caption = dataset.batch(0, 1, seed=config.training.seed, caption_dropout=0).cond
+        write_lora(config.lora_path, student, config, metadata, any_caption.to(device))
+        checkpoints.clear()
+        log.info("wrote %s; look at %s", config.lora_path, report)
+    processes.wait()
     return config.lora_path
 
 
-def _encode(base: Base, pictures: list[Picture], config: Config, device: torch.device) -> Dataset:
-    """Latents and text embeddings of all pictures, computed on `device`."""
-    text_encoder = base.text_encoder.to(device)
-    return encode_pictures(
-        pictures,
-        vae=base.vae.to(device),
-        encode_captions=lambda captions: encode(text_encoder, captions),
-        resolution=config.data.resolution,
+def _scenes(config: Config, device: torch.device, dtype: torch.dtype) -> Scenes:
+    """What previews draw, encoded."""
+    preview, side = config.preview, config.data.resolution
+    size = Size(preview.height or side, preview.width or side)
+    return encode_scenes(preview.prompts, preview.seeds, size, base=config.base.path, device=device, dtype=dtype)
+
+
+def _student(
+    config: Config, device: torch.device, dtype: torch.dtype
+) -> tuple[Network, list[nn.Parameter], dict[str, str]]:
+    """The base with an adapter on it as training begins, the adapter's parameters, and the file's metadata."""
+    settings = config.base
+    base = load_base(settings.path, prediction=settings.prediction, zero_snr=settings.zero_snr, dtype=dtype)
+    network = Network(base.unet.to(device), base.alpha_bar.float().to(device), base.prediction)
+    adapter, seed = config.adapter, config.training.seed
+    told = config.method.told if config.method.target_time else None
+    parameters = add_adapter(
+        network.unet, rank=adapter.rank, alpha=adapter.alpha, seed=seed, targets=adapter.targets, told=told
     )
+    if adapter.start_from:
+        start_from(network.unet, Path(adapter.start_from).expanduser(), adapter.alpha)
+    if adapter.freeze:
+        parameters = freeze_lora(network.unet)
+    return network, parameters, describe(config, base, locate(config.base.path))
+
+
+def _whole(sharded: Network, config: Config, device: torch.device, dtype: torch.dtype) -> Network:
+    """The same network with its weights whole, for what one process does alone."""
+    network, _, _ = _student(config, device, dtype)
+    trained = adapter_tensors(sharded.unet)
+    load_adapter_tensors(network.unet, {name: trained[name] for name in adapter_tensors(network.unet)})
+    return network
+
+
+def _checkpoints(config: Config) -> Checkpoints:
+    training = config.training
+    return Checkpoints(config.output_folder / "checkpoints", training.checkpoint_every, training.keep_checkpoints)
 
 
 def _check_free(config: Config) -> None:
-    """Refuse an output folder that holds another run: a finished one, or one of other settings."""
+    """Refuse an output folder that holds another run: a finished one, or one of settings that give another LoRA."""
     folder = config.output_folder
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output.folder is {folder}, which is a file: choose another")
     if config.lora_path.exists():
         raise UserError(f"{config.lora_path} exists: choose another output.folder or output.name, or remove it")
-    other = folder / CONFIG_NAME
-    if other.exists() and other.read_text(encoding="utf-8") != config.to_toml():
-        raise UserError(f"{other} is of a run with other settings: choose another output.folder, or remove it")
+    other = folder / FILE_NAME
+    if not other.exists():
+        if _checkpoints(config).steps():
+            raise UserError(f"{folder} has checkpoints but no {FILE_NAME}: choose another output.folder")
+        return
+    try:
+        changed = changes(load(other), config)
+    except UserError:
+        changed = [f"{other} is not a configuration that this version can read"]
+    if changed:
+        raise UserError(f"{folder} is of a run with other settings, {'; '.join(changed)}: choose another output.folder")
 
 
 def _claim(config: Config) -> None:
     """Write the resolved configuration into the output folder."""
-    folder = config.output_folder
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_NAME).write_text(config.to_toml(), encoding="utf-8")
-
-
-def _device(config: Config) -> torch.device:
-    wanted = config.training.device
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(wanted)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-        raise UserError(f"training.device is {wanted!r}, which cannot be used here: {error}") from error
-    return device
-
-
-def _dtype(config: Config) -> torch.dtype:
-    if config.base.dtype == "auto":
-        return torch.float32 if _device(config).type == "cpu" else torch.bfloat16
-    dtype: torch.dtype = getattr(torch, config.base.dtype)
-    return dtype
+    config.output_folder.mkdir(parents=True, exist_ok=True)
+    with whole_file(config.output_folder / FILE_NAME) as unfinished:
+        unfinished.write_text(config.to_toml(), encoding="utf-8")

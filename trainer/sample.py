@@ -1,6 +1,6 @@
 """The trainer's own sampling: captions to latents to pictures, through the very loop that the nodes run.
 
-Flows in: a `Network` and text embeddings.  Flows out: scaled latents, and bytes.
+Flows in: a `Network` and what it is told.  Flows out: scaled latents, and bytes.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from tcd import DiscreteSchedule, sample_tcd, seeded_noise, sigma_to_alpha_bar
+from trainer.conditioning import Conditioning
 from trainer.network import Network
 
 
 class Guidance(NamedTuple):
-    """Classifier-free guidance: the empty caption's embedding [1, 77, D], and the scale, where 1 is none."""
+    """Classifier-free guidance: the empty caption, one row or as many as there are, and the scale, where 1 is none."""
 
-    uncond: Tensor
+    uncond: Conditioning
     scale: float
 
 
@@ -31,7 +32,7 @@ def initial_noise(seed: int, shape: Sequence[int]) -> Tensor:
 @torch.no_grad()
 def sample_latents(
     network: Network,
-    context: Tensor,
+    cond: Conditioning,
     *,
     timesteps: Sequence[int],
     gamma: float,
@@ -39,7 +40,7 @@ def sample_latents(
     seed: int,
     guidance: Guidance | None = None,
 ) -> Tensor:
-    """Sample scaled latents [B, 4, h, w] for captions [B, 77, D] with the steps `timesteps`, descending.
+    """Sample scaled latents [B, 4, h, w] for captions, B rows, with the steps `timesteps`, descending.
 
     noise: unit noise [B, 4, h, w] to begin with; seed: of the noise that gamma adds.  gamma = 0 is DDIM.
     """
@@ -49,15 +50,15 @@ def sample_latents(
     def denoise(x: Tensor, sigma: Tensor, sigma_s: Tensor) -> Tensor:
         """The network in the sampler's scale, x = x0 + sigma eps."""
         x_t = x * sigma_to_alpha_bar(sigma).sqrt()
-        t = schedule.timestep(sigma).to(x.device).expand(len(x))
+        t, s = (schedule.timestep(each).to(x.device).expand(len(x)) for each in (sigma, sigma_s))
         if guidance is None:
-            return network.x0(x_t, t, context)
+            return network.x0(x_t, t, cond, s)
         scale = torch.full((len(x),), guidance.scale, device=x.device)
-        return network.guided_x0(x_t, t, context, guidance.uncond, scale)
+        return network.guided_x0(x_t, t, cond, guidance.uncond, scale, s)
 
     return sample_tcd(
         denoise,
-        noise.to(context.device) * _start_scale(sigmas[0], schedule),
+        noise.to(cond.context.device) * _start_scale(sigmas[0], schedule),
         sigmas,
         schedule=schedule,
         gamma=gamma,

@@ -23,10 +23,10 @@ from trainer import config
 from trainer.demo.classifier import train_classifier, world_sample
 from trainer.demo.comfy_row import draw_in_comfy
 from trainer.demo.comfy_server import Host, HostNotFoundError, find_host
-from trainer.demo.grid import Row, draw_grid
 from trainer.demo.methods import METHODS, TCD_4, TEACHER_GUIDANCE, Studio
 from trainer.demo.metrics import evaluate, noise_floor
 from trainer.errors import UserError
+from trainer.grid import Row, draw_grid
 from trainer.run import run
 from trainer.tiny import world
 
@@ -118,7 +118,11 @@ def _distill(name: str, out: Path, *, seed: int, steps: int) -> Path:
         config.from_mapping(
             {
                 "base": {"path": "tiny"},
-                "data": {"folder": str(out / "data"), "resolution": world.SIZE_PX},
+                "data": {
+                    "folder": str(out / "data"),
+                    "resolution": world.SIZE_PX,
+                    "cache": str(out / "cache"),
+                },
                 "method": {
                     "law": law,
                     "guidance_min": TEACHER_GUIDANCE,

@@ -29,7 +29,7 @@ from typing import Any, Self
 
 PACK = Path(__file__).resolve().parents[2]
 PACK_NAME = "trajectory-consistency"
-PACK_PARTS = ("__init__.py", "pyproject.toml", "nodes", "tcd", "workflows")  # what the host needs of it
+PACK_PARTS = ("__init__.py", "pyproject.toml", "locales", "nodes", "tcd", "workflows")  # what the host needs of it
 
 Prompt = Mapping[str, Any]
 """{node id: {"class_type": ..., "inputs": {...}}}, where an input is a value or [node id, output index]."""

@@ -14,11 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tcd import timestep_grid
-from trainer.adapter import adapters_off, load_adapter
-from trainer.conditioning import encode
+from trainer.adapter import adapters_off, load_adapter, use_adapter
 from trainer.network import Network
 from trainer.sample import Guidance, decode, initial_noise, sample_latents
-from trainer.teacher import load_base
+from trainer.teacher import load_base, load_encoders
 from trainer.tiny.world import SIZE_PX
 
 TEACHER_GUIDANCE = 2.0
@@ -61,20 +60,20 @@ class Studio:
 
     def __init__(self, loras: dict[str, Path], captions: Sequence[str]) -> None:
         """Load everything; raises UserError when a file is not what it should be."""
-        base = load_base("tiny")
-        self.vae = base.vae
+        base, encoders = load_base("tiny"), load_encoders("tiny")
+        self.vae = encoders.vae
         self.network = Network(base.unet, base.alpha_bar.float(), base.prediction)
         for name, path in loras.items():
             load_adapter(base.unet, path, name)
-        self.context = encode(base.text_encoder, captions)
-        self.guidance = Guidance(encode(base.text_encoder, [""]), TEACHER_GUIDANCE)
+        self.cond = encoders.encode(captions)
+        self.guidance = Guidance(encoders.encode([""]), TEACHER_GUIDANCE)
 
     def latents(self, method: Method, count: int, seed: int) -> Tensor:
         """Sample the first `count` captions by a method: scaled latents [count, 4, h, w]."""
         if method.adapter is None:
             with adapters_off(self.network.unet):
                 return self._sample(method, count, seed, self.guidance)
-        self.network.unet.set_adapters([method.adapter])
+        use_adapter(self.network.unet, method.adapter)
         return self._sample(method, count, seed, None)
 
     def pictures(self, method: Method, count: int, seed: int) -> Tensor:
@@ -89,7 +88,7 @@ class Studio:
             parts.append(
                 sample_latents(
                     self.network,
-                    self.context[:count][rows],
+                    self.cond[:count][rows],
                     timesteps=timesteps,
                     gamma=method.gamma,
                     noise=noise[rows],

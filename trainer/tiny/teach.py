@@ -23,9 +23,9 @@ from transformers import CLIPTextModel
 from tcd import add_noise, scaled_linear_alpha_bar, vp_level
 from trainer import ldm
 from trainer.bases import empty_text_encoder, empty_unet, empty_vae
-from trainer.conditioning import tokenize
 from trainer.randomness import generator
-from trainer.teacher import load_base
+from trainer.teacher import load_base, load_encoders
+from trainer.text import tokenize
 from trainer.tiny import world
 
 NUM_TIMESTEPS = 1000
@@ -171,8 +171,9 @@ def main() -> None:
     unet, vae, text_encoder = empty_unet("tiny"), empty_vae("tiny"), empty_text_encoder("tiny")
     images, captions = pictures(options.pictures, options.seed)
     if options.start:
-        start = load_base(str(options.start))
-        unet, vae, text_encoder = (part.requires_grad_(True) for part in (start.unet, start.vae, start.text_encoder))
+        base, encoders = load_base(str(options.start)), load_encoders(str(options.start))
+        start = base.unet, encoders.vae, encoders.text_encoder[0]
+        unet, vae, text_encoder = (part.requires_grad_(True) for part in start)
     else:
         train_vae(vae, images, steps=options.vae_steps, batch=8, generator=generator(options.seed, "vae"))
     latents = encode_pictures(vae.eval(), images)

@@ -12,7 +12,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-_SCALE = 2
 _GAP_PX = 6
 _MARGIN_PX = 32
 _BESIDE_PX = 24  # from pictures, and from numbers, to the text beside them
@@ -36,14 +35,16 @@ class Row:
     numbers: Mapping[str, str] = field(default_factory=dict)
 
 
-def draw_grid(rows: Sequence[Row], captions: Sequence[str], title: str) -> Image.Image:
+def draw_grid(rows: Sequence[Row], captions: Sequence[str], title: str, *, scale: float = 2) -> Image.Image:
     """Draw `rows` under `captions`, with labels at the left, numbers at the right and `title` above.
+
+    scale: pixels of the page to a pixel of a picture.
 
     Raises ValueError when there is nothing to draw, when a row has not one picture of the common size for each
     caption, and when a text holds other than ASCII, which is all that the built-in font can write.
     """
     _check(rows, captions, title)
-    layout = _Layout(rows, captions, title)
+    layout = _Layout(rows, captions, title, scale)
     page = Image.new("RGB", layout.size, _PAPER)
     pen = ImageDraw.Draw(page)
     pen.text((_MARGIN_PX, _MARGIN_PX), title, _INK, _TITLE)
@@ -62,8 +63,8 @@ def draw_grid(rows: Sequence[Row], captions: Sequence[str], title: str) -> Image
 class _Layout:
     """Where everything stands, in pixels of the page."""
 
-    def __init__(self, rows: Sequence[Row], captions: Sequence[str], title: str) -> None:
-        height, width = (_SCALE * side for side in rows[0].pictures.shape[2:])
+    def __init__(self, rows: Sequence[Row], captions: Sequence[str], title: str, scale: float) -> None:
+        height, width = (round(scale * side) for side in rows[0].pictures.shape[2:])
         self.cell = width, height
         self.step_x, self.step_y = width + _GAP_PX, height + _GAP_PX
         self.captions = [_wrap(caption, width - 2 * _GAP_PX) for caption in captions]

@@ -1,0 +1,63 @@
+"""`tcd-train cache`: encode the pictures and captions of a configuration, so that a run need not."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from trainer.commands.run import add_config, resolve
+from trainer.config import Config
+from trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from trainer.survey import Survey
+
+HELP = "encode pictures and captions, and check what is encoded already"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the configuration, its overrides, and the part to do."""
+    add_config(parser)
+    parser.add_argument(
+        "--part", default="0/1", metavar="K/N", help="every N-th file from the K-th on, K < N: for N processes at once"
+    )
+
+
+def execute(options: argparse.Namespace) -> int:
+    """Look at the data, compute what the cache does not have, check what it has, and say what there is."""
+    config = resolve(options)
+    part, parts = _part(options.part)
+
+    from trainer.cache import merge_parts, open_cached
+    from trainer.encode import fill
+    from trainer.placement import placed
+    from trainer.survey import survey
+
+    device, dtype = placed(config)
+    merge_parts(config, dtype)
+    cached = open_cached(config, dtype)
+    found = cached.found if cached else None
+    if found is None and not config.data.skip_bad:  # what is to be skipped need not be known before
+        found = survey(config, part, parts)
+    if found:
+        _report(config, found)
+    fill(config, device, dtype, part=part, parts=parts, total=found.seen if found else None, thorough=True)
+    cached = open_cached(config, dtype)
+    if cached and not found:
+        _report(config, cached.found)
+    sys.stdout.write(f"{'the data are' if cached else f'part {part} of {parts} is'} cached in {config.cache_folder}\n")
+    return 0
+
+
+def _report(config: Config, found: Survey) -> None:
+    from trainer.survey import bucket_table, data_report
+
+    sys.stdout.write(f"{data_report(found, config)}\n\n{bucket_table(found, config, config.training.batch)}\n\n")
+
+
+def _part(text: str) -> tuple[int, int]:
+    part, slash, parts = text.partition("/")
+    if not (slash and part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        raise UserError(f"--part is {text!r}: write K/N with K from 0 to N - 1, such as 0/8")
+    return int(part), int(parts)

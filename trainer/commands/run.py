@@ -1,0 +1,43 @@
+"""`tcd-train run`: distill as a configuration says."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from trainer import config, recipes
+
+HELP = "distill as a configuration file says"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the configuration, its overrides, and the dry run."""
+    add_config(parser)
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, and stop")
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Declare what `resolve` reads."""
+    parser.add_argument(
+        "config", type=Path, metavar="CONFIG.toml", help=f"a file, or a recipe: {', '.join(recipes.names())}"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="take precedence over the file")
+
+
+def resolve(options: argparse.Namespace) -> config.Config:
+    """The configuration that the arguments of `add_config` mean."""
+    return config.load(recipes.find(options.config), options.overrides)
+
+
+def execute(options: argparse.Namespace) -> int:
+    """Run, or say what a run would do."""
+    resolved = resolve(options)
+
+    from trainer.run import check, plan, run
+
+    if options.dry_run:
+        sys.stdout.write(f"{resolved.to_toml()}\n{plan(resolved, check(resolved))}\n")
+    else:
+        run(resolved)
+    return 0
