@@ -5,12 +5,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from checkpoints import (
+    MINI_SD3,
+    MINI_SDXL,
+    sd3_transformer,
+    sd15_unet,
+    sdxl_unet,
+    write_sd3_mini,
+    write_sd15_mini,
+    write_sdxl_mini,
+)
+from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from graphs import MINI
-from safetensors.torch import save_file
+from stand_ins import StandIns
 
 from trainer.demo.comfy_server import PACK, ComfyServer, Host
-from trainer.ldm import unet_to_ldm
 
 HERE = Path(__file__).parent
 
@@ -19,19 +28,8 @@ torch.set_num_threads(1)  # the host has the other core
 
 @pytest.fixture(scope="session")
 def unet() -> UNet2DConditionModel:
-    """The smallest UNet that the host takes for SD 1.5: one level, 13.6 M parameters, seeded."""
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        block_out_channels=(320,),
-        down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
-        layers_per_block=1,
-        cross_attention_dim=768,
-        attention_head_dim=8,
-    ).eval()
-    with torch.no_grad():
-        unet.conv_out.weight *= 3  # so that the output is of the size of a real one's
-    return unet.requires_grad_(False)
+    """The network of MINI."""
+    return sd15_unet()
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +38,29 @@ def server(
 ) -> Iterator[ComfyServer]:
     packs = [HERE / "packs" / "tcd_test_pack", PACK / "trainer" / "demo" / "tiny_pack"]
     server = ComfyServer(tmp_path_factory.mktemp("comfy"), packs=packs, host=comfy_host, threads=1)
-    save_file(unet_to_ldm(unet.state_dict(), unet.config), server.models / "checkpoints" / MINI)
+    write_sd15_mini(server.models / "checkpoints" / MINI, unet)
     with server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def mini_sdxl(server: ComfyServer) -> UNet2DConditionModel:
+    """The network of MINI_SDXL, which stands in the host's checkpoints from now on."""
+    unet = sdxl_unet()
+    write_sdxl_mini(server.models / "checkpoints" / MINI_SDXL, unet)
+    return unet
+
+
+@pytest.fixture(scope="session")
+def mini_sd3(server: ComfyServer) -> SD3Transformer2DModel:
+    """The network of MINI_SD3, which stands in the host's checkpoints from now on."""
+    write_sd3_mini(server.models / "checkpoints" / MINI_SD3)
+    return sd3_transformer()
+
+
+@pytest.fixture(scope="session")
+def stand_ins(server: ComfyServer, unet: UNet2DConditionModel) -> Iterator[StandIns]:
+    """The files that the workflows name; provide(workflow) writes them before it is opened or run."""
+    stand_ins = StandIns(server.base, unet)
+    yield stand_ins
+    stand_ins.remove()

@@ -23,7 +23,11 @@ class Node(NamedTuple):
 
 
 class Graph(dict[str, dict[str, Any]]):
-    """A prompt under construction."""
+    """A prompt under construction, for pictures of size x size."""
+
+    def __init__(self, *, size: int = 64) -> None:
+        super().__init__()
+        self._size = size
 
     def add(self, class_type: str, **inputs: Any) -> Node:
         node = Node(str(len(self) + 1))
@@ -33,8 +37,12 @@ class Graph(dict[str, dict[str, Any]]):
     def checkpoint(self, name: str = MINI) -> Node:
         return self.add("CheckpointLoaderSimple", ckpt_name=name)
 
-    def condition(self, seed: int = 0) -> Node:
-        return self.add("TestConditioning", seed=seed, salt=salt())
+    def condition(self, seed: int = 0, **shape: int) -> Node:
+        return self.add("TestConditioning", seed=seed, salt=salt(), **shape)
+
+    def empty(self, batch: int = 1) -> list[Any]:
+        """An empty LATENT."""
+        return self.add("EmptyLatentImage", width=self._size, height=self._size, batch_size=batch)[0]
 
     def sigmas(self, model: list[Any], *, steps: Any = 4, denoise: Any = 1.0, timesteps: str = "") -> Node:
         return self.add("TCDSigmas", model=model, steps=steps, denoise=denoise, timesteps=timesteps)
@@ -61,9 +69,35 @@ class Graph(dict[str, dict[str, Any]]):
             "negative": self.condition(1)[0],
             "sampler": self.add("TCDSampler", eta=eta)[0],
             "sigmas": sigmas or self.sigmas(model)[0],
-            "latent_image": latent or self.add("EmptyLatentImage", width=64, height=64, batch_size=batch)[0],
+            "latent_image": latent or self.empty(batch),
         }
         return self.add("SamplerCustom", **inputs | others)
+
+    def ksampler(
+        self,
+        *,
+        model: list[Any] | None = None,
+        sampler_name: str = "tcd",
+        scheduler: str = "tcd",
+        steps: int = 4,
+        seed: int = 0,
+        latent: list[Any] | None = None,
+        **others: Any,
+    ) -> Node:
+        """KSampler with tcd / tcd and the inputs that sampler_custom has too."""
+        inputs = {
+            "model": model or self.checkpoint()[0],
+            "seed": seed,
+            "steps": steps,
+            "cfg": 1.0,
+            "sampler_name": sampler_name,
+            "scheduler": scheduler,
+            "positive": self.condition(0)[0],
+            "negative": self.condition(1)[0],
+            "latent_image": latent or self.empty(),
+            "denoise": 1.0,
+        }
+        return self.add("KSampler", **inputs | others)
 
     def save(self, latent: list[Any]) -> Node:
         return self.add("SaveLatent", samples=latent, filename_prefix=salt())
@@ -106,6 +140,12 @@ def shown(server: ComfyServer, graph: Graph, value: list[Any]) -> list[float]:
 def shown_tensor(outputs: dict[str, Any], node: Node) -> Tensor:
     """Return the tensor that a TestShow node showed."""
     return torch.tensor(outputs[node.id]["values"]).view(outputs[node.id]["shape"])
+
+
+def host_version(server: ComfyServer) -> tuple[int, ...]:
+    """Return the version of ComfyUI, to be compared."""
+    version: str = server.get("/system_stats")["system"]["comfyui_version"]
+    return tuple(map(int, version.split(".")))
 
 
 def host_noise(seed: int, batch: int = 1, size: int = 8) -> Tensor:

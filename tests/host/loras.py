@@ -31,12 +31,37 @@ def random_lora(unet: UNet2DConditionModel, seed: int = 0) -> dict[str, Tensor]:
 
 
 def merged(unet: UNet2DConditionModel, lora: Mapping[str, Tensor], strength: float) -> UNet2DConditionModel:
-    """Return a copy of the UNet with strength * alpha / rank * up @ down added to its weights, by hand."""
+    """Return a copy of the UNet with strength * alpha / rank * up @ down added to its weights, by hand.
+
+    Without an alpha it is the rank; lora_mid is the core between the halves; dora_scale makes it a DoRA.
+    """
     unet = copy.deepcopy(unet)
     for path, module in targets(unet).items():
-        down, up = (lora[f"{_kohya(path)}.{side}.weight"].flatten(1) for side in ("lora_down", "lora_up"))
-        module.weight += strength * ALPHA / RANK * (up @ down).view_as(module.weight)
+        name = _kohya(path)
+        change = _product(lora, name).view_as(module.weight)
+        if f"{name}.dora_scale" in lora:
+            change = _decomposed(module.weight, change, lora[f"{name}.dora_scale"]) - module.weight
+        module.weight += strength * change
     return unet
+
+
+def _product(lora: Mapping[str, Tensor], name: str) -> Tensor:
+    down, up = (lora[f"{name}.{side}.weight"].float().flatten(1) for side in ("lora_down", "lora_up"))
+    alpha = float(lora.get(f"{name}.alpha", len(down)))
+    core = lora.get(f"{name}.lora_mid.weight")
+    product = up @ down if core is None else torch.einsum("or,rskl,si->oikl", up, core, down)
+    return alpha / len(down) * product
+
+
+def _decomposed(weight: Tensor, change: Tensor, scale: Tensor) -> Tensor:
+    """Return the weight of a DoRA: the sum, with the scale in place of its norm for each output, or for each input.
+
+    For outputs ComfyUI divides by the norm of the weight as it was, not by that of the sum.
+    """
+    by_outputs = len(scale) == len(weight)
+    axes = [axis for axis in range(weight.ndim) if axis != (0 if by_outputs else 1)]
+    norm = torch.linalg.vector_norm(weight if by_outputs else weight + change, dim=axes, keepdim=True)
+    return scale / norm * (weight + change)
 
 
 def targets(unet: UNet2DConditionModel) -> dict[str, torch.nn.Module]:

@@ -7,7 +7,7 @@ import torch
 from diffusers import TCDScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from tcd import DiscreteSchedule, scaled_linear_alpha_bar, seeded_noise
+from tcd import DiscreteSchedule, scaled_linear_alpha_bar, seeded_noise, zero_terminal_snr
 
 
 def condition(seed: int = 0) -> Tensor:
@@ -15,9 +15,10 @@ def condition(seed: int = 0) -> Tensor:
     return torch.randn(1, 77, 768, generator=torch.Generator().manual_seed(seed))
 
 
-def sigma_table() -> Tensor:
+def sigma_table(*, zero_snr: bool = False) -> Tensor:
     """Return the host's sigmas [1000] by timestep, float32; equal to the last bit, as noise is seeded by them."""
-    return DiscreteSchedule.from_alpha_bar(scaled_linear_alpha_bar()).sigmas.float()
+    alpha_bar = scaled_linear_alpha_bar()
+    return DiscreteSchedule.from_alpha_bar(zero_terminal_snr(alpha_bar) if zero_snr else alpha_bar).sigmas.float()
 
 
 @torch.no_grad()
@@ -41,7 +42,7 @@ def tcd_scheduler_sample(
     scheduler.set_timesteps(timesteps=list(timesteps))
     draw = seeded_noise(seed)
     context = (condition() if context is None else context).expand(len(x), -1, -1)
-    table = sigma_table()
+    table = sigma_table(zero_snr=zero_snr)
     for i, t in enumerate(timesteps):
         output = unet(x, t, context).sample
         if i == len(timesteps) - 1:
@@ -54,6 +55,8 @@ def tcd_scheduler_sample(
 
 def _x0(scheduler: TCDScheduler, output: Tensor, x: Tensor, t: int) -> Tensor:
     alpha, sigma = scheduler.alphas_cumprod[t].sqrt(), (1 - scheduler.alphas_cumprod[t]).sqrt()
+    if scheduler.config.prediction_type == "sample":
+        return output
     if scheduler.config.prediction_type == "v_prediction":
         return alpha * x - sigma * output
     return (x - sigma * output) / alpha

@@ -3,7 +3,6 @@
 The weights are random, so the pictures mean nothing; names, shapes, dtypes and numbers are those of the real thing.
 """
 
-import os
 import shutil
 import subprocess
 import sys
@@ -12,19 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from graphs import Graph, latents, relative_error
+from full_size import full_size_sd15
+from graphs import Graph, host_noise, latents, relative_error
 from PIL import Image
+from reference import tcd_scheduler_sample
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from tcd import timestep_grid
-from trainer import bases, ldm
 from trainer.adapter import load_adapter
-from trainer.conditioning import encode
 from trainer.demo.comfy_server import ComfyServer
 from trainer.network import Network
 from trainer.sample import initial_noise, sample_latents
-from trainer.teacher import load_base
+from trainer.teacher import load_base, load_encoders
 from trainer.tiny import world
 
 pytestmark = [pytest.mark.host, pytest.mark.slow]
@@ -34,24 +32,15 @@ CAPTION = "a red circle left on a blue background"
 SEED, ETA = 7, 0.3
 
 
-@pytest.fixture(scope="session")
-def checkpoint() -> Path:
-    """A whole SD1.5 checkpoint with random weights in fp16, 2.1 GB, kept between runs in the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trajectory-consistency"
-    path = cache / CHECKPOINT
-    if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(0)
-        unet, vae, text = bases.empty_unet("sd15"), bases.empty_vae("sd15"), bases.empty_text_encoder("sd15")
-        state = ldm.unet_to_ldm(unet.half().state_dict(), unet.config)
-        state |= ldm.vae_to_ldm(vae.half().state_dict(), vae.config) | ldm.text_to_ldm(text.half().state_dict())
-        unfinished = path.with_suffix(".unfinished")
-        save_file({key: value.contiguous() for key, value in state.items()}, unfinished)
-        unfinished.replace(path)
-    return path
+@pytest.fixture(scope="module")
+def checkpoint(server: ComfyServer) -> Path:
+    """The checkpoint, which the host has too."""
+    file = full_size_sd15()
+    _lend(file, server.models / "checkpoints" / CHECKPOINT)
+    return file
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def lora(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The LoRA of two iterations at 128 px on eight captioned pictures, from the command line."""
     folder = tmp_path_factory.mktemp("full-size")
@@ -89,7 +78,6 @@ def test_a_full_size_lora_has_all_its_tensors(lora: Path) -> None:
 
 
 def test_the_host_draws_what_the_trainer_draws(server: ComfyServer, checkpoint: Path, lora: Path) -> None:
-    _lend(checkpoint, server.models / "checkpoints" / CHECKPOINT)
     shutil.copyfile(lora, server.models / "loras" / LORA)
     before = len(server.log_text())
     graph = Graph()
@@ -122,6 +110,21 @@ def test_the_host_draws_what_the_trainer_draws(server: ComfyServer, checkpoint: 
     assert relative_error(without, ours) > 1e-2, "the LoRA must have an effect for the agreement to mean something"
 
 
+@pytest.mark.parametrize("prediction", ["eps", "v_prediction"])
+def test_it_agrees_with_diffusers(server: ComfyServer, checkpoint: Path, prediction: str) -> None:
+    graph = Graph()
+    base = graph.checkpoint(CHECKPOINT)
+    sampling = graph.add("ModelSamplingDiscrete", model=base[0], sampling=prediction, zsnr=False)
+    done = [graph.sampler_custom(model=sampling[0], eta=eta, seed=SEED) for eta in (0.0, ETA, 1.0)]
+    found = latents(server, graph, *(graph.save(node[0]) for node in done))
+
+    unet = load_base(str(checkpoint)).unet.float()
+    name = {"eps": "epsilon"}.get(prediction, prediction)
+    for latent, eta in zip(found, (0.0, ETA, 1.0), strict=True):
+        ours = tcd_scheduler_sample(unet, host_noise(SEED), timestep_grid(4), eta=eta, seed=SEED, prediction=name)
+        assert relative_error(latent, ours) <= 1e-5
+
+
 def draw(checkpoint: Path, lora: Path) -> torch.Tensor:
     """The trainer's own sampling from the same two files and the same seed: scaled latents [1, 4, 16, 16]."""
     base = load_base(str(checkpoint))
@@ -129,7 +132,7 @@ def draw(checkpoint: Path, lora: Path) -> torch.Tensor:
     network = Network(base.unet, base.alpha_bar.float(), base.prediction)
     return sample_latents(
         network,
-        encode(base.text_encoder, [CAPTION]),
+        load_encoders(str(checkpoint)).encode([CAPTION]),
         timesteps=timestep_grid(4),
         gamma=ETA,
         noise=initial_noise(SEED, (1, 4, 16, 16)),

@@ -1,21 +1,22 @@
-"""TCDLoraLoader: the whole LoRA and its settings, or an error and nothing."""
+"""TCDLoraLoader in a graph: the whole LoRA and its settings, or an error and nothing."""
 
+import copy
+import json
 import math
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
-from graphs import Graph, Node, host_noise, latents, relative_error, sampled, shown
-from loras import MODULES, RANK, merged, random_lora, targets
+from checkpoints import MINI_SD3
+from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+from graphs import LATENT_SCALE, MINI, Graph, Node, host_noise, latents, relative_error, shown
+from loras import ALPHA, MODULES, RANK, merged, random_lora, targets
 from reference import tcd_scheduler_sample
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tcd import timestep_grid
+from tcd import kohya_name, timestep_grid
 from trainer.demo.comfy_server import ComfyError, ComfyServer
 
 pytestmark = pytest.mark.host
@@ -28,29 +29,40 @@ def _write(
     return name
 
 
-def _loader(graph: Graph, name: str, strength: Any = 1.0) -> Node:
-    return graph.add("TCDLoraLoader", model=graph.checkpoint()[0], lora_name=name, strength_model=strength)
+def _loader(graph: Graph, name: str, strength: Any = 1.0, checkpoint: str = MINI, **more: Any) -> Node:
+    base = graph.checkpoint(checkpoint)
+    return graph.add("TCDLoraLoader", model=base[0], lora_name=name, strength_model=strength, **more)
 
 
-def _sampled_with(server: ComfyServer, name: str, strength: float = 1.0) -> Tensor:
+def _sampled(server: ComfyServer, graph: Graph, *models: list[Any], steps: int = 1) -> list[Tensor]:
+    """Return the latent of each of the graph's models."""
+    nodes = [graph.sampler_custom(model=each, sigmas=graph.sigmas(each, steps=steps)[0], seed=1) for each in models]
+    return latents(server, graph, *(graph.save(node[0]) for node in nodes))
+
+
+def _sampled_with(server: ComfyServer, name: str, strength: float = 1.0, *, steps: int = 1, **more: Any) -> Tensor:
     graph = Graph()
-    node = graph.sampler_custom(model=_loader(graph, name, strength)[0], seed=1)
-    return latents(server, graph, graph.save(node[0]))[0]
+    return _sampled(server, graph, _loader(graph, name, strength, **more)[0], steps=steps)[0]
 
 
-def _expected(unet: UNet2DConditionModel) -> Tensor:
-    return tcd_scheduler_sample(unet, host_noise(1), timestep_grid(4), eta=0.3, seed=1)
+def _base(server: ComfyServer) -> Tensor:
+    graph = Graph()
+    return _sampled(server, graph, graph.checkpoint()[0])[0]
 
 
-@pytest.mark.parametrize("strength", [1.0, 0.5, -1.0])
-def test_equals_the_merged_model(server: ComfyServer, unet: UNet2DConditionModel, strength: float) -> None:
+def _expected(unet: UNet2DConditionModel, steps: int = 1) -> Tensor:
+    return tcd_scheduler_sample(unet, host_noise(1), timestep_grid(steps), eta=0.3, seed=1)
+
+
+@pytest.mark.parametrize(("strength", "steps"), [(1.0, 4), (0.5, 1), (-1.0, 1)])
+def test_equals_the_merged_model(server: ComfyServer, unet: UNet2DConditionModel, strength: float, steps: int) -> None:
     lora = random_lora(unet)
     assert len(lora) == 3 * MODULES, "all of the mini UNet's modules of the 14 targets"
     name = _write(server, "whole.safetensors", lora)
     before = len(server.log_text())
-    found = _sampled_with(server, name, strength)
-    assert relative_error(found, _expected(merged(unet, lora, strength))) < 1e-3
-    assert relative_error(found, _expected(unet)) > 0.05
+    found = _sampled_with(server, name, strength, steps=steps)
+    assert relative_error(found, _expected(merged(unet, lora, strength), steps)) < 1e-3
+    assert relative_error(found, _expected(unet, steps)) > 0.05
     log = server.log_text()[before:]
     assert "lora key not loaded" not in log
     assert "NOT LOADED" not in log
@@ -59,34 +71,40 @@ def test_equals_the_merged_model(server: ComfyServer, unet: UNet2DConditionModel
 
 def test_strength_0_leaves_the_model(server: ComfyServer, unet: UNet2DConditionModel) -> None:
     name = _write(server, "whole.safetensors", random_lora(unet))
-    assert torch.equal(_sampled_with(server, name, 0.0), sampled(server, seed=1))
+    assert torch.equal(_sampled_with(server, name, 0.0), _base(server))
 
 
 def test_strength_0_asks_for_no_fit(server: ComfyServer, unet: UNet2DConditionModel) -> None:
     name = _write(server, "xl.safetensors", _wider(random_lora(unet)))
-    assert torch.equal(_sampled_with(server, name, 0.0), sampled(server, seed=1))
+    assert torch.equal(_sampled_with(server, name, 0.0), _base(server))
 
 
 def test_the_model_that_came_in_is_left_alone(server: ComfyServer, unet: UNet2DConditionModel) -> None:
+    before = _base(server)
     graph = Graph()
     with_lora = _loader(graph, _write(server, "whole.safetensors", random_lora(unet)))
-    after = graph.add("TCDLoraLoader", model=with_lora[0], lora_name="whole.safetensors", strength_model=0.0)
-    patched = graph.sampler_custom(model=after[0], seed=1)
-    base = graph.sampler_custom(model=graph[with_lora.id]["inputs"]["model"], seed=1)
-    found = latents(server, graph, graph.save(patched[0]), graph.save(base[0]))
-    assert relative_error(found[0], _expected(unet)) > 0.05
-    assert relative_error(found[1], _expected(unet)) < 1e-4
+    untouched = graph.add("TCDLoraLoader", model=with_lora[0], lora_name="whole.safetensors", strength_model=0.0)
+    patched, base = _sampled(server, graph, untouched[0], graph[with_lora.id]["inputs"]["model"])
+    assert relative_error(patched, before) > 0.05
+    assert torch.equal(base, before), "its weights are the same to the last bit"
 
 
-def test_two_loras_add_up(server: ComfyServer, unet: UNet2DConditionModel) -> None:
+@pytest.mark.parametrize(("first", "second"), [(0.5, 0.5), (0.5, -0.25)])
+def test_two_loras_add_up(server: ComfyServer, unet: UNet2DConditionModel, first: float, second: float) -> None:
     one, two = random_lora(unet, 1), random_lora(unet, 2)
     graph = Graph()
-    first = _loader(graph, _write(server, "one.safetensors", one), 0.5)
+    lower = _loader(graph, _write(server, "one.safetensors", one), first)
     name = _write(server, "two.safetensors", two)
-    second = graph.add("TCDLoraLoader", model=first[0], lora_name=name, strength_model=0.5)
-    node = graph.sampler_custom(model=second[0], seed=1)
-    found = latents(server, graph, graph.save(node[0]))[0]
-    assert relative_error(found, _expected(merged(merged(unet, one, 0.5), two, 0.5))) < 1e-3
+    both = graph.add("TCDLoraLoader", model=lower[0], lora_name=name, strength_model=second)
+    found = _sampled(server, graph, both[0])[0]
+    assert relative_error(found, _expected(merged(merged(unet, one, first), two, second))) < 1e-3
+
+
+def test_a_lora_and_its_opposite_are_nothing(server: ComfyServer, unet: UNet2DConditionModel) -> None:
+    graph = Graph()
+    there = _loader(graph, _write(server, "whole.safetensors", random_lora(unet)), 0.5)
+    back = graph.add("TCDLoraLoader", model=there[0], lora_name="whole.safetensors", strength_model=-0.5)
+    assert relative_error(_sampled(server, graph, back[0])[0], _expected(unet)) < 1e-4
 
 
 def test_a_replaced_file_is_noticed(server: ComfyServer, unet: UNet2DConditionModel) -> None:
@@ -94,6 +112,99 @@ def test_a_replaced_file_is_noticed(server: ComfyServer, unet: UNet2DConditionMo
     other = random_lora(unet, 2)
     found = _sampled_with(server, _write(server, "replaced.safetensors", other))
     assert relative_error(found, _expected(merged(unet, other, 1.0))) < 1e-3
+
+
+# What else than halves and alpha a file has
+
+
+def test_an_official_file_is_whole_where_the_stock_loader_drops_its_attention(
+    server: ComfyServer, unet: UNet2DConditionModel
+) -> None:
+    lora = {name: half.half() for name, half in random_lora(unet).items() if not name.endswith("alpha")}
+    file = {f"unet.{path}.lora.{s}.weight": lora[f"{kohya_name(path)}.lora_{s}.weight"] for path, s in _halves(unet)}
+    name = _write(server, "official.safetensors", file)
+    expected = _expected(merged(unet, lora, 1.0))
+    assert relative_error(_sampled_with(server, name), expected) < 1e-3
+
+    before = len(server.log_text())
+    graph = Graph()
+    stock = graph.add("LoraLoaderModelOnly", model=graph.checkpoint()[0], lora_name=name, strength_model=1.0)
+    assert relative_error(_sampled(server, graph, stock[0])[0], expected) > 0.05
+    dropped = server.log_text()[before:].count("lora key not loaded: unet.")
+    assert dropped == sum(".to_" in path for path, _ in _halves(unet)) > 0
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_alpha_from_the_metadata(server: ComfyServer, unet: UNet2DConditionModel, rslora: bool) -> None:
+    scale = 3.0 / (RANK**0.5 if rslora else RANK)
+    lora = random_lora(unet)
+    expected = _expected(merged(unet, lora, scale * RANK / ALPHA))
+    halves = {name: half for name, half in lora.items() if not name.endswith("alpha")}
+    settings = {"unet.lora_alpha": 3, "unet.r": RANK, "unet.use_rslora": rslora}
+    name = _write(server, "peft.safetensors", halves, {"lora_adapter_metadata": json.dumps(settings)})
+    assert relative_error(_sampled_with(server, name), expected) < 1e-3
+
+
+@pytest.mark.parametrize("axis", [0, 1], ids=["outputs", "inputs"])
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_dora(server: ComfyServer, unet: UNet2DConditionModel, axis: int, strength: float) -> None:
+    lora = random_lora(unet)
+    generator = torch.Generator().manual_seed(3)
+    for path, module in targets(unet).items():
+        axes = [other for other in range(module.weight.ndim) if other != axis]
+        norm = torch.linalg.vector_norm(module.weight, dim=axes, keepdim=True)
+        lora[f"{kohya_name(path)}.dora_scale"] = norm * (1 + 0.2 * torch.rand(norm.shape, generator=generator))
+    found = _sampled_with(server, _write(server, "dora.safetensors", lora), strength)
+    assert relative_error(found, _expected(merged(unet, lora, strength))) < 1e-3
+
+
+def test_lycoris_with_a_core(server: ComfyServer, unet: UNet2DConditionModel) -> None:
+    lora = random_lora(unet)
+    for path, module in targets(unet).items():
+        if module.weight.ndim == 4 and module.weight.shape[2] == 3:
+            name = kohya_name(path)
+            lora[f"{name}.lora_mid.weight"] = torch.randn(RANK, RANK, 3, 3, generator=torch.Generator().manual_seed(4))
+            lora[f"{name}.lora_down.weight"] = lora[f"{name}.lora_down.weight"].mean((2, 3), keepdim=True)
+    file = {name.replace("lora_unet_", "lycoris_"): tensor for name, tensor in lora.items()}
+    found = _sampled_with(server, _write(server, "core.safetensors", file))
+    assert relative_error(found, _expected(merged(unet, lora, 1.0))) < 1e-3
+
+
+def test_a_flow_transformer(server: ComfyServer, mini_sd3: SD3Transformer2DModel) -> None:
+    generator = torch.Generator().manual_seed(5)
+    network, file = copy.deepcopy(mini_sd3), {}
+    for path, module in network.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            down = torch.randn(RANK, module.in_features, generator=generator) * module.in_features**-0.5
+            up = torch.randn(module.out_features, RANK, generator=generator) * 0.1
+            module.weight += up @ down
+            file |= {f"transformer.{path}.lora_A.weight": down, f"transformer.{path}.lora_B.weight": up}
+    graph = Graph()
+    model = _loader(graph, _write(server, "flow.safetensors", file), checkpoint=MINI_SD3)[0]
+    shape = {"width": 4096, "pooled": 2048}
+    node = graph.sampler_custom(
+        model=model,
+        sigmas=graph.sigmas(model, steps=1)[0],
+        seed=1,
+        positive=graph.condition(0, **shape)[0],
+        negative=graph.condition(1, **shape)[0],
+        latent=graph.add("EmptySD3LatentImage", width=64, height=64, batch_size=1)[0],
+    )
+    found = latents(server, graph, graph.save(node[0]))[0] / LATENT_SCALE
+    noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(1))
+    seeded = torch.Generator().manual_seed(0)  # as TestConditioning
+    context, pooled = torch.randn(1, 77, 4096, generator=seeded), torch.randn(1, 2048, generator=seeded)
+    results = [noise - each(noise, context, pooled, torch.tensor([1000.0])).sample for each in (network, mini_sd3)]
+    expected, base = (each / 1.5305 + 0.0609 for each in results)
+    assert relative_error(found, expected) < 1e-3
+    assert relative_error(base, expected) > 0.05
+
+
+def _halves(unet: UNet2DConditionModel) -> list[tuple[str, str]]:
+    return [(path, side) for path in targets(unet) for side in ("down", "up")]
+
+
+# Settings
 
 
 @pytest.mark.parametrize(
@@ -127,6 +238,9 @@ def test_bad_settings(server: ComfyServer, unet: UNet2DConditionModel, metadata:
     _fails(server, _write(server, "bad.safetensors", random_lora(unet), metadata), message)
 
 
+# What is refused
+
+
 def _wider(lora: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the LoRA as if its model had SDXL's text encoders: 2048 channels of cross-attention in place of 768."""
 
@@ -143,62 +257,25 @@ def test_another_architecture_by_its_metadata(server: ComfyServer, unet: UNet2DC
     _fails(server, name, "the file is for stable-diffusion-xl-v1-base/lora, the model is SD15")
 
 
-def test_another_architecture_by_its_shapes(server: ComfyServer, unet: UNet2DConditionModel) -> None:
+def test_a_partial_fit_is_refused_and_nothing_applied(server: ComfyServer, unet: UNet2DConditionModel) -> None:
     message = _fails(server, _write(server, "xl.safetensors", _wider(random_lora(unet))), "the file is for SDXL")
     assert "the model is SD15. 57 of 65 LoRA modules fit the model; wrong shape: " in message
     assert "is 320 x 2048, but the model has 320 x 768" in message
+    assert relative_error(_base(server), _expected(unet)) < 1e-4
 
 
-def test_another_architecture_by_its_names(server: ComfyServer) -> None:
-    name = "lora_unet_double_blocks_0_img_attn_qkv"
-    lora = {f"{name}.lora_down.weight": torch.zeros(4, 3072), f"{name}.lora_up.weight": torch.zeros(9216, 4)}
-    message = _fails(server, _write(server, "flux.safetensors", lora), "the file is for a model of unknown kind")
-    assert f"not in the model: {name}" in message
-
-
-def test_a_partial_fit_is_refused_and_nothing_applied(server: ComfyServer, unet: UNet2DConditionModel) -> None:
+def test_a_partial_fit_is_let_through_if_asked_for(server: ComfyServer, unet: UNet2DConditionModel) -> None:
     lora = random_lora(unet)
-    lora["tcd_other.weight"] = torch.zeros(1)
-    _fails(server, _write(server, "partial.safetensors", lora), "65 of 66 LoRA modules fit the model; not in the model")
-    assert relative_error(sampled(server, seed=1), _expected(unet)) < 1e-4
-
-
-def test_names_that_the_host_would_apply_in_part(server: ComfyServer, unet: UNet2DConditionModel) -> None:
-    lora = {f"unet.{path}.lora_{side}.weight": torch.zeros(RANK, RANK) for path in targets(unet) for side in ("A", "B")}
-    _fails(server, _write(server, "peft.safetensors", lora), "0 of 130 LoRA modules fit the model")
-
-
-def test_half_a_module(server: ComfyServer, unet: UNet2DConditionModel) -> None:
-    lora = random_lora(unet)
-    del lora["lora_unet_mid_block_resnets_0_conv1.lora_up.weight"]
-    _fails(server, _write(server, "half.safetensors", lora), "conv1 has no lora_up.weight: the LoRA is damaged")
-
-
-def test_truncated_file(server: ComfyServer, unet: UNet2DConditionModel) -> None:
-    path = server.models / "loras" / _write(server, "cut.safetensors", random_lora(unet))
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    _fails(server, path.name, "cut.safetensors cannot be read: it is damaged, incomplete or not a file of tensors")
-
-
-@pytest.mark.parametrize("name", ["words.safetensors", "words.pt"])
-def test_a_file_of_something_else(server: ComfyServer, name: str) -> None:
-    Path(server.models, "loras", name).write_text("<!doctype html>", encoding="utf-8")
-    _fails(server, name, f"{name} cannot be read")
-
-
-def test_a_pickle_is_not_executed(server: ComfyServer, tmp_path: Path) -> None:
-    class Bomb:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return os.mkdir, (str(tmp_path / "executed"),)
-
-    torch.save({"lora": Bomb()}, server.models / "loras" / "bomb.pt")
-    _fails(server, "bomb.pt", "bomb.pt cannot be read")
-    assert not (tmp_path / "executed").exists()
-
-
-def test_a_pickle_of_something_else(server: ComfyServer) -> None:
-    torch.save({"epoch": 3, "loss": [0.5]}, server.models / "loras" / "numbers.pt")
-    _fails(server, "numbers.pt", "numbers.pt is not a LoRA: it holds something other than named tensors")
+    text = {f"lora_te_text_model_{i}.lora_{side}.weight": torch.ones(2, 2) for i in range(5) for side in ("up", "down")}
+    name = _write(server, "text.safetensors", {**lora, **text})
+    before = len(server.log_text())
+    found = _sampled_with(server, name, allow_partial=True)
+    assert relative_error(found, _expected(merged(unet, lora, 1.0))) < 1e-3
+    log = server.log_text()[before:]
+    assert (
+        log.count("text.safetensors was applied in part: 65 of 70 LoRA modules fit the model; for a text encoder") == 1
+    )
+    assert "not loaded" not in log.lower()
 
 
 @pytest.mark.parametrize("strength", [math.nan, "inf"])

@@ -23,12 +23,21 @@ CONTRACT = {
     "TCDSigmas": {
         "inputs": {
             "model": ("MODEL", {}),
-            "steps": ("INT", {"default": 4, "min": 1, "max": 50}),
+            "steps": ("INT", {"default": 4, "min": 1, "max": 1000}),
             "denoise": ("FLOAT", {"default": 1.0, "min": 0.0, "max": 1.0, "step": 0.01}),
         },
         "optional": {"timesteps": ("STRING", {"default": ""})},
         "outputs": [("SIGMAS", "SIGMAS")],
         "category": "sampling/custom_sampling/schedulers",
+    },
+    "TCDModelSettings": {
+        "inputs": {
+            "model": ("MODEL", {}),
+            "eta": ("FLOAT", {"default": 0.3, "min": 0.0, "max": 1.0, "step": 0.01}),
+        },
+        "optional": {},
+        "outputs": [("MODEL", "MODEL")],
+        "category": "advanced/model",
     },
     "TCDLoraLoader": {
         "inputs": {
@@ -36,9 +45,21 @@ CONTRACT = {
             "lora_name": ("COMBO", {}),
             "strength_model": ("FLOAT", {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01}),
         },
-        "optional": {},
+        "optional": {"allow_partial": ("BOOLEAN", {"default": False})},
         "outputs": [("MODEL", "MODEL"), ("INT", "steps"), ("FLOAT", "eta"), ("FLOAT", "cfg")],
         "category": "loaders",
+    },
+    "TCDSamplingSetup": {
+        "inputs": {
+            "model": ("MODEL", {}),
+            "steps": ("INT", {"default": 4, "min": 1, "max": 1000}),
+            "scheduler": ("COMBO", {}),
+            "denoise": ("FLOAT", {"default": 1.0, "min": 0.0, "max": 1.0, "step": 0.01}),
+            "eta": ("FLOAT", {"default": 0.3, "min": 0.0, "max": 1.0, "step": 0.01}),
+        },
+        "optional": {},
+        "outputs": [("MODEL", "MODEL"), ("SAMPLER", "SAMPLER"), ("SIGMAS", "SIGMAS")],
+        "category": "sampling/custom_sampling",
     },
 }
 NUMERIC = ("default", "min", "max", "step")
@@ -144,10 +165,10 @@ def _typed_or_linked(graph: Graph, kind: str, value: Any) -> Any:
     [
         (0, "Value 0 smaller than min of 1"),
         (-1, "Value -1 smaller than min of 1"),
-        (51, "Value 51 bigger than max of 50"),
-        ("0", "steps is 0, but must be a whole number from 1 to 50"),
-        ("-3", "steps is -3, but must be a whole number from 1 to 50"),
-        ("51", "steps is 51"),
+        (1001, "Value 1001 bigger than max of 1000"),
+        ("0", "steps is 0, but must be a whole number of at least 1"),
+        ("-3", "steps is -3, but must be a whole number of at least 1"),
+        (51, "steps is 51, but denoise 1 keeps 50 of the 50 distilled timesteps: use steps of at most 50"),
     ],
 )
 def test_bad_steps(server: ComfyServer, steps: Any, message: str) -> None:
@@ -208,21 +229,6 @@ def test_bad_eta(server: ComfyServer, eta: Any, message: str) -> None:
     with pytest.raises(ComfyError, match="TCDSampler") as caught:
         server.run(graph)
     assert message in str(caught.value)
-
-
-@pytest.mark.host
-@pytest.mark.parametrize(
-    ("patch", "options"),
-    [
-        ("ModelSamplingSD3", {"shift": 3.0}),
-        ("ModelSamplingContinuousEDM", {"sampling": "eps", "sigma_max": 120.0, "sigma_min": 0.002}),
-        ("ModelSamplingStableCascade", {"shift": 2.0}),
-    ],
-)
-def test_a_model_without_timesteps(server: ComfyServer, patch: str, options: dict[str, Any]) -> None:
-    graph = Graph()
-    model = graph.add(patch, model=graph.checkpoint()[0], **options)[0]
-    _fails(server, graph, graph.sigmas(model)[0], "TCDSigmas", "use BasicScheduler instead")
 
 
 def _fails(server: ComfyServer, graph: Graph, value: list[Any], node_type: str, message: str) -> None:

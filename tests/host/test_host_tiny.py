@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from transformers import CLIPTextModel
 
 from tcd import timestep_grid
-from trainer import bases, conditioning, ldm
+from trainer import bases, ldm
 from trainer.demo.comfy_server import ComfyServer
+from trainer.text import TextEncoder
 
 pytestmark = pytest.mark.host
 
@@ -53,7 +54,7 @@ def test_text_to_picture(server: ComfyServer, tiny: Tiny) -> None:
     nodes = graph.show(text), graph.save(latent), graph.show(picture)
     outputs = server.run(graph)
 
-    embedding = conditioning.encode(tiny.text_encoder, [CAPTION])
+    embedding = TextEncoder("tiny", [tiny.text_encoder]).encode([CAPTION]).context
     assert relative_error(shown_tensor(outputs, nodes[0]), embedding) < 1e-4
 
     expected = tcd_scheduler_sample(tiny.unet, host_noise(2), timestep_grid(4), eta=0.3, seed=2, context=embedding)
@@ -66,7 +67,7 @@ def test_text_to_picture(server: ComfyServer, tiny: Tiny) -> None:
 
 def test_the_caption_matters(server: ComfyServer, tiny: Tiny) -> None:
     def latent_of(caption: str) -> torch.Tensor:
-        context = conditioning.encode(tiny.text_encoder, [caption])
+        context = TextEncoder("tiny", [tiny.text_encoder]).encode([caption]).context
         return tcd_scheduler_sample(tiny.unet, host_noise(2), timestep_grid(4), eta=0.3, seed=2, context=context)
 
     assert relative_error(latent_of("a green square"), latent_of(CAPTION)) > 1e-3  # or the above would prove nothing

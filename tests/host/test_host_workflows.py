@@ -2,28 +2,42 @@
 
 import io
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
-import torch
-from diffusers import UNet2DConditionModel
-from loras import random_lora
 from PIL import Image
-from safetensors.torch import save_file
+from stand_ins import RECOMMENDED_STEPS, StandIns
 
-from trainer import bases, ldm
 from trainer.demo.comfy_server import PACK, PACK_NAME, ComfyServer
 
-WORKFLOWS = {path.stem: path for path in (PACK / "workflows").glob("*.json")}
+NAMES = [
+    "tcd-sd15-text-to-image",
+    "tcd-sd15-image-to-image",
+    "tcd-sd15-inpaint",
+    "tcd-sd15-controlnet",
+    "tcd-sd15-ksampler",
+    "tcd-sd15-eta-comparison",
+    "tcd-sd15-two-stage",
+    "hyper-sd15-eight-steps",
+    "tcd-sdxl-text-to-image",
+    "tcd-sdxl-more-steps-more-detail",
+    "hyper-sdxl-one-step",
+    "hyper-sd3-eight-steps",
+]
 NOTES = {"Note", "MarkdownNote"}  # nodes of the browser alone
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 MODEL_KEYS = {"name", "url", "directory"}
+DIRECTORIES = {"CheckpointLoaderSimple": "checkpoints", "TCDLoraLoader": "loras", "ControlNetLoader": "controlnet"}
+IN_PIXELS = {"EmptyLatentImage", "EmptySD3LatentImage", "ImageScale"}
+SIZE = 64  # that the tests give to what is in pixels
+SIZES = {"tcd-sd15-two-stage": (96, 96), "tcd-sd15-eta-comparison": (4 * SIZE + 3 * 8, SIZE)}  # else SIZE x SIZE
+COMPLAINTS = ("not loaded", "NOT LOADED", "missing", "ERROR", "does not fit")
+SAMPLERS = {"SamplerCustom", "SamplerCustomAdvanced", "KSampler"}
 
 
 def _read(name: str) -> dict[str, Any]:
-    workflow: dict[str, Any] = json.loads(WORKFLOWS[name].read_text(encoding="utf-8"))
+    workflow: dict[str, Any] = json.loads((PACK / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
     return workflow
 
 
@@ -34,25 +48,32 @@ def api_prompt(workflow: Mapping[str, Any], object_info: Mapping[str, Any]) -> d
     for node in workflow["nodes"]:
         if node["type"] not in NOTES:
             linked = {slot["name"]: sources[slot["link"]] for slot in node["inputs"]}
-            typed = _widget_values(node, object_info[node["type"]])
+            typed = widget_values(node, object_info[node["type"]])
             prompt[str(node["id"])] = {"class_type": node["type"], "inputs": typed | linked}
     return prompt
 
 
-def _widget_values(node: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str, Any]:
+def widget_values(node: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a node's widgets hold: the saved values in their order, and the defaults of widgets added since."""
     values = iter(node["widgets_values"])
     found = {}
-    for group in ("required", "optional"):
-        for name, (kind, *options) in info["input"].get(group, {}).items():
-            if isinstance(kind, list) or kind in WIDGETS:
-                found[name] = next(values)
-                if options and options[0].get("control_after_generate"):
-                    assert next(values) in {"fixed", "increment", "decrement", "randomize"}
+    for name, (kind, *rest) in _inputs(info).items():
+        options = rest[0] if rest else {}
+        if isinstance(kind, list) or kind in WIDGETS:
+            found[name] = next(values) if "default" not in options else next(values, options["default"])
+            if options.get("control_after_generate"):
+                assert next(values) in {"fixed", "increment", "decrement", "randomize"}
+            if options.get("image_upload"):
+                assert next(values) == "image", "the button that uploads is a widget too"
     assert list(values) == [], f"{node['type']} has more values than widgets"
     return found
 
 
-@pytest.mark.parametrize("name", WORKFLOWS)
+def _inputs(info: Mapping[str, Any]) -> dict[str, Any]:
+    return info["input"].get("required", {}) | info["input"].get("optional", {})
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_links_and_ids_are_consistent(name: str) -> None:
     workflow = _read(name)
     assert workflow["version"] == 0.4
@@ -74,7 +95,7 @@ def test_links_and_ids_are_consistent(name: str) -> None:
         assert nodes[start]["order"] < nodes[end]["order"]
 
 
-@pytest.mark.parametrize("name", WORKFLOWS)
+@pytest.mark.parametrize("name", NAMES)
 def test_nodes_say_where_they_and_their_models_come_from(name: str) -> None:
     for node in _read(name)["nodes"]:
         if node["type"] in NOTES:
@@ -82,54 +103,107 @@ def test_nodes_say_where_they_and_their_models_come_from(name: str) -> None:
         properties = node["properties"]
         assert properties["cnr_id"] == (PACK_NAME if node["type"].startswith("TCD") else "comfy-core")
         assert properties["ver"] and properties["Node name for S&R"] == node["type"]
-        if node["type"] in {"CheckpointLoaderSimple", "TCDLoraLoader"}:
-            (model,) = properties["models"]
+        assert ("models" in properties) == (node["type"] in DIRECTORIES)
+        for model in properties.get("models", []):
             assert set(model) == MODEL_KEYS
             assert model["name"] == node["widgets_values"][0], "or the browser does not offer the download"
             assert model["url"].startswith("https://huggingface.co/"), "one of the few that the browser offers"
             assert model["url"].endswith("/" + model["name"]), "the browser saves it under the address's name"
-            assert model["directory"] == {"CheckpointLoaderSimple": "checkpoints"}.get(node["type"], "loras")
+            assert model["directory"] == DIRECTORIES[node["type"]]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_note_tells_what_it_shows_and_no_node_covers_another(name: str) -> None:
+    nodes = _read(name)["nodes"]
+    (note,) = [node for node in nodes if node["type"] in NOTES]
+    assert note["widgets_values"][0].startswith("## ")
+    for i, node in enumerate(nodes):
+        for other in nodes[:i]:
+            assert not _overlap(node, other), f"{node['type']} and {other['type']}"
+
+
+def _overlap(node: Mapping[str, Any], other: Mapping[str, Any], title: int = 30) -> bool:
+    """Tell whether two nodes meet; the title of each stands above its position."""
+    (x, y), (width, height) = node["pos"], node["size"]
+    (x2, y2), (width2, height2) = other["pos"], other["size"]
+    return x < x2 + width2 and x2 < x + width and y - title < y2 + height2 and y2 - title < y + height
 
 
 def test_no_other_json_is_taken_for_a_workflow() -> None:
-    assert sorted(WORKFLOWS) == ["tcd-sd15-text-to-image"]
+    assert sorted(path.stem for path in (PACK / "workflows").glob("*.json")) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_has_a_picture_that_loads_fast(name: str) -> None:
+    file = PACK / "workflows" / f"{name}.jpg"
+    assert file.stat().st_size <= 100_000
+    with Image.open(file) as image:
+        assert image.format == "JPEG", "the one kind that the browser asks for"
+        assert 640 <= image.width <= 1280
+        assert max(high - low for low, high in image.getextrema()) > 100, "the picture is of one color"
+
+
+def test_no_picture_is_without_its_workflow() -> None:
+    others = [path.name for path in (PACK / "workflows").iterdir() if path.suffix not in {".json", ".jpg"}]
+    assert sorted(path.stem for path in (PACK / "workflows").glob("*.jpg")) == sorted(NAMES)
+    assert others == []
 
 
 @pytest.mark.host
 def test_the_host_lists_them(server: ComfyServer) -> None:
-    assert sorted(server.get("/workflow_templates")[PACK_NAME]) == sorted(WORKFLOWS)
-
-
-@pytest.fixture(scope="module")
-def stand_ins(server: ComfyServer, unet: UNet2DConditionModel) -> Iterator[None]:
-    """The files that the workflow names, of random weights: SD 1.5's text encoder and VAE in full, the mini UNet."""
-    torch.manual_seed(0)
-    tensors = ldm.unet_to_ldm(unet.state_dict(), unet.config)
-    vae, text_encoder = bases.empty_vae("sd15"), bases.empty_text_encoder("sd15")
-    tensors |= ldm.vae_to_ldm(vae.state_dict(), vae.config) | ldm.text_to_ldm(text_encoder.state_dict())
-    halves = {name: tensor.half().contiguous() for name, tensor in tensors.items() if tensor.is_floating_point()}
-    checkpoint = server.models / "checkpoints" / "v1-5-pruned-emaonly-fp16.safetensors"
-    save_file(halves, checkpoint)
-    settings = {"tcd.steps": "2", "tcd.eta": "0.5", "tcd.cfg": "1.0"}
-    save_file(random_lora(unet), server.models / "loras" / "pytorch_lora_weights.safetensors", metadata=settings)
-    yield
-    with suppress(PermissionError):  # it is 450 MB; Windows keeps it while the host has it open
-        checkpoint.unlink()
+    assert sorted(server.get("/workflow_templates")[PACK_NAME]) == sorted(NAMES)
 
 
 @pytest.mark.host
-@pytest.mark.usefixtures("stand_ins")
-@pytest.mark.parametrize("name", WORKFLOWS)
-def test_it_runs(server: ComfyServer, name: str) -> None:
-    prompt = api_prompt(_read(name), server.get("/object_info"))
+@pytest.mark.parametrize("name", NAMES)
+def test_it_runs(server: ComfyServer, stand_ins: StandIns, name: str) -> None:
+    workflow = _read(name)
+    stand_ins.provide(workflow)
+    info = server.get("/object_info")
+    for node in workflow["nodes"]:
+        if node["type"] not in NOTES:
+            _check_widgets(node, info[node["type"]])
+    prompt = api_prompt(workflow, info)
     for node in prompt.values():
-        if node["class_type"] == "EmptyLatentImage":
-            node["inputs"] |= {"width": 64, "height": 64}  # all that is not as in the file
+        if node["class_type"] in IN_PIXELS:
+            node["inputs"] |= {"width": SIZE, "height": SIZE}  # all that is not as in the file
     before = len(server.log_text())
     outputs = server.run(prompt)
     (save,) = [node_id for node_id, node in prompt.items() if node["class_type"] == "SaveImage"]
     (file,) = outputs[save]["images"]
-    assert Image.open(io.BytesIO(server.fetch(file))).size == (64, 64)
+    with Image.open(io.BytesIO(server.fetch(file))) as image:
+        assert image.size == SIZES.get(name, (SIZE, SIZE))
+        assert max(high - low for low, high in image.getextrema()) > 10, "the picture is of one color"
     log = server.log_text()[before:]
-    assert "2/2 [" in log, "the steps are those that the LoRA file recommends"
-    assert "not loaded" not in log.lower()
+    for steps in _asked_steps(prompt):
+        assert f"{steps}/{steps} [" in log
+        log = log.replace(f"{steps}/{steps} [", "", 1)
+    assert not [
+        line for line in log.splitlines() if "not loaded" in line.lower() or "missing" in line or "ERROR" in line
+    ]
+
+
+def _check_widgets(node: Mapping[str, Any], info: Mapping[str, Any]) -> None:
+    """Also where a link overrides the widget, for the day that someone removes it."""
+    for name, value in widget_values(node, info).items():
+        kind, *rest = _inputs(info)[name]
+        options = rest[0] if rest else {}
+        choices = kind if isinstance(kind, list) else options.get("options")
+        if choices is not None:
+            assert value in choices, f"{name} of {node['type']}"
+        elif kind in {"INT", "FLOAT"}:
+            assert type(value) in {"INT": {int}, "FLOAT": {int, float}}[kind], f"{name} of {node['type']}"
+            assert options["min"] <= value <= options["max"], f"{name} of {node['type']}"
+
+
+def _asked_steps(prompt: Mapping[str, Any]) -> list[int]:
+    """Return the number of steps of each sampler in the prompt; a link for steps comes from the LoRA loader."""
+    asked = []
+    for node in prompt.values():
+        if node["class_type"] in SAMPLERS:
+            source = node["inputs"].get("sigmas")
+            inputs = prompt[source[0]]["inputs"] if source else node["inputs"]
+            steps = len(inputs["timesteps"].split(",")) if inputs.get("timesteps") else inputs["steps"]
+            asked.append(RECOMMENDED_STEPS if isinstance(steps, list) else steps)
+    assert asked
+    return asked

@@ -1,12 +1,13 @@
-"""Run by the host's interpreter, in the host's folder: nodes/host.py against every kind of model that the host has.
+"""Run by the host's interpreter, in the host's folder: nodes/host against every kind of model that the host has.
 
-Argument: the pack's folder. Prints a JSON object of measurements. The models are of classes of the host's own, their
-networks analytic, and the sampler runs inside the host's own KSAMPLER.
+Argument: the pack's folder. Prints a JSON object of measurements. The models are all that the host can put together, by
+kinds.py, their networks analytic, and the sampler runs inside the host's own KSAMPLER.
 """
 
-import importlib.util
+import importlib
 import json
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,104 +15,174 @@ sys.path.insert(0, ".")
 import comfy.cli_args
 
 comfy.cli_args.args.cpu = True
-import comfy.model_sampling as ms  # noqa: E402
 import comfy.samplers  # noqa: E402
 import torch  # noqa: E402
-from comfy_extras.nodes_model_advanced import LCM, ModelSamplingDiscreteDistilled  # noqa: E402
+from kinds import models_of_the_host  # noqa: E402
+from load_pack import load_host  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 torch.set_num_threads(1)
 GAMMAS = (0.0, 0.3, 1.0)
-
-
-def model(clock: type, prediction: type, prepare: Any = None, **settings: Any) -> Any:
-    """Return a model_sampling as the host puts one together, from a clock and a prediction."""
-    kind = type("ModelSampling", (clock, prediction), {})
-    built = kind(**settings)
-    if prepare:
-        prepare(built)
-    return built
-
-
-MODELS = {
-    "discrete eps": model(ms.ModelSamplingDiscrete, ms.EPS),
-    "discrete v, zero snr": model(ms.ModelSamplingDiscrete, ms.V_PREDICTION, zsnr=True),
-    "discrete lcm": model(ModelSamplingDiscreteDistilled, LCM),
-    "cascade": model(ms.StableCascadeSampling, ms.EPS),
-    "edm": model(ms.ModelSamplingContinuousEDM, ms.EDM),
-    "continuous v": model(ms.ModelSamplingContinuousV, ms.V_PREDICTION),
-    "cosmos": model(ms.ModelSamplingCosmosRFlow, ms.COSMOS_RFLOW),
-    "flow": model(ms.ModelSamplingDiscreteFlow, ms.CONST, lambda m: m.set_parameters(shift=3.0)),
-    "flux": model(ms.ModelSamplingFlux, ms.CONST),
-}
-if hasattr(ms.ModelSamplingDiscreteFlow, "set_noise_scale"):
-    MODELS["flow, noise scale 2"] = model(ms.ModelSamplingDiscreteFlow, ms.CONST, lambda m: m.set_noise_scale(2.0))
+STEPS = (1, 2, 4)
+SEED = 3
+MEAN, STD = 0.7, 0.4  # of the data, where it is a Gaussian
+POINT = 0.75  # the data, where it is one point
 
 
 class Guider:
-    """What KSAMPLER is given: a guider around a model that is sure the clean latent is `x0` everywhere."""
+    """What KSAMPLER is given: a guider around a model, of which x0(x, sigma) is the network."""
 
-    def __init__(self, model_sampling: Any, x0: float) -> None:
+    def __init__(self, model_sampling: Any, x0: Callable[[Tensor, Tensor], Tensor]) -> None:
         self.inner_model = SimpleNamespace(model_sampling=model_sampling, scale_latent_inpaint=None)
         self.model_patcher = SimpleNamespace(get_model_object=lambda _: model_sampling, model=SimpleNamespace())
         self.cfg = 1.0
         self.x0 = x0
-        self.seen: list[float] = []  # how far x was from x0 at each call, per sigma of noise
+        self.seen: list[Tensor] = []  # x at each call
+        self.sigmas: list[Tensor] = []
 
-    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **_: Any) -> torch.Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
         assert sigma.shape == (len(x),), "one sigma an image"
-        model_sampling = self.inner_model.model_sampling
-        is_flow = isinstance(model_sampling, ms.CONST)
-        alpha = 1 - sigma[0] if is_flow else 1.0
-        scale = getattr(model_sampling, "noise_scale", 1.0)
-        self.seen.append(float((x - alpha * self.x0).std() / (sigma[0] * scale)))
-        return torch.full_like(x, self.x0)
+        self.seen.append(x)
+        self.sigmas.append(sigma[0])
+        return self.x0(x, sigma[0])
 
 
-def sigmas_of(model_sampling: Any) -> torch.Tensor:
-    if isinstance(model_sampling, ms.CONST):
-        return torch.tensor([1.0, 0.8, 0.5, 0.2, 0.0])
-    low, high = float(model_sampling.sigma_min), float(model_sampling.sigma_max)
-    inner = torch.linspace(high, low, 6)[1:4]
-    return torch.cat([torch.tensor([high]), inner, torch.zeros(1)])
+def level(model_sampling: Any, sigma: Tensor) -> tuple[float, float]:
+    """Return by how much the host itself scales an image and noise at this sigma."""
+    zero, one = torch.zeros(1), torch.ones(1)
+    return float(model_sampling.noise_scaling(sigma, zero, one)), float(model_sampling.noise_scaling(sigma, one, zero))
 
 
-def run(host: Any, model_sampling: Any, gamma: float, sigmas: torch.Tensor, **options: Any) -> dict[str, Any]:
-    guider = Guider(model_sampling, x0=0.75)
-    options = {"seed": 3, "callback": None, "dtype": torch.float32} | options
-    noise = torch.randn(4, 4, 32, 32, generator=torch.Generator().manual_seed(0), dtype=options["dtype"])
-    out = host.tcd_sampler(gamma).sample(
-        guider,
-        sigmas,
-        {"model_options": {}, "seed": options["seed"]},
-        options["callback"],
-        noise,
-        torch.zeros_like(noise),
-        disable_pbar=True,
-    )
-    return {"out": out, "seen": guider.seen}
+def point(x: Tensor, sigma: Tensor) -> Tensor:
+    """The estimate of data that is POINT everywhere."""
+    return torch.full_like(x, POINT)
 
 
-def walls(host: Any) -> dict[str, Any]:
-    """Each model, at each gamma: how wrong the result is, and how noisy x was at each call."""
-    found = {}
-    for name, model_sampling in MODELS.items():
-        runs = {str(gamma): run(host, model_sampling, gamma, sigmas_of(model_sampling)) for gamma in GAMMAS}
-        found[name] = {
-            "schedule": type(host.schedule_of(model_sampling)).__name__,
-            "error": {gamma: float((r["out"] - 0.75).abs().max()) for gamma, r in runs.items()},
-            "seen": {gamma: r["seen"] for gamma, r in runs.items()},
-        }
+def smooth(x: Tensor, sigma: Tensor) -> Tensor:
+    """An estimate with no meaning, which tells any two x apart."""
+    return torch.tanh(x / (1 + sigma)) + 0.1 * torch.sin(3 * x / (1 + sigma))
+
+
+def gaussian(model_sampling: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """The exact estimate, the mean of what may be under the noise, for data ~ N(MEAN, STD^2)."""
+
+    def x0(x: Tensor, sigma: Tensor) -> Tensor:
+        alpha, spread = level(model_sampling, sigma)
+        weight = alpha * STD**2 / (alpha**2 * STD**2 + spread**2)
+        return MEAN + weight * (x - alpha * MEAN)
+
+    return x0
+
+
+def run(sampler: Any, guider: Guider, sigmas: Tensor, latent: float | Tensor = 0.0, **options: Any) -> Tensor:
+    options = {"seed": SEED, "callback": None, "dtype": torch.float32, "shape": (4, 4, 32, 32)} | options
+    noise = torch.randn(options["shape"], generator=torch.Generator().manual_seed(SEED)).to(options["dtype"])
+    extra = {"model_options": {}, "seed": options["seed"]}
+    latent = torch.zeros_like(noise) + latent
+    return sampler.sample(guider, sigmas, extra, options["callback"], noise, latent, disable_pbar=True)
+
+
+def sigmas_of(host: Any, model_sampling: Any, steps: int = 4, denoise: float = 1.0, timesteps: str = "") -> Tensor:
+    patcher = SimpleNamespace(get_model_object=lambda _: model_sampling)
+    return host.tcd_sigmas(patcher, steps=steps, denoise=denoise, timesteps=timesteps)
+
+
+def refusal(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return "nothing was refused"
+
+
+# What is measured of each model
+
+
+def grids(host: Any, model_sampling: Any) -> dict[str, Any]:
+    """Where N steps are, by TCDSigmas and by the scheduler, and where their strategic targets."""
+    schedule = host.schedule_of(model_sampling)
+    inner = sigmas_of(host, model_sampling)[1:4]
+    by_hand: list[float] = []
+    found = {
+        "schedule": type(schedule).__name__,
+        "sigma_max": float(model_sampling.sigma_max),
+        "sigmas": {steps: sigmas_of(host, model_sampling, steps).tolist() for steps in STEPS},
+        "half": sigmas_of(host, model_sampling, 2, denoise=0.5).tolist(),
+        "none": sigmas_of(host, model_sampling, denoise=0.0).tolist(),
+        "scheduler": host.scheduler_sigmas(model_sampling, 4).tolist(),
+        "many": host.scheduler_sigmas(model_sampling, 1000).tolist(),
+        "too many": refusal(lambda: host.scheduler_sigmas(model_sampling, 1001)),
+        "51": refusal(lambda: sigmas_of(host, model_sampling, 51)),
+        "typed": refusal(lambda: by_hand.extend(sigmas_of(host, model_sampling, timesteps="750.5,500").tolist())),
+        "by hand": by_hand,
+        "bad steps": refusal(lambda: sigmas_of(host, model_sampling, 0)),
+        "bad denoise": refusal(lambda: sigmas_of(host, model_sampling, denoise=float("nan"))),
+    }
+    if type(schedule).__name__ in ("DiscreteSchedule", "BridgeSchedule"):
+        found["table"] = model_sampling.sigmas.tolist()
+    if type(schedule).__name__ != "BridgeSchedule":
+        found["targets"] = {gamma: schedule.target(inner, gamma).tolist() for gamma in GAMMAS}
     return found
 
 
-def targets(host: Any) -> dict[str, list[float]]:
-    """Strategic targets of the model that knows 50 timesteps, and of the same model with all 1000."""
-    full, sparse = MODELS["discrete eps"], MODELS["discrete lcm"]
-    t_next = (759, 499, 259)
+def walls(host: Any, model_sampling: Any, gamma: float, sigmas: Tensor) -> dict[str, Any]:
+    """How wrong the result is for data that is one point, and how noisy x was at each call, in the host's own scale."""
+    guider = Guider(model_sampling, point)
+    out = run(host.tcd_sampler(gamma), guider, sigmas)
+    seen = []
+    for x, sigma in zip(guider.seen, guider.sigmas, strict=True):
+        alpha, spread = level(model_sampling, sigma)
+        seen.append(float((x - alpha * POINT).std()) / spread)
+    return {"error": float((out - POINT).abs().max()), "seen": seen}
+
+
+def moments(host: Any, model_sampling: Any, gamma: float, sigmas: Tensor) -> dict[str, Any]:
+    """Mean and standard deviation of x at each call and of the result, for data that is a Gaussian, and the levels."""
+    guider = Guider(model_sampling, gaussian(model_sampling))
+    data = MEAN + STD * torch.randn(4, 4, 32, 32, generator=torch.Generator().manual_seed(7))
+    out = run(host.tcd_sampler(gamma), guider, sigmas, latent=data)
     return {
-        name: [float(host.schedule_of(clock).target(full.sigmas[t], gamma)) for gamma in GAMMAS for t in t_next]
-        for name, clock in (("full", full), ("sparse", sparse))
+        "levels": [level(model_sampling, sigma) for sigma in sigmas],
+        "means": [float(x.mean()) for x in [*guider.seen, out]],
+        "stds": [float(x.std()) for x in [*guider.seen, out]],
     }
+
+
+def difference(host: Any, model_sampling: Any, gamma: float, theirs: Any, sigmas: Tensor) -> float:
+    """How far, of its size, the result is from that of a sampler of the host."""
+    options = {"latent": 0.5, "shape": (2, 4, 8, 8)}
+    ours = run(host.tcd_sampler(gamma), Guider(model_sampling, smooth), sigmas, **options)
+    expected = run(theirs, Guider(model_sampling, smooth), sigmas, **options)
+    return float((ours - expected).norm() / expected.norm())
+
+
+def lcm(host: Any) -> Any:
+    """The host's sampler of multistep consistency models, which is TCD at gamma = 1 if s = 0 is sigma = 0."""
+    draw = importlib.import_module("some_pack.tcd").seeded_noise(SEED)
+    like = torch.empty(2, 4, 8, 8)
+    return comfy.samplers.ksampler("lcm", {"noise_sampler": lambda sigma, sigma_next: draw(sigma_next, like)})
+
+
+def measure(host: Any, model_sampling: Any) -> dict[str, Any]:
+    sigmas = {steps: sigmas_of(host, model_sampling, steps) for steps in STEPS}
+    found = grids(host, model_sampling)
+    found["euler"] = [
+        difference(host, model_sampling, 0.0, comfy.samplers.ksampler("euler"), each) for each in sigmas.values()
+    ]
+    if found["schedule"] == "BridgeSchedule":
+        found["gamma"] = refusal(lambda: walls(host, model_sampling, 0.3, sigmas[2]))
+        found["one step"] = float((run(host.tcd_sampler(0.3), Guider(model_sampling, point), sigmas[1]) - POINT).std())
+        return found
+    grid = {(gamma, steps): each for gamma in GAMMAS for steps, each in sigmas.items()}
+    found["lcm"] = [difference(host, model_sampling, 1.0, lcm(host), each) for each in sigmas.values()]
+    found["walls"] = [walls(host, model_sampling, gamma, each) for (gamma, _), each in grid.items()]
+    found["moments"] = [
+        {"gamma": gamma} | moments(host, model_sampling, gamma, each) for (gamma, _), each in grid.items()
+    ]
+    return found
+
+
+# And of the sampler as such
 
 
 class Bare:
@@ -120,46 +191,50 @@ class Bare:
     def __init__(self, guider: Guider) -> None:
         self.inner_model = guider
 
-    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **options: Any) -> torch.Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, **options: Any) -> Tensor:
         return self.inner_model(x, sigma, **options)
 
 
-def bare_call(host: Any) -> torch.Tensor:
-    """Call the sampler function as anyone may: with neither extra_args nor a callback."""
-    discrete = MODELS["discrete eps"]
-    return host.sample_with_tcd(
-        Bare(Guider(discrete, x0=0.75)), torch.ones(1, 4, 8, 8), sigmas_of(discrete), disable=True, gamma=0.3
-    )
-
-
-def details(host: Any) -> dict[str, Any]:
-    discrete = MODELS["discrete eps"]
-    sigmas = sigmas_of(discrete)
-    steps: list[tuple[int, int]] = []
-    run(host, discrete, 0.3, sigmas, callback=lambda i, x0, x, total: steps.append((i, total)))
-    torch.manual_seed(1)
-    unseeded = [run(host, discrete, 1.0, sigmas[:3], seed=None)["out"] for _ in range(2)]
-    half = run(host, discrete, 0.3, sigmas, dtype=torch.float16)["out"]
-    one = run(host, discrete, 0.3, sigmas[:1])
+def half_precision(host: Any, model_sampling: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """The dtype that comes of x in half precision, and how far a run from such noise is from a run in float32."""
+    sigmas, guider = sigmas_of(host, model_sampling), Guider(model_sampling, smooth)
+    x = torch.ones(1, 4, 8, 8, dtype=dtype)
+    half, single = (run(host.tcd_sampler(0.3), guider, sigmas, dtype=each).float() for each in (dtype, torch.float32))
     return {
-        "steps": steps,
-        "unseeded_runs_differ": bool((unseeded[0] != unseeded[1]).any()),
-        "half": [str(half.dtype), bool(half.isfinite().all())],
-        "calls_for_one_sigma": len(one["seen"]),
-        "called_barely": float((bare_call(host) - 0.75).abs().max()),
+        "dtype": str(host.sample_with_tcd(Bare(guider), x, sigmas, disable=True, gamma=0.3).dtype),
+        "error": float((half - single).norm() / single.norm()),
     }
 
 
-def load_host(pack: str) -> Any:
-    """Import nodes/host.py as part of a package of another name than the folder's, as the host does."""
-    spec = importlib.util.spec_from_file_location("some_pack", f"{pack}/__init__.py", submodule_search_locations=[pack])
-    assert spec and spec.loader
-    sys.modules["some_pack"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["some_pack"])
-    return importlib.import_module("some_pack.nodes.host")
+def details(host: Any, models: dict[str, Any]) -> dict[str, Any]:
+    discrete = models["ModelType EPS"]
+    sigmas = sigmas_of(host, discrete)
+    sampler = host.tcd_sampler(0.3)
+    steps: list[tuple[int, int]] = []
+    run(sampler, Guider(discrete, point), sigmas, callback=lambda i, x0, x, total: steps.append((i, total)))
+    torch.manual_seed(1)
+    unseeded = [run(host.tcd_sampler(1.0), Guider(discrete, point), sigmas[:3], seed=None) for _ in range(2)]
+    one = Guider(discrete, point)
+    run(sampler, one, sigmas[:1])
+    barely = host.sample_with_tcd(
+        Bare(Guider(discrete, point)), torch.ones(1, 4, 8, 8), sigmas, disable=True, gamma=0.3
+    )
+    return {
+        "steps": steps,
+        "unseeded_runs_differ": bool((unseeded[0] != unseeded[1]).any()),
+        "half": {
+            f"{name}, {dtype}": half_precision(host, models[name], dtype)
+            for name in ("ModelType EPS", "ModelSamplingDiscrete v_prediction True", "ModelType FLOW")
+            for dtype in (torch.float16, torch.bfloat16)
+        },
+        "calls_for_one_sigma": len(one.seen),
+        "called_barely": float((barely - POINT).abs().max()),
+    }
 
 
 if __name__ == "__main__":
     host = load_host(sys.argv[1])
     with torch.inference_mode():
-        json.dump({"walls": walls(host), "targets": targets(host), "details": details(host)}, sys.stdout)
+        models = models_of_the_host()
+        measured = {name: measure(host, model_sampling) for name, model_sampling in models.items()}
+        json.dump({"models": measured, "details": details(host, models)}, sys.stdout)

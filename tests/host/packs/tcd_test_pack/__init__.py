@@ -4,7 +4,10 @@ import torch
 
 
 class TestConditioning:
-    """A CONDITIONING of seeded noise, for checkpoints without a text encoder; another salt makes the host run again."""
+    """A CONDITIONING of seeded noise, for checkpoints without a text encoder; another salt makes the host run again.
+
+    `width` numbers a token, and, where the model wants one, a pooled vector of `pooled` numbers.
+    """
 
     RETURN_TYPES = ("CONDITIONING",)
     FUNCTION = "make"
@@ -12,11 +15,16 @@ class TestConditioning:
 
     @classmethod
     def INPUT_TYPES(cls):  # noqa: N802
-        return {"required": {"seed": ("INT", {"default": 0}), "salt": ("STRING", {"default": ""})}}
+        return {
+            "required": {"seed": ("INT", {"default": 0}), "salt": ("STRING", {"default": ""})},
+            "optional": {"width": ("INT", {"default": 768}), "pooled": ("INT", {"default": 0})},
+        }
 
-    def make(self, seed, salt):
-        embedding = torch.randn(1, 77, 768, generator=torch.Generator().manual_seed(seed))
-        return ([[embedding, {}]],)
+    def make(self, seed, salt, width=768, pooled=0):
+        generator = torch.Generator().manual_seed(seed)
+        embedding = torch.randn(1, 77, width, generator=generator)
+        vector = torch.randn(1, pooled, generator=generator)
+        return ([[embedding, {"pooled_output": vector} if pooled else {}]],)
 
 
 class TestShow:
@@ -66,4 +74,20 @@ class TestInt(TestFloat):
         return (int(text),)
 
 
-NODE_CLASS_MAPPINGS = {node.__name__: node for node in (TestConditioning, TestShow, TestFloat, TestInt)}
+class TestCastLatent:
+    """The LATENT in another dtype, such as float16."""
+
+    RETURN_TYPES = ("LATENT",)
+    FUNCTION = "cast"
+    CATEGORY = "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"samples": ("LATENT",), "dtype": ("STRING", {"default": ""})}}
+
+    def cast(self, samples, dtype):
+        return (samples | {"samples": samples["samples"].to(getattr(torch, dtype))},)
+
+
+NODES = (TestConditioning, TestShow, TestFloat, TestInt, TestCastLatent)
+NODE_CLASS_MAPPINGS = {node.__name__: node for node in NODES}

@@ -1,0 +1,215 @@
+"""What the workflows name and people download: model files of random weights and of the right layout, and a picture.
+
+The networks are the small ones of the other tests. Text encoders and VAEs are as large as the real ones, since the host
+builds them so; the layers of the text encoders are zeros, which let the sum of token and position through, and take
+neither time to make nor room on the disk.
+"""
+
+import json
+import struct
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from checkpoints import sd3_state, sd3_transformer, sdxl_unet, write_controlnet_mini
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from loras import RANK, random_lora
+from PIL import Image, ImageDraw
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+from trainer import bases, ldm
+
+HUB = "https://huggingface.co/"
+RECOMMENDED_STEPS = 2
+SETTINGS = {"tcd.steps": str(RECOMMENDED_STEPS), "tcd.eta": "0.5", "tcd.cfg": "1.0"}  # of the LoRAs called TCD
+PICTURE = "example.png"  # which ComfyUI brings along in its input folder
+
+CLIP_L = CLIPTextConfig(**bases.config("sd15", "text_encoder"))
+CLIP_G = CLIPTextConfig(
+    hidden_size=1280,
+    intermediate_size=5120,
+    num_hidden_layers=32,
+    num_attention_heads=20,
+    projection_dim=1280,
+    vocab_size=CLIP_L.vocab_size,
+    max_position_embeddings=CLIP_L.max_position_embeddings,
+)
+OPEN_CLIP_LAYER = {  # the shapes, in widths
+    "attn.in_proj_weight": (3, 1),
+    "attn.in_proj_bias": (3,),
+    "attn.out_proj.weight": (1, 1),
+    "attn.out_proj.bias": (1,),
+    "mlp.c_fc.weight": (4, 1),
+    "mlp.c_fc.bias": (4,),
+    "mlp.c_proj.weight": (1, 4),
+    "mlp.c_proj.bias": (1,),
+} | {f"{norm}.{end}": (1,) for norm in ("ln_1", "ln_2") for end in ("weight", "bias")}
+
+
+class StandIns:
+    """Files in a host's base folder, written when a workflow that names them is to be opened or run."""
+
+    def __init__(self, base: Path, unet: UNet2DConditionModel) -> None:
+        self._base, self._unet = base, unet
+        self._addresses: dict[Path, str] = {}
+        _picture().save(base / "input" / PICTURE)
+
+    def provide(self, workflow: Mapping[str, Any]) -> None:
+        """Write each model file that a workflow says where to download.
+
+        A file of the same name from another address is replaced: both official TCD LoRAs have one name.
+        """
+        for node in workflow["nodes"]:
+            for model in node["properties"].get("models", []):
+                path = self._base / "models" / model["directory"] / model["name"]
+                if self._addresses.get(path) != model["url"]:
+                    path.parent.mkdir(exist_ok=True)
+                    new = path.with_suffix(".new")
+                    WRITERS[model["url"]](new, self._unet)
+                    new.replace(path)
+                    self._addresses[path] = model["url"]
+
+    def remove(self) -> None:
+        """Remove the model files, which are large."""
+        for path in self._addresses:
+            with suppress(PermissionError):  # Windows keeps them while the host has them open
+                path.unlink()
+
+
+def save_with_holes(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file in fp16; a tensor on the device meta is a hole in it: zeros that are never written."""
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + 2 * tensor.numel()
+        header[name] = {"dtype": "F16", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        data = file.tell()
+        for name, tensor in tensors.items():
+            if not tensor.is_meta:
+                file.seek(data + header[name]["data_offsets"][0])
+                file.write(tensor.detach().half().contiguous().numpy().tobytes())
+        file.truncate(data + end)
+
+
+def clip(config: CLIPTextConfig) -> dict[str, Tensor]:
+    """Return a text encoder in the names of transformers, its layers on the device meta."""
+    with torch.device("meta"):
+        tensors = dict(CLIPTextModelWithProjection(config).state_dict())
+    width = config.hidden_size
+    tensors["text_model.final_layer_norm.weight"] = torch.ones(width)
+    tensors["text_model.embeddings.position_embedding.weight"] = torch.randn(config.max_position_embeddings, width)
+    tensors["text_projection.weight"] = torch.randn(width, width) / width**0.5
+    if config is CLIP_L:  # one encoder that tells words apart is enough
+        tensors["text_model.embeddings.token_embedding.weight"] = torch.randn(config.vocab_size, width)
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
+
+
+def open_clip(config: CLIPTextConfig) -> dict[str, Tensor]:
+    """Return the same in the names of OpenCLIP, as SDXL's checkpoints have the larger one."""
+    tensors = clip(config)
+    embeddings, norm = "text_model.embeddings", "text_model.final_layer_norm"
+    renamed = {
+        "token_embedding.weight": tensors[f"{embeddings}.token_embedding.weight"],
+        "positional_embedding": tensors[f"{embeddings}.position_embedding.weight"],
+        "ln_final.weight": tensors[f"{norm}.weight"],
+        "ln_final.bias": tensors[f"{norm}.bias"],
+        "text_projection": tensors["text_projection.weight"].T,
+    }
+    for i in range(config.num_hidden_layers):
+        for name, widths in OPEN_CLIP_LAYER.items():
+            shape = [n * config.hidden_size for n in widths]
+            renamed[f"transformer.resblocks.{i}.{name}"] = torch.empty(shape, device="meta")
+    return renamed
+
+
+_sdxl_unet = cache(sdxl_unet)
+
+
+@cache
+def vae(channels: int) -> Mapping[str, Tensor]:
+    """Return a VAE with latents of that many channels: 4 as in SD 1.5 and SDXL, or 16 as in SD3."""
+    torch.manual_seed(0)
+    config = bases.config("sd15", "vae") | {"latent_channels": channels}
+    if channels == 16:
+        config |= {"use_quant_conv": False, "use_post_quant_conv": False}
+    model = AutoencoderKL.from_config(config)
+    return ldm.vae_to_ldm(model.state_dict(), model.config)
+
+
+def _sd15(path: Path, unet: UNet2DConditionModel) -> None:
+    torch.manual_seed(0)
+    network = ldm.unet_to_ldm(unet.state_dict(), unet.config)
+    text = {name: tensor for name, tensor in clip(CLIP_L).items() if name.startswith("text_model.")}
+    save_with_holes({**network, **vae(4), **ldm.text_to_ldm(text)}, path)
+
+
+def _sdxl(path: Path, _: UNet2DConditionModel) -> None:
+    torch.manual_seed(0)
+    unet = _sdxl_unet()
+    network = ldm.unet_to_ldm(unet.state_dict(), unet.config)
+    small = {name: tensor for name, tensor in clip(CLIP_L).items() if name.startswith("text_model.")}
+    text = _prefixed("conditioner.embedders.0.transformer.", small)
+    text |= _prefixed("conditioner.embedders.1.model.", open_clip(CLIP_G))
+    save_with_holes({**network, **vae(4), **text}, path)
+
+
+def _sd3(path: Path, _: UNet2DConditionModel) -> None:
+    torch.manual_seed(0)
+    text = _prefixed("text_encoders.clip_l.transformer.", clip(CLIP_L))
+    text |= _prefixed("text_encoders.clip_g.transformer.", clip(CLIP_G))
+    save_with_holes({**_prefixed(ldm.UNET_PREFIX, sd3_state()), **vae(16), **text}, path)
+
+
+def _sd15_lora(path: Path, unet: UNet2DConditionModel) -> None:
+    save_file(random_lora(unet), path, metadata=SETTINGS)
+
+
+def _sdxl_lora(path: Path, _: UNet2DConditionModel) -> None:
+    save_file(random_lora(_sdxl_unet()), path, metadata=SETTINGS)
+
+
+def _sd3_lora(path: Path, _: UNet2DConditionModel) -> None:
+    generator = torch.Generator().manual_seed(0)
+    lora = {}
+    for name, module in sd3_transformer().named_modules():
+        if name.startswith("transformer_blocks") and isinstance(module, torch.nn.Linear) and "norm" not in name:
+            out, into = module.weight.shape
+            down, up = (torch.randn(shape, generator=generator) for shape in ((RANK, into), (out, RANK)))
+            lora |= {f"transformer.{name}.lora_A.weight": down / into**0.5, f"transformer.{name}.lora_B.weight": up}
+    save_file(lora, path)
+
+
+def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def _picture() -> Image.Image:
+    """Return a picture of 64 x 64 with an edge to find, and a hole in it to paint."""
+    image = Image.linear_gradient("L").resize((64, 64)).convert("RGBA")
+    draw = ImageDraw.Draw(image)
+    draw.ellipse((8, 8, 40, 40), fill=(220, 40, 40, 255))
+    draw.rectangle((36, 36, 59, 59), fill=(0, 0, 0, 0))
+    return image
+
+
+_CONTROLNETS = f"{HUB}comfyanonymous/ControlNet-v1-1_fp16_safetensors/resolve/main/"
+_HYPER = f"{HUB}ByteDance/Hyper-SD/resolve/main/"
+WRITERS: dict[str, Callable[[Path, UNet2DConditionModel], object]] = {
+    f"{HUB}Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/v1-5-pruned-emaonly-fp16.safetensors": _sd15,
+    f"{HUB}stabilityai/stable-diffusion-xl-base-1.0/resolve/main/sd_xl_base_1.0.safetensors": _sdxl,
+    f"{HUB}stabilityai/stable-diffusion-3-medium/resolve/main/sd3_medium_incl_clips.safetensors": _sd3,
+    f"{HUB}h1t/TCD-SD15-LoRA/resolve/main/pytorch_lora_weights.safetensors": _sd15_lora,
+    f"{HUB}h1t/TCD-SDXL-LoRA/resolve/main/pytorch_lora_weights.safetensors": _sdxl_lora,
+    f"{_HYPER}Hyper-SD15-8steps-lora.safetensors": _sd15_lora,
+    f"{_HYPER}Hyper-SDXL-1step-lora.safetensors": _sdxl_lora,
+    f"{_HYPER}Hyper-SD3-8steps-CFG-lora.safetensors": _sd3_lora,
+    f"{_CONTROLNETS}control_v11p_sd15_canny_fp16.safetensors": write_controlnet_mini,
+}

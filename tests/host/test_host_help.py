@@ -1,0 +1,122 @@
+"""What the browser shows beside the nodes: help pages, tooltips, and both in Chinese and Japanese."""
+
+import re
+import urllib.request
+from typing import Any
+
+import pytest
+
+from trainer.demo.comfy_server import PACK, PACK_NAME, ComfyServer
+
+LANGUAGES = ("zh", "ja")  # English is what the nodes say themselves: the browser shows that where it has no other text
+DOCS = PACK / "nodes" / "web" / "docs"
+PAPER = "https://arxiv.org/abs/2402.19159"
+SYNTAX = set("@{}|")  # the browser's translator reads these as commands
+CHINESE_OR_JAPANESE = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]")
+
+pytestmark = pytest.mark.host
+
+
+@pytest.fixture(scope="module")
+def nodes(server: ComfyServer) -> dict[str, Any]:
+    """What the host tells the browser of the pack's nodes, by their ids."""
+    module = f"custom_nodes.{PACK_NAME}"
+    return {name: info for name, info in server.get("/object_info").items() if info["python_module"] == module}
+
+
+def _inputs(info: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {name: spec[1] for group in info["input"].values() for name, spec in group.items()}
+
+
+def test_everything_is_explained_and_in_the_symbols_of_the_paper(nodes: dict[str, Any]) -> None:
+    assert nodes
+    for info in nodes.values():
+        assert info["display_name"]
+        assert info["description"]
+        assert all(info["output_tooltips"])
+        for name, options in _inputs(info).items():
+            assert options["tooltip"]
+            symbol = {"eta": "gamma", "steps": "N", "timesteps": "tau", "scheduler": "tau"}.get(name, "")
+            assert symbol in options["tooltip"]
+
+
+@pytest.mark.parametrize("page", ["{node}.md", *(f"{{node}}/{language}.md" for language in LANGUAGES)])
+def test_each_node_has_a_help_page(server: ComfyServer, nodes: dict[str, Any], page: str) -> None:
+    for node, info in nodes.items():
+        url = f"{server.url}/extensions/{PACK_NAME}/docs/{page.format(node=node)}"
+        with urllib.request.urlopen(url) as answer:
+            assert "text/html" not in answer.headers["Content-Type"], "the browser takes it for a missing page"
+            text = answer.read().decode("utf-8")
+        assert text.startswith("# ")
+        assert PAPER in text
+        for name, options in _inputs(info).items():
+            (row,) = [line for line in text.splitlines() if line.startswith(f"| `{name}` |")]
+            if "min" in options:
+                _, _, _, span, default, *_ = row.split("|")
+                assert [float(number) for number in re.findall(r"-?\d+", span)] == [options["min"], options["max"]]
+                assert float(default) == options["default"]
+        for name in info["output_name"]:
+            assert re.search(rf"^\| {name} \|", text, re.MULTILINE)
+        assert (CHINESE_OR_JAPANESE.search(text) is None) == (page == "{node}.md")
+
+
+def test_there_is_no_page_of_a_node_that_is_not(nodes: dict[str, Any]) -> None:
+    pages = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*") if path.is_file()}
+    assert pages == {f"{node}{end}" for node in nodes for end in (".md", *(f"/{each}.md" for each in LANGUAGES))}
+
+
+@pytest.fixture(scope="module")
+def translations(server: ComfyServer) -> dict[str, Any]:
+    return dict(server.get("/i18n"))
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_each_node_input_and_output_is_translated(
+    nodes: dict[str, Any], translations: dict[str, Any], language: str
+) -> None:
+    found = translations[language]["nodeDefs"]
+    assert set(found) & set(nodes) == set(nodes)
+    for node, info in nodes.items():
+        translated = found[node]
+        assert set(translated) == {"display_name", "description", "inputs", "outputs"}
+        assert list(translated["inputs"]) == list(_inputs(info)), "all of them, and no other"
+        assert list(translated["outputs"]) == [str(i) for i in range(len(info["output"]))]
+        assert CHINESE_OR_JAPANESE.search(translated["description"])
+        for each in (*translated["inputs"].values(), *translated["outputs"].values()):
+            assert set(each) == {"name", "tooltip"}
+            assert each["name"]
+            assert CHINESE_OR_JAPANESE.search(each["tooltip"])
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_no_translation_is_read_as_a_command(
+    nodes: dict[str, Any], translations: dict[str, Any], language: str
+) -> None:
+    def texts(value: Any) -> list[str]:
+        return [value] if isinstance(value, str) else [text for each in value.values() for text in texts(each)]
+
+    found = translations[language]["nodeDefs"]
+    assert not SYNTAX & set("".join(text for node in nodes for text in texts(found[node])))
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_numbers_and_names_survive_translation(
+    nodes: dict[str, Any], translations: dict[str, Any], language: str
+) -> None:
+    # What is typed and counted is the same in each language: 999,759,499,259; 0.3; SamplerCustom; models/loras.
+    kept = re.compile(r"\d+(?:[.,]\d+)*|SamplerCustom\w*|sgm_uniform|models/\w+|\beta\b|\bcfg\b")
+
+    def words(text: str) -> set[str]:
+        return set(kept.findall(text)) - {"0", "1", "1.0"}  # small words, which a sentence may need more often
+
+    for node, info in nodes.items():
+        found = translations[language]["nodeDefs"][node]
+        assert words(info["description"]) <= words(found["description"])
+        for name, options in _inputs(info).items():
+            assert words(options["tooltip"]) <= words(found["inputs"][name]["tooltip"]), (node, name)
+        for i, tooltip in enumerate(info["output_tooltips"]):
+            assert words(tooltip) <= words(found["outputs"][str(i)]["tooltip"]), (node, i)
+
+
+def test_pages_of_help_are_the_only_files_that_the_browser_gets() -> None:
+    assert {path.suffix for path in (PACK / "nodes" / "web").rglob("*") if path.is_file()} == {".md"}

@@ -1,0 +1,83 @@
+"""What is the pack's in the host's own lists, beside other packs; and which items the images of a batch are."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.demo.comfy_server import PACK, Host
+
+pytestmark = pytest.mark.host
+
+EVERYWHERE = {
+    name: ["tcd"] for name in ("samplers", "ksampler's samplers", "schedulers", "ksampler's schedulers", "handlers")
+}
+
+
+@pytest.fixture(scope="module")
+def seen(comfy_host: Host) -> dict[str, Any]:
+    script = Path(__file__).parent / "scripts" / "lists.py"
+    command = [str(comfy_host.python), str(script), str(PACK)]
+    done = subprocess.run(command, cwd=comfy_host.folder, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_registered_once_in_place_and_without_a_word(seen: dict[str, Any]) -> None:
+    lists = seen["lists"]
+    assert lists["once"] == lists["twice"] == EVERYWHERE
+    assert lists["in place"]
+    assert lists["words"] == []
+
+
+def test_a_reload_of_the_hosts_samplers_does_not_undo_it(seen: dict[str, Any]) -> None:
+    assert seen["lists"]["after a reload"]
+
+
+def test_lists_that_a_pack_bound_anew_get_it_too(seen: dict[str, Any]) -> None:
+    assert seen["lists"]["where lists were bound anew"] == EVERYWHERE | {"words": []}
+
+
+@pytest.mark.parametrize("what", ["sampler", "scheduler"])
+def test_what_another_pack_calls_tcd_is_left_alone_and_logged(seen: dict[str, Any], what: str) -> None:
+    found = seen["lists"][f"beside another's {what}"]
+    assert found["kept"]
+    assert {name: found[name] for name in EVERYWHERE} == EVERYWHERE
+    times = 2 if what == "sampler" else 1  # as often as it was registered
+    assert (
+        found["words"]
+        == [
+            f"{what.capitalize()} 'tcd' in KSampler's list is another pack's, and stays so: for this pack's, use "
+            "SamplerCustom with TCD Sampler and TCD Sigmas"
+        ]
+        * times
+    )
+
+
+def test_items_are_found_in_the_hosts_own_noise(seen: dict[str, Any]) -> None:
+    found = {name: items for name, items in seen["items"].items() if "seed" in name}
+    assert len(found) == 45
+    for name, (batch, third, some, first) in found.items():
+        assert batch is None, name
+        assert third == [2], name
+        assert some == [5, 1, 5], name
+        assert first in (None, [0]), name
+
+
+def test_items_of_other_noise_go_by_their_place(seen: dict[str, Any]) -> None:
+    items = seen["items"]
+    assert items["of another making"] is None
+    assert items["of another making in part"] is None
+    assert items["none"] == [None, None]
+    assert items["leaves the global generator alone"]
+
+
+def test_video_latents(seen: dict[str, Any]) -> None:
+    video = seen["video"]
+    assert video["shape"] == [3, 16, 3, 4, 5]
+    assert video["alone"] < 1e-5
+    assert video["split"] < 1e-5
+    assert video["apart"] > 0.1

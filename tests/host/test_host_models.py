@@ -1,0 +1,167 @@
+"""Each family of models that the host loads, sampled in it on small networks and, apart from it, by other means.
+
+The references share neither network nor formulas with the nodes: diffusers' networks; its TCDScheduler where the model
+has timesteps, and elsewhere the step of the paper, written out below. What they do share is the noise drawn for a seed.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import MINI_SD3, MINI_SDXL
+from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+from graphs import LATENT_SCALE, MINI, Graph, Node, relative_error, saved
+from reference import condition, sigma_table, tcd_scheduler_sample
+from torch import Tensor
+
+from tcd import seeded_noise, timestep_grid
+from trainer.demo.comfy_server import ComfyServer
+
+pytestmark = pytest.mark.host
+
+GRID = [(steps, eta) for steps in (1, 2, 4) for eta in (0.0, 0.3, 1.0)]
+SEED = 7
+TOLERANCE = 1e-4  # two builds of torch, float32
+
+Network = Callable[[Tensor, Tensor], Tensor]
+"""(x [B, C, h, w] at sigma, sigma []) -> x0, in the host's scale."""
+
+
+def in_the_host(
+    server: ComfyServer, checkpoint: str, *, patch: str = "", latent: str = "EmptyLatentImage", **options: Any
+) -> dict[tuple[int, float], Tensor]:
+    """Return the latents of SamplerCustom with the pack's nodes, by (steps, eta), in the scale in which it leaves them.
+
+    patch: a node that exchanges the model's sampling, and its options; or shape: the sizes of its conditioning.
+    """
+    shape = options.pop("shape", {})
+    graph = Graph()
+    model = graph.checkpoint(checkpoint)[0]
+    if patch:
+        model = graph.add(patch, model=model, **options)[0]
+    shared = {
+        "model": model,
+        "seed": SEED,
+        "positive": graph.condition(0, **shape)[0],
+        "negative": graph.condition(1, **shape)[0],
+        "latent": graph.add(latent, width=64, height=64, batch_size=1)[0],
+    }
+    saves: dict[tuple[int, float], Node] = {}
+    for steps, eta in GRID:
+        sigmas = graph.sigmas(model, steps=steps)[0]
+        saves[steps, eta] = graph.save(graph.sampler_custom(eta=eta, sigmas=sigmas, **shared)[0])
+    outputs = server.run(graph)
+    return {key: saved(server, outputs, node) / LATENT_SCALE for key, node in saves.items()}
+
+
+def initial_noise(channels: int = 4) -> Tensor:
+    return torch.randn(1, channels, 8, 8, generator=torch.Generator().manual_seed(SEED))
+
+
+def conditioned(width: int, pooled: int) -> tuple[Tensor, Tensor]:
+    """Return the embedding [1, 77, width] and the vector [1, pooled] of TestConditioning at its seed 0."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(1, 77, width, generator=generator), torch.randn(1, pooled, generator=generator)
+
+
+def agree(found: dict[tuple[int, float], Tensor], expected: Callable[..., Tensor], tolerance: float) -> None:
+    errors = {(steps, eta): relative_error(found[steps, eta], expected(steps=steps, eta=eta)) for steps, eta in GRID}
+    assert max(errors.values()) < tolerance, errors
+
+
+# Models with timesteps, against diffusers' scheduler
+
+
+@pytest.mark.parametrize(
+    ("sampling", "zero_snr", "prediction", "tolerance"),
+    [
+        ("v_prediction", False, "v_prediction", TOLERANCE),
+        # The host has sigma = 4518.76 in place of infinity: 2e-4 off in alpha.
+        ("v_prediction", True, "v_prediction", 1e-3),
+        ("x0", False, "sample", TOLERANCE),
+    ],
+)
+def test_sd15(
+    server: ComfyServer, unet: UNet2DConditionModel, sampling: str, zero_snr: bool, prediction: str, tolerance: float
+) -> None:
+    found = in_the_host(server, MINI, patch="ModelSamplingDiscrete", sampling=sampling, zsnr=zero_snr)
+
+    def expected(steps: int, eta: float) -> Tensor:
+        start, grid = initial_noise(), timestep_grid(steps)
+        options = {"eta": eta, "seed": SEED, "prediction": prediction, "zero_snr": zero_snr}
+        return tcd_scheduler_sample(unet, start, grid, **options) / LATENT_SCALE
+
+    agree(found, expected, tolerance)
+
+
+def test_sdxl(server: ComfyServer, mini_sdxl: UNet2DConditionModel) -> None:
+    shape = {"width": 2048, "pooled": 1280}
+    found = in_the_host(server, MINI_SDXL, shape=shape)
+    context, pooled = conditioned(**shape)
+    size = torch.tensor([[64.0, 64, 0, 0, 64, 64]])  # of the image, where it was cropped, and to which size
+    network = partial(mini_sdxl, added_cond_kwargs={"text_embeds": pooled, "time_ids": size})
+
+    def expected(steps: int, eta: float) -> Tensor:
+        options = {"eta": eta, "seed": SEED, "context": context}
+        return tcd_scheduler_sample(network, initial_noise(), timestep_grid(steps), **options) / 0.13025
+
+    agree(found, expected, TOLERANCE)
+
+
+# And without, or with fewer of them, against the paper's step
+
+
+@torch.no_grad()
+def by_the_paper(network: Network, x: Tensor, sigmas: Tensor, targets: Tensor, alpha: Callable[[Any], Any]) -> Tensor:
+    """Strategic stochastic sampling along sigmas [N + 1], by way of the targets [N], for x = alpha(sigma) x0 + ..."""
+    draw = seeded_noise(SEED)
+    for i, (sigma, after, s) in enumerate(zip(sigmas, sigmas[1:], targets, strict=False)):
+        x0 = network(x, sigma)
+        if i == len(sigmas) - 2:
+            return x0
+        eps = (x - alpha(sigma) * x0) / sigma
+        ratio = alpha(after) / alpha(s)
+        x = ratio * (alpha(s) * x0 + s * eps) + (after**2 - (ratio * s) ** 2).clamp(min=0).sqrt() * draw(after, x)
+    raise AssertionError("no step")
+
+
+def test_sd3(server: ComfyServer, mini_sd3: SD3Transformer2DModel) -> None:
+    shape = {"width": 4096, "pooled": 2048}
+    found = in_the_host(server, MINI_SD3, latent="EmptySD3LatentImage", shape=shape)
+    context, pooled = conditioned(**shape)
+
+    def network(x: Tensor, sigma: Tensor) -> Tensor:
+        return x - sigma * mini_sd3(x, context, pooled, 1000 * sigma.expand(1)).sample
+
+    def expected(steps: int, eta: float) -> Tensor:
+        times = torch.arange(steps, -1, -1) / steps
+        sigmas = 3 * times / (1 + 2 * times)  # the shift of SD3
+        latent = by_the_paper(network, initial_noise(16), sigmas, (1 - eta) * sigmas[1:], lambda sigma: 1 - sigma)
+        return latent / 1.5305 + 0.0609
+
+    agree(found, expected, TOLERANCE)
+
+
+def test_sd15_that_knows_50_timesteps(server: ComfyServer, unet: UNet2DConditionModel) -> None:
+    found = in_the_host(server, MINI, patch="ModelSamplingDiscrete", sampling="lcm", zsnr=False)
+    known, table = np.arange(19, 1000, 20), sigma_table()[19::20]
+
+    def network(x: Tensor, sigma: Tensor) -> Tensor:
+        t = int(known[(table - sigma).abs().argmin()])
+        x0 = x - sigma * unet(x / (1 + sigma**2).sqrt(), t, condition()).sample
+        keep = 0.25 / ((10 * t) ** 2 + 0.25)  # the skip connection of latent consistency models
+        return keep * x + math.sqrt(1 - keep) * x0
+
+    def expected(steps: int, eta: float) -> Tensor:
+        grid = timestep_grid(steps)
+        sigmas = torch.tensor([*(float(table[t // 20]) for t in grid), 0.0])
+        lower = [math.floor((1 - eta) * t + 1e-6) for t in grid[1:]]
+        targets = torch.tensor([*np.exp(np.interp(lower, known, table.log())), 0.0], dtype=torch.float32)
+        start = (1 + sigmas[0] ** 2).sqrt() * initial_noise()
+        return by_the_paper(network, start, sigmas, targets, torch.ones_like) / LATENT_SCALE
+
+    agree(found, expected, TOLERANCE)

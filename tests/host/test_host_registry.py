@@ -1,0 +1,89 @@
+"""What ComfyUI's registry and the host read of the project: its description, and which files the pack is made of."""
+
+import json
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from trainer.demo.comfy_server import PACK, PACK_NAME, PACK_PARTS, ComfyServer, Host
+
+READ_BY_PEOPLE = {"CHANGELOG.md", "LICENSE", "README.md"}
+PROGRAM = """
+import json, sys, warnings
+warnings.simplefilter("error")
+sys.path.insert(0, ".")
+from comfy_config.config_parser import extract_node_configuration
+print(json.dumps(extract_node_configuration(sys.argv[1]).model_dump()))
+"""
+
+
+@pytest.fixture(scope="module")
+def project() -> dict[str, Any]:
+    return tomllib.loads((PACK / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.host
+def test_the_hosts_own_parser_reads_all_of_it(comfy_host: Host, project: dict[str, Any]) -> None:
+    command = [str(comfy_host.python), "-c", PROGRAM, str(PACK)]
+    done = subprocess.run(command, cwd=comfy_host.folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    found = json.loads(done.stdout)
+    stated, comfy = project["project"], project["tool"]["comfy"]
+    for key in ("name", "version", "description"):
+        assert found["project"][key] == stated[key]
+    assert found["project"]["license"]["text"] == stated["license"]
+    assert found["project"]["dependencies"] == []
+    assert found["project"]["urls"] == {
+        "homepage": "",
+        "documentation": stated["urls"]["Documentation"],
+        "repository": stated["urls"]["Repository"],
+        "issues": stated["urls"]["Issues"],
+    }
+    assert found["project"]["supported_os"] == ["OS Independent"]
+    assert found["project"]["supported_accelerators"] == ["GPU :: NVIDIA CUDA"], "one unknown value voids the list"
+    assert found["project"]["supported_comfyui_version"] == ">=0.3.48"
+    assert found["tool_comfy"]["publisher_id"] == comfy["PublisherId"]
+    assert found["tool_comfy"]["display_name"] == comfy["DisplayName"]
+    assert found["tool_comfy"]["icon"] == comfy["Icon"]
+    assert found["tool_comfy"]["web"] is None, "the entry point names the web folder: here too, and it is served twice"
+
+
+@pytest.mark.host
+def test_the_host_says_nothing_of_it(server: ComfyServer) -> None:
+    assert "pyproject" not in server.log_text()
+
+
+def test_the_name_is_the_folders_and_one_that_the_registry_takes(project: dict[str, Any]) -> None:
+    name = project["project"]["name"]
+    assert name == PACK_NAME
+    assert not name.startswith("comfy")
+    assert "." not in name, "help pages are found by the folder's name up to a dot"
+
+
+def test_the_icon_is_there_and_small_enough(project: dict[str, Any]) -> None:
+    place = project["tool"]["comfy"]["Icon"]
+    assert place.startswith("https://")
+    icon = ElementTree.parse(PACK / place.split("/main/")[1]).getroot()
+    assert int(icon.attrib["width"]) <= 400
+    assert int(icon.attrib["height"]) <= 400
+
+
+def test_every_file_is_in_the_package_or_left_out_on_purpose() -> None:
+    lines = Path(PACK, ".comfyignore").read_text(encoding="utf-8").splitlines()
+    left_out = {line.strip("/") for line in lines if not line.startswith("#")}
+    listed = subprocess.run(["git", "ls-files"], cwd=PACK, capture_output=True, text=True, check=True).stdout
+    present = {line.split("/")[0] for line in listed.splitlines()}
+    assert set(PACK_PARTS) | READ_BY_PEOPLE == present - left_out
+    assert not left_out - present, "a name without a file"
+
+
+def test_only_the_owner_publishes(project: dict[str, Any]) -> None:
+    workflow = (PACK / ".github" / "workflows" / "publish_action.yml").read_text(encoding="utf-8")
+    owner = project["project"]["urls"]["Repository"].split("/")[-2]
+    assert f"if: github.repository_owner == '{owner}'" in workflow
+    assert owner == project["tool"]["comfy"]["PublisherId"]

@@ -1,0 +1,128 @@
+"""Workflows made with another pack's TCD nodes, where that pack is missing: the host puts ours in their place."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from graphs import MINI, Graph, host_version, latents, sampled
+
+from trainer.demo.comfy_server import ComfyError, ComfyServer
+
+DATA = Path(__file__).parent / "data" / "older_nodes"  # a workflow made with each, as the browser saves it
+
+
+class Older(NamedTuple):
+    """A node of another pack: its inputs and outputs by their order, which is how a workflow saves them."""
+
+    inputs: dict[str, str]
+    outputs: list[str]
+
+
+SOCKETS = {"MODEL", "SAMPLER", "SIGMAS"}
+OLDER = {
+    "TCDModelSamplingDiscrete": Older(
+        {"model": "MODEL", "steps": "INT", "scheduler": "COMBO", "denoise": "FLOAT", "eta": "FLOAT"},
+        ["MODEL", "SAMPLER", "SIGMAS"],
+    ),
+    "TCDScheduler": Older({"model": "MODEL", "steps": "INT"}, ["SIGMAS"]),
+    "SamplerTCD": Older({"gamma": "FLOAT"}, ["SAMPLER"]),
+    "SamplerTCD EulerA": Older({"gamma": "FLOAT"}, ["SAMPLER"]),
+}
+
+pytestmark = pytest.mark.host
+each_older = pytest.mark.parametrize("old_id", OLDER)
+
+
+@pytest.fixture(scope="module")
+def replacements(server: ComfyServer) -> dict[str, Any]:
+    """What the host puts in place of the older nodes, by their ids."""
+    if host_version(server) < (0, 14, 0):
+        pytest.skip("this ComfyUI replaces no nodes: 0.14.0 or newer does")
+    found = server.get("/node_replacements")
+    return {old_id: found[old_id][0] for old_id in OLDER}
+
+
+@each_older
+def test_all_that_the_older_node_has_is_mapped(server: ComfyServer, replacements: dict[str, Any], old_id: str) -> None:
+    replacement, older = replacements[old_id], OLDER[old_id]
+    new_id = replacement["new_node_id"]
+    info = server.get(f"/object_info/{new_id}")[new_id]
+    inputs = {name: kind for group in info["input"].values() for name, (kind, *_) in group.items()}
+    assert replacement["old_widget_ids"] == [name for name, kind in older.inputs.items() if kind not in SOCKETS]
+    mapped = {each["old_id"]: each["new_id"] for each in replacement["input_mapping"] if "old_id" in each}
+    assert {name: inputs[mapped[name]] for name in mapped} == older.inputs
+    given = {each["new_id"] for each in replacement["input_mapping"]}
+    assert set(info["input"]["required"]) <= given, "a prompt has no default for what is missing"
+    outputs = {each["old_idx"]: info["output"][each["new_idx"]] for each in replacement["output_mapping"]}
+    assert outputs == dict(enumerate(older.outputs))
+
+
+@each_older
+def test_a_saved_workflow_has_the_older_nodes_widgets_and_sockets(old_id: str) -> None:
+    workflow = json.loads((DATA / f"{old_id}.json").read_text(encoding="utf-8"))
+    (node,) = [node for node in workflow["nodes"] if node["type"] in OLDER]
+    older = OLDER[old_id]
+    assert node["type"] == old_id
+    assert len(node["widgets_values"]) == sum(kind not in SOCKETS for kind in older.inputs.values())
+    assert [slot["name"] for slot in node["inputs"]] == [n for n, kind in older.inputs.items() if kind in SOCKETS]
+    assert [slot["type"] for slot in node["outputs"]] == older.outputs
+    assert all(slot["links"] for slot in node["outputs"])
+
+
+class Prompt(Graph):
+    """A prompt as the browser sends it, with the titles that the host looks for when it replaces a node."""
+
+    def titled(self) -> "Prompt":
+        for node in self.values():
+            node["_meta"] = {"title": node["class_type"]}
+        return self
+
+
+def _run(server: ComfyServer, graph: Prompt, **inputs: Any) -> torch.Tensor:
+    node = graph.sampler_custom(seed=3, **inputs)
+    save = graph.save(node[0])
+    return latents(server, graph.titled(), save)[0]
+
+
+@pytest.mark.usefixtures("replacements")
+@pytest.mark.parametrize("scheduler", ["simple", "sgm_uniform"])
+def test_the_one_node_pack(server: ComfyServer, scheduler: str) -> None:
+    graph = Prompt()
+    old = graph.add(
+        "TCDModelSamplingDiscrete", model=graph.checkpoint()[0], steps=2, scheduler=scheduler, denoise=0.8, eta=0.6
+    )
+    found = _run(server, graph, model=old[0], sampler=old[1], sigmas=old[2])
+    ours = Graph()
+    model = ours.checkpoint()[0]
+    theirs = ours.add("BasicScheduler", model=model, scheduler="sgm_uniform", steps=2, denoise=0.8)
+    sigmas = ours.sigmas(model, steps=2, denoise=0.8) if scheduler == "simple" else theirs
+    node = ours.sampler_custom(model=model, eta=0.6, sigmas=sigmas[0], seed=3)
+    assert torch.equal(found, latents(server, ours, ours.save(node[0]))[0])
+
+
+@pytest.mark.usefixtures("replacements")
+def test_the_older_scheduler(server: ComfyServer) -> None:
+    graph = Prompt()
+    old = graph.add("TCDScheduler", model=graph.checkpoint()[0], steps=3)
+    found = _run(server, graph, sigmas=old[0])
+    ours = Graph()
+    node = ours.sampler_custom(sigmas=ours.sigmas(ours.checkpoint()[0], steps=3)[0], seed=3)
+    assert torch.equal(found, latents(server, ours, ours.save(node[0]))[0])
+
+
+@pytest.mark.usefixtures("replacements")
+@pytest.mark.parametrize("old_id", ["SamplerTCD", "SamplerTCD EulerA"])
+def test_the_older_samplers(server: ComfyServer, old_id: str) -> None:
+    graph = Prompt()
+    found = _run(server, graph, sampler=graph.add(old_id, gamma=0.6)[0])
+    assert torch.equal(found, sampled(server, eta=0.6, seed=3))
+
+
+@pytest.mark.usefixtures("replacements")
+def test_too_many_steps_for_the_grid_are_refused_after_the_replacement_too(server: ComfyServer) -> None:
+    graph = Prompt()
+    old = graph.add("TCDScheduler", model=graph.checkpoint(MINI)[0], steps=10000)
+    with pytest.raises(ComfyError, match="TCDSigmas: Value 10000 bigger than max"):
+        _run(server, graph, sigmas=old[0])
