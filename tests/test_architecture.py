@@ -44,8 +44,8 @@ def roots(module: Path) -> set[str]:
 def allowed(module: Path) -> set[str]:
     if module.parts[0] == "tcd":
         return {"torch"}
-    if module == Path("nodes", "host.py"):
-        return {"torch", "tqdm", "tcd", "comfy_api"} | HOST_MODULES
+    if module.parts[:2] == ("nodes", "host"):
+        return {"safetensors", "torch", "tqdm", "tcd", "comfy_api"} | HOST_MODULES
     return {"torch", "tcd", "comfy_api"}
 
 

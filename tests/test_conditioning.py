@@ -1,34 +1,46 @@
-"""CLIP's tokenizer, rebuilt from its merge rules, and the embeddings that SD1.5 attends to."""
+"""What the UNet is told, as one value whose parts stay together."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import StableDiffusionXLPipeline
 
-from trainer.bases import empty_text_encoder
-from trainer.conditioning import clip_tokenizer, encode, tokenize
-
-START, END = 49406, 49407
-
-
-def test_ids_that_every_implementation_of_clip_gives() -> None:
-    assert len(clip_tokenizer()) == 49408
-    # "a photo of a cat": the ids in CLIP's own documentation and in every SD1.5 prompt dump.
-    assert tokenize(["a photo of a cat"])[0, :8].tolist() == [START, 320, 1125, 539, 320, 2368, END, END]
+from trainer.buckets import Fit, Size
+from trainer.conditioning import Conditioning
 
 
-@pytest.mark.parametrize("caption", ["", "a red circle", "word " * 200])
-def test_the_length_is_always_77_and_ends_with_the_end(caption: str) -> None:
-    ids = tokenize([caption, "x"])
-    assert ids.shape == (2, 77) and ids[0, 0] == START and ids[0, -1] == END
+def rows(count: int, *, sdxl: bool = True) -> Conditioning:
+    numbers = torch.arange(count, dtype=torch.float32)
+    context = numbers.view(-1, 1, 1).expand(-1, 77, 8)
+    return Conditioning(context, numbers.view(-1, 1) + 10, numbers.view(-1, 1) + 100) if sdxl else Conditioning(context)
 
 
-def test_case_and_spaces_do_not_matter() -> None:
-    assert torch.equal(tokenize(["A  Red\nCIRCLE"]), tokenize(["a red circle"]))
+def test_a_conditionings_parts_stay_together() -> None:
+    three = rows(3)
+    for part in (three[torch.tensor([2, 0])], Conditioning.cat([three[2:], three[:1]])):
+        assert part.pooled is not None and part.time_ids is not None and len(part) == 2
+        assert part.context[:, 0, 0].tolist() == [2, 0]
+        assert part.pooled.flatten().tolist() == [12, 10] and part.time_ids.flatten().tolist() == [102, 100]
+    many = three[1:2].expand(4)
+    assert many.context.shape == (4, 77, 8) and many.pooled is not None and many.pooled.flatten().tolist() == [11] * 4
+    assert len(three.expand(3)) == 3 and rows(2, sdxl=False)[:1].to("cpu").pooled is None
+    with pytest.raises(RuntimeError):
+        three.expand(4)
 
 
-def test_embeddings_are_the_normed_last_state_and_do_not_depend_on_neighbors() -> None:
-    torch.manual_seed(0)
-    model = empty_text_encoder("tiny").eval()
-    both, alone = encode(model, ["a red circle", "a long caption of a blue square"]), encode(model, ["a red circle"])
-    assert both.shape == (2, 77, 32)
-    torch.testing.assert_close(both[:1], alone, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(both.mean(-1), torch.zeros(2, 77), rtol=0, atol=1e-5)  # a LayerNorm was the last
+def test_conditionings_of_two_kinds_do_not_mix() -> None:
+    with pytest.raises(ValueError, match="1 of 2 conditionings have pooled"):
+        Conditioning.cat([rows(1), rows(1, sdxl=False)])
+
+
+def test_sizes_are_told_in_the_order_that_sdxl_was_trained_on() -> None:
+    unet = SimpleNamespace(
+        config=SimpleNamespace(addition_time_embed_dim=256),
+        add_embedding=SimpleNamespace(linear_1=SimpleNamespace(in_features=6 * 256 + 1280)),
+    )
+    theirs = StableDiffusionXLPipeline._get_add_time_ids(
+        SimpleNamespace(unet=unet), (1, 2), (3, 4), (5, 6), torch.float32, text_encoder_projection_dim=1280
+    )
+    fit = Fit(original=Size(1, 2), resized=Size(7, 8), bucket=Size(5, 6), top=3, left=4)
+    assert list(fit.time_ids) == theirs[0].tolist()

@@ -40,6 +40,9 @@ def test_what_is_written_is_read_back_equal(tmp_path: Path) -> None:
         ("data", "resolution", 100, "data.resolution is 100: use a multiple of 8"),
         ("method", "guidance_min", 9.0, "exchange them"),
         ("method", "origin_steps", 7, "use a divisor of 1000"),
+        ("method", "order", True, "method.order is True, but must be one of 1, 2"),
+        ("method", "phases", 4, "method.phases is 4, but must be a list"),
+        ("method", "phases", ["x"], "method.phases[0] is 'x', but must be a whole number"),
         ("output", "name", "a/b", "use a plain file name"),
     ],
 )
@@ -58,6 +61,13 @@ def test_a_required_key_that_is_missing_is_named(section: str) -> None:
 def test_a_section_that_is_no_section() -> None:
     with pytest.raises(UserError, match=r"training is 5, but must be a section: write \[training\]"):
         config.from_mapping({**RIGHT, "training": 5})
+
+
+@pytest.mark.parametrize("phases", [[], [0], [4, 51]])
+def test_phases_must_be_steps_of_a_sampler_where_the_law_has_them(phases: list[int]) -> None:
+    with pytest.raises(UserError, match=r"use numbers from 1 to method\.origin_steps, 50, such as \[8, 4, 2, 1\]"):
+        config.from_mapping({**RIGHT, "method": {"law": "phase", "phases": phases}})
+    config.from_mapping({**RIGHT, "method": {"law": "uniform", "phases": phases}})
 
 
 def test_a_whole_number_is_a_number() -> None:

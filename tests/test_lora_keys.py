@@ -1,19 +1,19 @@
-"""LoRA names: the spellings that must meet, and an account of what fits a model."""
+"""LoRA names: every spelling in use meets in one, on every module of the real networks; what is not one is refused."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
-from tcd import Coverage, ShapeMismatch, coverage, kohya_name, to_kohya
+from lora_spellings import SPELLINGS, halves_on, sd15_unet, sdxl_unet, spelled
+from tcd import kohya_name, lora_modules, split_name, to_kohya
+from trainer.targets import TARGETS
 
 LINEAR, CONV = "mid_block.attentions.0.proj_in", "down_blocks.0.resnets.1.conv1"
 SHAPES = {kohya_name(LINEAR): (6, 5), kohya_name(CONV): (8, 7, 3, 3)}
-TARGETS = ["to_q", "to_out.0", "ff.net.0.proj", "conv1", "time_emb_proj", "proj_in"]
 
 
 def peft_halves(rank: int = 2) -> dict[str, Tensor]:
@@ -25,12 +25,7 @@ def peft_halves(rank: int = 2) -> dict[str, Tensor]:
     }
 
 
-@pytest.fixture
-def lora() -> dict[str, Tensor]:
-    return to_kohya(peft_halves(), 2)
-
-
-# kohya names
+# Modules
 
 
 @pytest.mark.parametrize(
@@ -46,71 +41,74 @@ def lora() -> dict[str, Tensor]:
         ),
         ("mid_block.resnets.0.time_emb_proj", "lora_unet_mid_block_resnets_0_time_emb_proj"),
         ("conv_in", "lora_unet_conv_in"),
+        ("lora_unet_conv_in", "lora_unet_conv_in"),
+        ("diffusion_model.input_blocks.1.1.proj_in", "lora_unet_input_blocks_1_1_proj_in"),
+        ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv", "lora_unet_joint_blocks_0_x_block_attn_qkv"),
+        ("transformer.transformer_blocks.0.attn.to_q", "lora_unet_transformer_blocks_0_attn_to_q"),
+        ("lora_transformer_transformer_blocks_0_attn_to_q", "lora_unet_transformer_blocks_0_attn_to_q"),
+        ("lora_te_text_model_encoder_layers_0_mlp_fc1", "lora_unet_lora_te_text_model_encoder_layers_0_mlp_fc1"),
+        ("unet.mid.attn1.processor.to_out", "lora_unet_mid_attn1_to_out_0"),
+        ("unet.mid.attn1.processor.to_out.0", "lora_unet_mid_attn1_to_out_0"),
     ],
 )
 def test_kohya_name(path: str, name: str) -> None:
     assert kohya_name(path) == name
 
 
-@pytest.mark.parametrize("prefix", ["", "unet.", "base_model.model.", "unet.base_model.model."])
-@pytest.mark.parametrize("adapter", ["", ".default"])
-def test_every_spelling_of_peft_becomes_the_same_kohya_names(prefix: str, adapter: str) -> None:
-    halves = peft_halves()
-    spelled = {prefix + name.replace(".weight", f"{adapter}.weight"): half for name, half in halves.items()}
-    lora = to_kohya(spelled, 32)
-    assert set(lora) == {
-        f"{module}.{part}" for module in SHAPES for part in ("lora_down.weight", "lora_up.weight", "alpha")
-    }
-    for path in (LINEAR, CONV):
-        assert lora[f"{kohya_name(path)}.lora_down.weight"] is halves[f"{path}.lora_A.weight"]
-        assert lora[f"{kohya_name(path)}.lora_up.weight"] is halves[f"{path}.lora_B.weight"]
-        alpha = lora[f"{kohya_name(path)}.alpha"]
-        assert (float(alpha), alpha.shape, alpha.dtype) == (32, torch.Size([]), torch.float32)
+@pytest.fixture(scope="module", params=[(sd15_unet, 278), (sdxl_unet, 788)], ids=["SD1.5", "SDXL"])
+def halves(request: pytest.FixtureRequest) -> dict[tuple[str, str], Tensor]:
+    """A LoRA on all target modules of a real UNet, by diffusers path and side, without numbers."""
+    build: Callable[[], UNet2DConditionModel]
+    build, count = request.param
+    modules = {path: module for path, module in build().named_modules() if path.endswith(TARGETS)}
+    assert len(modules) == count
+    return halves_on(modules)
 
 
-def test_an_adapter_on_a_real_unet_is_covered_to_the_last_tensor() -> None:
-    unet = UNet2DConditionModel(
-        block_out_channels=(32, 64),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=16,
-        attention_head_dim=8,
-    )
-    shapes = {
-        kohya_name(name.removesuffix(".weight")): tuple(weight.shape)
-        for name, weight in unet.named_parameters()
-        if name.endswith(".weight")
-    }
-    unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=TARGETS))
-    halves = get_peft_model_state_dict(unet)
-    lora = to_kohya(halves, 4)
-    assert len(lora) == len(halves) * 3 // 2
-    report = coverage(lora, shapes)
-    assert report.complete, report.describe()
-    assert len(report.matched) == len(halves) // 2
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_every_spelling_becomes_the_same_names(halves: dict[tuple[str, str], Tensor], spelling: str) -> None:
+    names = {key: f"lora_unet_{key[0].replace('.', '_')}.lora_{key[1]}.weight" for key in halves}
+    found = to_kohya(spelled(halves, SPELLINGS[spelling]))
+    assert len(set(names.values())) == len(halves)
+    assert set(found) == set(names.values())
+    assert all(found[name] is halves[key] for key, name in names.items())
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["conv_in.weight", "conv_in.lora_C.weight", "conv_in.lora_A.other.weight", "conv_in.lora_A.bias", "lora_A.weight"],
-)
-def test_a_name_that_is_not_peft_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} is not the name of a PEFT LoRA tensor"):
-        to_kohya({name: torch.zeros(2, 5)}, 2)
+def test_the_parts_of_a_file_keep_their_own_spelling(halves: dict[tuple[str, str], Tensor]) -> None:
+    file = spelled(halves, SPELLINGS["diffusers processor"])
+    modules, others = lora_modules(file)
+    assert not others
+    assert all(any(name.startswith(module.path) for name in file) for module in modules.values())
+    assert {split_name(name) for name in file} >= {(next(iter(modules.values())).path, "lora_up.weight")}
 
 
-def test_two_names_that_become_one_are_refused() -> None:
-    halves = {"a.b.lora_A.weight": torch.zeros(2, 5), "a_b.lora_A.weight": torch.zeros(2, 5)}
-    with pytest.raises(ValueError, match="a_b.lora_A.weight and another tensor would both be named lora_unet_a_b"):
-        to_kohya(halves, 2)
+# Parts
 
 
-@pytest.mark.parametrize(("half", "missing"), [("A", "lora_up.weight"), ("B", "lora_down.weight")])
-def test_a_module_with_one_half_is_refused(half: str, missing: str) -> None:
-    halves = {name: tensor for name, tensor in peft_halves().items() if f"{CONV}.lora_{half}" in name}
-    with pytest.raises(ValueError, match=f"{kohya_name(CONV)} has no {missing}: the LoRA is damaged"):
-        to_kohya(halves, 2)
+def test_alpha_is_written_for_modules_without() -> None:
+    own = torch.tensor(3.0)
+    lora = to_kohya({**peft_halves(), f"{LINEAR}.alpha": own}, 32)
+    assert lora[f"{kohya_name(LINEAR)}.alpha"] is own
+    alpha = lora[f"{kohya_name(CONV)}.alpha"]
+    assert (float(alpha), alpha.shape, alpha.dtype) == (32, torch.Size([]), torch.float32)
+    assert len(lora) == 6
+
+
+def test_alpha_by_path_and_rank() -> None:
+    asked = []
+
+    def alpha(path: str, rank: int) -> float | None:
+        asked.append((path, rank))
+        return 5.0 if path == CONV else None
+
+    lora = to_kohya({f"unet.base_model.model.{name}": half for name, half in peft_halves(rank=2).items()}, alpha)
+    assert asked == [(LINEAR, 2), (CONV, 2)]
+    assert f"{kohya_name(LINEAR)}.alpha" not in lora
+    assert float(lora[f"{kohya_name(CONV)}.alpha"]) == 5.0
+
+
+def test_no_alpha_is_made_up() -> None:
+    assert not [name for name in to_kohya(peft_halves()) if name.endswith("alpha")]
 
 
 @pytest.mark.parametrize("alpha", [0, -1, math.nan, math.inf])
@@ -119,72 +117,116 @@ def test_a_bad_alpha_is_refused(alpha: float) -> None:
         to_kohya(peft_halves(), alpha)
 
 
-# Coverage
+@pytest.mark.parametrize(
+    "ending", ["", ".weight", ".default", ".default.weight"], ids=["plain", "weight", "default", "both"]
+)
+def test_magnitudes_of_peft_become_scales_of_rows(ending: str) -> None:
+    linear, conv = torch.randn(6), torch.randn(1, 8, 1, 1)
+    magnitudes = {f"{LINEAR}.lora_magnitude_vector{ending}": linear, f"{CONV}.lora_magnitude_vector{ending}": conv}
+    lora = to_kohya({**peft_halves(), **magnitudes})
+    assert torch.equal(lora[f"{kohya_name(LINEAR)}.dora_scale"], linear[:, None])
+    assert torch.equal(lora[f"{kohya_name(CONV)}.dora_scale"], conv.view(8, 1, 1, 1))
 
 
-def test_a_file_for_the_model_is_complete(lora: dict[str, Tensor]) -> None:
-    report = coverage(lora, {**SHAPES, "lora_unet_untouched": (3, 3)})
-    assert report == Coverage(matched=tuple(SHAPES), missing=(), mismatched=())
-    assert report.complete
-    assert report.describe() == "2 of 2 LoRA modules fit the model"
+def test_a_dora_scale_is_passed_on_as_it_is() -> None:
+    scale = torch.randn(1, 7, 1, 1)  # of the inputs, as LyCORIS had it first
+    lora = to_kohya({**peft_halves(), f"lycoris_{CONV.replace('.', '_')}.dora_scale": scale})
+    assert lora[f"{kohya_name(CONV)}.dora_scale"] is scale
 
 
-def test_alpha_is_optional_in_a_file(lora: dict[str, Tensor]) -> None:
-    assert coverage({name: tensor for name, tensor in lora.items() if "alpha" not in name}, SHAPES).complete
+def test_the_core_of_a_convolution_gives_the_kernel() -> None:
+    name = f"lycoris_{CONV.replace('.', '_')}"
+    tensors = {
+        f"{name}.lora_down.weight": torch.randn(2, 7, 1, 1),
+        f"{name}.lora_mid.weight": torch.randn(2, 2, 3, 3),
+        f"{name}.lora_up.weight": torch.randn(8, 2, 1, 1),
+    }
+    lora = to_kohya(tensors)
+    assert lora[f"{kohya_name(CONV)}.lora_mid.weight"] is tensors[f"{name}.lora_mid.weight"]
+    assert lora_modules(tensors)[0][kohya_name(CONV)].shape == (8, 7, 3, 3)
 
 
-def test_modules_that_the_model_lacks_are_missing(lora: dict[str, Tensor]) -> None:
-    report = coverage(lora, {kohya_name(CONV): (8, 7, 3, 3)})
-    assert report == Coverage(matched=(kohya_name(CONV),), missing=(kohya_name(LINEAR),), mismatched=())
-    assert not report.complete
-    assert report.describe() == f"1 of 2 LoRA modules fit the model; not in the model: {kohya_name(LINEAR)}"
+# What is refused
 
 
-@pytest.mark.parametrize("shape", [(6, 4), (7, 5), (5, 6)])
-def test_a_wrong_shape_is_told_with_both_shapes(lora: dict[str, Tensor], shape: tuple[int, int]) -> None:
-    report = coverage(lora, {**SHAPES, kohya_name(LINEAR): shape})
-    assert report.mismatched == (ShapeMismatch(kohya_name(LINEAR), (6, 5), shape),)
-    assert not report.complete
-    assert f"wrong shape: {kohya_name(LINEAR)} is 6 x 5, but the model has {shape[0]} x {shape[1]}" in report.describe()
+@pytest.mark.parametrize(
+    "name",
+    ["conv_in.weight", "conv_in.lora_C.weight", "conv_in.lora_A.other.weight", "conv_in.lora_A.bias", "lora_A.weight"],
+)
+def test_a_name_that_is_not_of_a_lora_is_refused(name: str) -> None:
+    assert split_name(name) is None
+    assert lora_modules({name: torch.zeros(2, 5)}) == ({}, (name,))
+    with pytest.raises(ValueError, match=f"{name} is not the name of a LoRA tensor"):
+        to_kohya({**peft_halves(), name: torch.zeros(2, 5)}, 2)
 
 
-def test_a_convolution_of_another_kernel_is_a_wrong_shape(lora: dict[str, Tensor]) -> None:
-    report = coverage(lora, {**SHAPES, kohya_name(CONV): (8, 7, 1, 1)})
-    assert report.mismatched == (ShapeMismatch(kohya_name(CONV), (8, 7, 3, 3), (8, 7, 1, 1)),)
+def test_two_names_that_become_one_are_refused() -> None:
+    halves = {"a.b.lora_A.weight": torch.zeros(2, 5), "lora_unet_a_b.lora_down.weight": torch.zeros(2, 5)}
+    both = "a.b.lora_A.weight and lora_unet_a_b.lora_down.weight would both be named lora_unet_a_b.lora_down.weight"
+    with pytest.raises(ValueError, match=both):
+        to_kohya(halves, 2)
 
 
-def test_linear_halves_fit_a_convolution_of_one_pixel(lora: dict[str, Tensor]) -> None:
-    assert coverage(lora, {**SHAPES, kohya_name(LINEAR): (6, 5, 1, 1)}).complete
+@pytest.mark.parametrize(("half", "missing"), [("A", "lora_up.weight"), ("B", "lora_down.weight")])
+def test_a_module_with_one_half_is_refused(half: str, missing: str) -> None:
+    halves = {name: tensor for name, tensor in peft_halves().items() if f"{CONV}.lora_{half}" in name}
+    with pytest.raises(ValueError, match=f"{CONV} has no {missing}: the LoRA is damaged"):
+        to_kohya(halves, 2)
 
 
-def test_names_that_are_not_kohya_are_missing(lora: dict[str, Tensor]) -> None:
-    strange = {"unet.conv_in.lora_A.weight": torch.zeros(2, 4), f"{kohya_name(CONV)}.dora_scale": torch.zeros(8)}
-    report = coverage({**lora, **strange}, SHAPES)
-    assert report.missing == tuple(strange)
-    assert len(report.matched) == 2
-    assert not report.complete
-
-
-def test_a_file_without_anything_is_not_complete() -> None:
-    assert not coverage({}, SHAPES).complete
-
-
-def test_a_long_list_is_cut_short() -> None:
-    names = tuple(f"lora_unet_{i}" for i in range(10))
-    assert Coverage(("lora_unet_x",), names, ()).describe() == (
-        "1 of 11 LoRA modules fit the model; not in the model: lora_unet_0, lora_unet_1, lora_unet_2 and 7 more"
-    )
-
-
-@pytest.mark.parametrize("part", ["lora_down.weight", "lora_up.weight"])
-def test_a_file_with_a_half_lost_is_damaged(lora: dict[str, Tensor], part: str) -> None:
-    del lora[f"{kohya_name(LINEAR)}.{part}"]
-    with pytest.raises(ValueError, match=f"{kohya_name(LINEAR)} has no {part}: the LoRA is damaged"):
-        coverage(lora, SHAPES)
-
-
-@pytest.mark.parametrize(("down", "up"), [((2, 5), (6, 3)), ((2, 7, 3, 3), (8, 3, 1, 1)), ((), (6, 2)), ((2, 5), (6,))])
-def test_halves_of_different_rank_are_damaged(down: tuple[int, ...], up: tuple[int, ...]) -> None:
-    halves = {"lora_unet_x.lora_down.weight": torch.zeros(down), "lora_unet_x.lora_up.weight": torch.zeros(up)}
+@pytest.mark.parametrize(
+    ("down", "up", "mid"),
+    [
+        ((2, 5), (6, 3), None),
+        ((2, 7, 3, 3), (8, 3, 1, 1), None),
+        ((), (6, 2), None),
+        ((2, 5), (6,), None),
+        ((0, 5), (6, 0), None),
+        ((2, 7, 1, 1), (8, 2, 1, 1), (3, 2, 3, 3)),
+        ((2, 7, 1, 1), (8, 2, 1, 1), (2, 3, 3, 3)),
+        ((2, 7, 3, 3), (8, 2, 1, 1), (2, 2, 3, 3)),
+        ((2, 7), (8, 2), (2, 2)),
+    ],
+)
+def test_parts_of_different_rank_are_damaged(
+    down: tuple[int, ...], up: tuple[int, ...], mid: tuple[int, ...] | None
+) -> None:
+    parts = {"lora_unet_x.lora_down.weight": torch.zeros(down), "lora_unet_x.lora_up.weight": torch.zeros(up)}
+    if mid:
+        parts["lora_unet_x.lora_mid.weight"] = torch.zeros(mid)
     with pytest.raises(ValueError, match="lora_unet_x has .* not of one rank"):
-        coverage(halves, {"lora_unet_x": (6, 5)})
+        to_kohya(parts)
+
+
+def test_an_alpha_of_many_numbers_is_damaged() -> None:
+    with pytest.raises(ValueError, match=f"{LINEAR} has .*alpha 2, which are not of one rank"):
+        to_kohya({**peft_halves(), f"{LINEAR}.alpha": torch.zeros(2)})
+
+
+@pytest.mark.parametrize(
+    ("part", "kind"),
+    [
+        ("hada_w1_a", "LoHa"),
+        ("hada_t2", "LoHa"),
+        ("lokr_w1", "LoKr"),
+        ("lokr_w2_b", "LoKr"),
+        ("oft_blocks", "OFT"),
+        ("oft_diag", "OFT"),
+        ("a1.weight", "GLoRA"),
+        ("diff", "difference"),
+        ("diff_b", "difference"),
+        ("set_weight", "difference"),
+        ("w_norm", "difference"),
+    ],
+)
+def test_another_kind_of_adapter_is_named(part: str, kind: str) -> None:
+    tensors = {"lora_unet_x.alpha": torch.tensor(1.0), f"lora_unet_x.{part}": torch.zeros(2, 2)}
+    with pytest.raises(ValueError, match=f"kind {kind} .lora_unet_x.{part}., not of a LoRA: use ComfyUI's own"):
+        lora_modules(tensors)
+
+
+def test_an_embedding_of_the_target_time_is_not_left_out_in_silence() -> None:
+    tensors = {**peft_halves(), "tcd_target_time.in.weight": torch.zeros(2, 2)}
+    assert lora_modules(tensors)[1] == ("tcd_target_time.in.weight",)
+    with pytest.raises(ValueError, match=r"tcd_target_time.in.weight is not the name of a LoRA tensor"):
+        to_kohya(tensors)

@@ -1,18 +1,21 @@
 """Clocks: tables against the reference scheduler, conversions against each other, and what people type."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from diffusers import TCDScheduler
+from torch import Tensor
 
 from ladders import GAMMAS
 from tcd import (
+    BridgeSchedule,
     ContinuousSchedule,
     DiscreteSchedule,
     FlowSchedule,
+    Schedule,
     alpha_bar_to_sigma,
-    parse_timesteps,
     scaled_linear_alpha_bar,
     sigma_to_alpha_bar,
     timestep_grid,
@@ -67,104 +70,6 @@ def test_vp_level_preserves_variance_and_is_the_sigma_of_the_host_times_alpha() 
     assert (level.alpha[-1], level.sigma[-1]) == (0, 1)
 
 
-# The grid
-
-
-@pytest.mark.parametrize(
-    ("steps", "timesteps"),
-    [
-        (1, [999]),
-        (2, [999, 499]),
-        (3, [999, 679, 339]),
-        (4, [999, 759, 499, 259]),
-        (5, [999, 799, 599, 399, 199]),
-        (6, [999, 839, 679, 499, 339, 179]),
-        (7, [999, 859, 719, 579, 439, 299, 159]),
-        (8, [999, 879, 759, 639, 499, 379, 259, 139]),
-        (50, list(range(999, 0, -20))),
-    ],
-)
-def test_grid(steps: int, timesteps: list[int]) -> None:
-    assert timestep_grid(steps) == timesteps
-
-
-@pytest.mark.parametrize("denoise", [0.02, 0.1, 0.29, 0.5, 0.58, 0.8, 0.99, 1.0])
-def test_grid_is_that_of_the_reference_scheduler_for_every_number_of_steps(denoise: float) -> None:
-    reference = TCDScheduler()
-    for steps in range(1, int(50 * denoise) + 1):
-        reference.set_timesteps(steps, strength=denoise)
-        assert timestep_grid(steps, denoise=denoise) == reference.timesteps.tolist(), steps
-
-
-def test_grid_of_another_distillation() -> None:
-    assert timestep_grid(2, num_timesteps=1000, origin_steps=4) == [999, 499]
-    assert timestep_grid(2, num_timesteps=100, origin_steps=10, denoise=0.5) == [49, 29]
-
-
-def test_grid_without_denoising_is_empty() -> None:
-    assert timestep_grid(4, denoise=0.0) == []
-
-
-@pytest.mark.parametrize("steps", [0, -1, 2.0, "4", True, None])
-def test_steps_that_are_no_positive_number_are_refused(steps: object) -> None:
-    with pytest.raises(ValueError, match="must be a whole number from 1 to 50"):
-        timestep_grid(steps)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("denoise", [-0.1, 1.1, math.nan, math.inf])
-def test_denoise_out_of_range_is_refused(denoise: float) -> None:
-    with pytest.raises(ValueError, match="denoise is .* must be from 0.0 to 1.0"):
-        timestep_grid(4, denoise=denoise)
-
-
-@pytest.mark.parametrize(
-    ("steps", "denoise", "advice"),
-    [
-        (51, 1.0, "use steps of at most 50$"),
-        (8, 0.1, "use steps of at most 5 or denoise of at least 0.16$"),
-        (1, 0.01, "use denoise of at least 0.02$"),
-    ],
-)
-def test_too_many_steps_are_refused_with_what_to_type(steps: int, denoise: float, advice: str) -> None:
-    with pytest.raises(ValueError, match=advice):
-        timestep_grid(steps, denoise=denoise)
-
-
-@pytest.mark.parametrize("origin_steps", [0, 1001])
-def test_a_grid_finer_than_the_timesteps_is_refused(origin_steps: int) -> None:
-    with pytest.raises(ValueError, match="origin_steps"):
-        timestep_grid(1, origin_steps=origin_steps)
-
-
-# Timesteps that a person types
-
-
-@pytest.mark.parametrize(
-    ("text", "timesteps"),
-    [("800", [800]), ("999,759,499,259", [999, 759, 499, 259]), (" 999, 0 ", [999, 0])],
-)
-def test_parse_timesteps(text: str, timesteps: list[int]) -> None:
-    assert parse_timesteps(text) == timesteps
-
-
-@pytest.mark.parametrize("text", ["", "a", "999;499", "999,,499", "999,", "1e3", "999.5"])
-def test_text_that_is_no_timesteps_is_refused_with_what_to_type(text: str) -> None:
-    with pytest.raises(ValueError, match="type whole numbers from 999 down to 0"):
-        parse_timesteps(text)
-
-
-@pytest.mark.parametrize(("text", "num_timesteps"), [("1000", 1000), ("-1", 1000), ("999,-5", 1000), ("100", 100)])
-def test_timesteps_out_of_range_are_refused(text: str, num_timesteps: int) -> None:
-    with pytest.raises(ValueError, match=f"out of range: .* from {num_timesteps - 1} down to 0"):
-        parse_timesteps(text, num_timesteps=num_timesteps)
-
-
-@pytest.mark.parametrize("text", ["499,999", "999,999", "999,499,500"])
-def test_timesteps_that_do_not_descend_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="must descend"):
-        parse_timesteps(text)
-
-
 # Discrete schedules
 
 
@@ -200,7 +105,10 @@ def test_sigmas_that_are_no_schedule_are_refused(sigmas: list[float]) -> None:
         DiscreteSchedule(torch.tensor(sigmas))
 
 
-@pytest.mark.parametrize(("gamma", "targets"), [(0.3, [531, 349, 181]), (0.0, [759, 499, 259]), (1.0, [0, 0, 0])])
+@pytest.mark.parametrize(
+    ("gamma", "targets"),
+    [(0.3, [531, 349, 181]), (0.5, [379, 249, 129]), (0.0, [759, 499, 259]), (1.0, [0, 0, 0])],
+)
 def test_discrete_targets_of_four_steps(discrete: DiscreteSchedule, gamma: float, targets: list[int]) -> None:
     sigmas = discrete.sigma(torch.tensor([759, 499, 259]))
     found = [discrete.timestep(discrete.target(sigma, gamma)) for sigma in sigmas]
@@ -217,6 +125,98 @@ def test_discrete_target_never_rises_above_a_sigma_between_timesteps(discrete: D
     for sigma in torch.logspace(-3, 1.2, 300, dtype=torch.float64):
         for gamma in (1e-9, 0.3, 1.0):
             assert discrete.target(sigma, gamma) <= sigma
+
+
+@pytest.fixture
+def distilled(discrete: DiscreteSchedule) -> DiscreteSchedule:
+    """What is left of `discrete` in a model that knows each 20th timestep: 19, 39 ... 999."""
+    return DiscreteSchedule(discrete.sigmas[19::20], num_timesteps=1000)
+
+
+def test_a_distilled_model_keeps_the_clock_of_all_timesteps(
+    discrete: DiscreteSchedule, distilled: DiscreteSchedule
+) -> None:
+    known = torch.arange(19, 1000, 20)
+    assert torch.equal(distilled.sigma(known), discrete.sigmas[19::20])
+    assert torch.equal(distilled.timestep(discrete.sigma(known)), known)
+    assert int(distilled.timestep(discrete.sigma(torch.tensor(752)))) == 759
+    assert [int(distilled.timestep(torch.tensor(sigma))) for sigma in (0.0, 1e9)] == [19, 999]
+
+
+def test_between_the_timesteps_known_log_sigma_is_linear(distilled: DiscreteSchedule) -> None:
+    low, high = distilled.sigma(torch.tensor([519, 539])).log()
+    found = distilled.sigma(torch.tensor([524, 529, 534])).log()
+    torch.testing.assert_close(found, torch.lerp(low, high, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)))
+    assert torch.equal(distilled.sigma(torch.tensor([0, 18])), distilled.sigmas[[0, 0]])
+
+
+def test_a_distilled_model_has_the_targets_of_all_timesteps(
+    discrete: DiscreteSchedule, distilled: DiscreteSchedule
+) -> None:
+    sigmas = discrete.sigma(torch.tensor([759, 499, 259]))
+    torch.testing.assert_close(distilled.target(sigmas, 0.3), discrete.target(sigmas, 0.3), rtol=2e-3, atol=0)
+    assert torch.equal(distilled.target(sigmas, 1.0), distilled.sigmas[[0, 0, 0]])
+    assert distilled.target(distilled.sigmas[0], 0.3) == distilled.sigmas[0]
+
+
+@pytest.mark.parametrize("num_timesteps", [1, 3, 0, -2])
+def test_timesteps_that_the_sigmas_do_not_divide_are_refused(num_timesteps: int) -> None:
+    with pytest.raises(ValueError, match=f"num_timesteps is {num_timesteps}, but must be a multiple of the 2 sigmas"):
+        DiscreteSchedule(torch.tensor([1.0, 2.0]), num_timesteps=num_timesteps)
+
+
+# N steps
+
+
+def test_a_discrete_clock_steps_through_the_distillation_grid(discrete: DiscreteSchedule) -> None:
+    for steps, denoise in ((1, 1.0), (4, 1.0), (50, 1.0), (2, 0.5)):
+        expected = [*discrete.sigmas[timestep_grid(steps, denoise=denoise)].tolist(), 0.0]
+        assert discrete.sigmas_for(steps, denoise).tolist() == expected
+
+
+def test_a_discrete_clock_refines_its_grid_only_where_asked(discrete: DiscreteSchedule) -> None:
+    assert torch.equal(discrete.sigmas_for(50, refine=True), discrete.sigmas_for(50))
+    with pytest.raises(ValueError, match="use steps of at most 50"):
+        discrete.sigmas_for(51)
+    assert torch.equal(discrete.sigmas_for(1000, refine=True)[:-1], discrete.sigmas.flip(0))
+    with pytest.raises(ValueError, match="use fewer steps or a higher denoise"):
+        discrete.sigmas_for(1001, refine=True)
+
+
+def test_a_flow_steps_evenly_in_shifted_time() -> None:
+    assert FlowSchedule().sigmas_for(4).tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert FlowSchedule(lambda u: u**2).sigmas_for(2, denoise=0.5).tolist() == [0.25, 0.0625, 0.0]
+    assert len(FlowSchedule().sigmas_for(5000)) == 5001
+
+
+@pytest.mark.parametrize("shift", [lambda u: 0 * u / (1 - u), lambda u: 1 - u, lambda u: u / 0])
+def test_a_shift_that_gives_no_levels_is_refused(shift: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(ValueError, match="no sigmas that descend from 1 to 0"):
+        FlowSchedule(shift).sigmas_for(4)
+
+
+@pytest.mark.parametrize("denoise", [1.0, 0.3])
+def test_a_continuous_clock_steps_evenly_in_flow_time(denoise: float) -> None:
+    sigmas = ContinuousSchedule(120.0).sigmas_for(5, denoise).double()
+    times = sigmas / (1 + sigmas)
+    torch.testing.assert_close(times, torch.linspace(denoise * 120 / 121, 0, 6, dtype=torch.float64))
+    assert ContinuousSchedule(120.0).sigmas_for(1).tolist() == [120.0, 0.0]
+
+
+def test_timesteps_are_typed_on_the_clock_of_the_network(discrete: DiscreteSchedule) -> None:
+    assert torch.equal(discrete.sigmas_at("800, 0"), torch.cat([discrete.sigmas[[800, 0]], torch.zeros(1)]))
+    shifted = FlowSchedule(lambda u: u**2)
+    assert shifted.sigmas_at("1000,913.5").tolist() == pytest.approx([1.0, 0.9135, 0.0])
+    with pytest.raises(ValueError, match="timesteps is '800', but this model has none, as its time is its sigma"):
+        ContinuousSchedule().sigmas_at("800")
+
+
+def test_a_bridge_keeps_what_it_has(discrete: DiscreteSchedule) -> None:
+    bridge, sigmas = BridgeSchedule(discrete.sigmas), discrete.sigmas_for(4)
+    assert torch.equal(bridge.target(sigmas, 0.0), sigmas)
+    assert torch.equal(bridge.target(sigmas[-1:], 0.3), sigmas[-1:])  # one step: gamma has no say
+    with pytest.raises(ValueError, match=r"gamma \(eta\) is 0.3, .* knows no noise: set it to 0, or go in one step"):
+        bridge.target(sigmas[1:], 0.3)
 
 
 # What all schedules have in common
@@ -253,3 +253,26 @@ def test_levels_are_those_of_the_scale(discrete: DiscreteSchedule) -> None:
     assert discrete.level(sigma) == (1, sigma)
     assert ContinuousSchedule().level(sigma) == (1, sigma)
     assert FlowSchedule().level(sigma) == (1 - sigma, sigma)
+
+
+@pytest.mark.parametrize("name", ["discrete", "bridge", "flow", "edm"])
+def test_steps_end_clean_and_no_denoising_is_no_step(name: str, discrete: DiscreteSchedule) -> None:
+    schedules: dict[str, Schedule] = {
+        "discrete": discrete,
+        "bridge": BridgeSchedule(discrete.sigmas),
+        "flow": FlowSchedule(),
+        "edm": ContinuousSchedule(),
+    }
+    schedule = schedules[name]
+    for steps in (1, 2, 50):
+        sigmas = schedule.sigmas_for(steps)
+        assert (sigmas.diff() < 0).all()
+        assert sigmas[-1] == 0
+        assert len(sigmas) == steps + 1
+    assert schedule.sigmas_for(4, 0.0).shape == (0,)
+    for steps in (0, -1, 2.0, True):
+        with pytest.raises(ValueError, match="must be a whole number of at least 1"):
+            schedule.sigmas_for(steps)  # type: ignore[arg-type]
+    for denoise in (-0.1, 1.1, math.nan, math.inf):
+        with pytest.raises(ValueError, match=r"denoise is .* must be from 0.0 to 1.0"):
+            schedule.sigmas_for(4, denoise)

@@ -12,11 +12,18 @@ from tcd import seeded_noise
 def test_noise_of_an_item_is_a_function_of_seed_index_and_level(seed: int) -> None:
     like = torch.empty(3, 2, 4, 5)
     for sigma in (0.7194, 14.6146, 4518.76):
-        drawn = seeded_noise(seed, first_index=5)(torch.tensor(sigma), like)
         (bits,) = struct.unpack("<I", struct.pack("<f", sigma))
-        for k in range(3):
-            generator = torch.Generator().manual_seed((seed + 1 + 5 + k + bits * 0x9E3779B97F4A7C15) % 2**64)
-            assert torch.equal(drawn[k], torch.randn(2, 4, 5, generator=generator))
+        for items in (None, [5, 0, 5]):
+            drawn = seeded_noise(seed, items=items)(torch.tensor(sigma), like)
+            for k, image in zip(items or range(3), drawn, strict=True):
+                generator = torch.Generator().manual_seed((seed + 1 + k + bits * 0x9E3779B97F4A7C15) % 2**64)
+                assert torch.equal(image, torch.randn(2, 4, 5, generator=generator))
+
+
+@pytest.mark.parametrize("items", [[], [0], [0, 1, 2]])
+def test_each_image_needs_its_item(items: list[int]) -> None:
+    with pytest.raises(ValueError, match="zip"):
+        seeded_noise(0, items=items)(torch.tensor(0.5), torch.empty(2, 3))
 
 
 def test_noise_is_standard_normal_and_differs_by_seed_item_and_level() -> None:

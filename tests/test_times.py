@@ -1,18 +1,25 @@
 """The law of the three times, by its definition."""
 
+from typing import get_args
+
 import pytest
 import torch
 
+from tcd import timestep_grid
 from trainer.times import Law, Times, sample_times
 
 GRID = list(range(19, 1000, 20))
 
 
-def draw(law: Law, count: int = 40_000, skip: int = 20) -> Times:
-    return sample_times(count, law=law, origin_steps=50, skip=skip, generator=torch.Generator().manual_seed(0))
+LAWS = get_args(Law)
 
 
-@pytest.mark.parametrize("law", ["uniform", "zero"])
+def draw(law: Law, count: int = 40_000, skip: int = 20, phases: int = 4) -> Times:
+    generator = torch.Generator().manual_seed(0)
+    return sample_times(count, law=law, origin_steps=50, skip=skip, phases=phases, generator=generator)
+
+
+@pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("skip", [1, 20, 37, 999])
 def test_s_is_never_above_t_next_which_is_below_t(law: Law, skip: int) -> None:
     t, t_next, s = draw(law, skip=skip)
@@ -44,6 +51,49 @@ def test_the_law_zero_is_zero() -> None:
     assert (draw("zero").s == 0).all()
 
 
-def test_one_example_and_the_same_seed() -> None:
-    first, second = draw("uniform", 1), draw("uniform", 1)
+@pytest.mark.parametrize("segments", [1, 2, 3, 4, 8])
+def test_a_segment_is_left_by_the_teachers_step_alone(segments: int) -> None:
+    t, t_next, s = draw("segment", 400_000, phases=segments)
+    for chosen in (19, 259, 519, 739, 999):
+        start = max(edge for edge in (k * 1000 // segments for k in range(segments)) if edge <= chosen)
+        after = max(chosen - 20, 0)
+        low, found = min(start, after), s[t == chosen].double()
+        assert low <= found.min() and found.max() <= after
+        spread = (after - low + 1) / 12**0.5  # of a uniform law
+        assert abs(found.mean() - (low + after) / 2) <= 5 * spread / len(found) ** 0.5
+        assert abs(found.std() - spread) <= 0.05 * spread + (low == after)
+    edges = torch.tensor([k * 1000 // segments for k in range(segments)])
+    segment_of = lambda time: torch.bucketize(time, edges, right=True)  # noqa: E731
+    inside = segment_of(t_next) == segment_of(t)
+    assert (segment_of(s) == segment_of(t))[inside].all() and (s == t_next)[~inside].all()
+
+
+@pytest.mark.parametrize("phases", [1, 2, 4, 8])
+def test_a_phase_ends_where_a_sampler_of_so_many_steps_goes(phases: int) -> None:
+    t, _, s = draw("phase", phases=phases)
+    visited = [*timestep_grid(phases), 0]
+    for here, there in zip(visited, visited[1:], strict=False):
+        within = (t <= here) & (t > there)
+        assert within.any() and (s[within] == there).all()
+
+
+def test_targets_are_those_of_the_published_law() -> None:
+    t, t_next, s = draw("target", 400_000)
+    # As printed by the authors' code for 50 points of the grid.
+    points = [0, 139, 159, 179, 199, 259, 299, 339, 379, 399, 439, 499]
+    points += [579, 599, 639, 679, 719, 759, 799, 839, 859, 879]
+    for chosen in (19, 159, 519, 999):
+        highest = max(point for point in points if point <= max(chosen - 20, 0))
+        allowed = [point for point in points if highest - 260 <= point <= highest]
+        found = s[t == chosen].double()
+        assert 0.99 * allowed[-1] - 1 <= found.max() <= allowed[-1]
+        assert int(0.7 * allowed[0]) <= found.min() <= 0.75 * allowed[0]
+        assert abs(found.mean() - sum(allowed) / len(allowed) * 0.85 + 0.5) <= 0.5 + 4 * found.std() / len(found) ** 0.5
+    assert abs((s == 0).float().mean().item() - 0.18) < 0.01
+    assert s[t >= 750].min() >= 349, "long jumps from high noise are not in it"
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_one_example_and_the_same_seed(law: Law) -> None:
+    first, second = draw(law, 1), draw(law, 1)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -9,19 +9,21 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tcd import coverage, kohya_name, timestep_grid
-from tiny_base import network, small_config, write_base, write_inputs
-from trainer import adapter, loop
-from trainer.data import Dataset
+from tiny_base import network, random_dataset, small_config, write_base, write_inputs
+from trainer import adapter, loop, step
+from trainer.conditioning import Conditioning
 from trainer.errors import UserError
 from trainer.export import ExportError, write_lora
 from trainer.network import Network
+from trainer.optimizer import lr_factor
 from trainer.run import run
 from trainer.sample import initial_noise, sample_latents
+from trainer.targets import TARGETS
 from trainer.teacher import load_base
 from trainer.times import Times, sample_times
 
-CONTEXT = torch.randn((3, 77, 32), generator=torch.Generator().manual_seed(5))
-UNCOND = torch.zeros(1, 77, 32)
+COND = Conditioning(torch.randn((3, 77, 32), generator=torch.Generator().manual_seed(5)))
+UNCOND = Conditioning(torch.zeros(1, 77, 32))
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +55,17 @@ def shake(parameters: list[torch.nn.Parameter]) -> None:
 def test_guidance_one_is_the_caption_and_zero_is_no_caption(net: Network) -> None:
     x_t, t = noisy()
     with torch.no_grad():
-        cond, free = net.x0(x_t, t, CONTEXT), net.x0(x_t, t, UNCOND.expand(3, -1, -1))
+        cond, free = net.x0(x_t, t, COND), net.x0(x_t, t, UNCOND.expand(3))
         for guidance, expected in ((1.0, cond), (0.0, free), (3.0, free + 3 * (cond - free))):
-            got = net.guided_x0(x_t, t, CONTEXT, UNCOND, torch.full((3,), guidance))
+            got = net.guided_x0(x_t, t, COND, UNCOND, torch.full((3,), guidance))
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_guidance_belongs_to_its_own_picture(net: Network) -> None:
     x_t, t = noisy()
     with torch.no_grad():
-        whole = net.guided_x0(x_t, t, CONTEXT, UNCOND, torch.tensor([1.0, 4.0, 7.0]))
-        alone = net.guided_x0(x_t[1:2], t[1:2], CONTEXT[1:2], UNCOND, torch.tensor([4.0]))
+        whole = net.guided_x0(x_t, t, COND, UNCOND, torch.tensor([1.0, 4.0, 7.0]))
+        alone = net.guided_x0(x_t[1:2], t[1:2], COND[1:2], UNCOND, torch.tensor([4.0]))
     torch.testing.assert_close(whole[1:2], alone, rtol=1e-4, atol=1e-4)
 
 
@@ -71,7 +73,7 @@ def test_guidance_belongs_to_its_own_picture(net: Network) -> None:
 def test_gamma_zero_is_the_teachers_ddim(net: Network, prediction: str) -> None:
     net = Network(net.unet, net.alpha_bar, prediction)  # type: ignore[arg-type]
     noise = initial_noise(1, (3, 4, 8, 8))
-    got = sample_latents(net, CONTEXT, timesteps=timestep_grid(5), gamma=0.0, noise=noise, seed=0)
+    got = sample_latents(net, COND, timesteps=timestep_grid(5), gamma=0.0, noise=noise, seed=0)
     ddim = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -85,15 +87,15 @@ def test_gamma_zero_is_the_teachers_ddim(net: Network, prediction: str) -> None:
     x = noise
     with torch.no_grad():
         for t in ddim.timesteps:
-            x = ddim.step(net.unet(x, t, CONTEXT).sample, t, x).prev_sample
+            x = ddim.step(net.unet(x, t, COND.context).sample, t, x).prev_sample
     assert ((got - x).norm() / x.norm()).item() < 1e-5
 
 
 def test_a_new_adapter_is_the_identity_and_the_only_thing_that_trains(net: Network) -> None:
     x_t, t = noisy()
-    before = net.x0(x_t, t, CONTEXT)
+    before = net.x0(x_t, t, COND)
     parameters = adapter.add_adapter(net.unet, rank=4, alpha=4.0, seed=0)
-    torch.testing.assert_close(net.x0(x_t, t, CONTEXT), before, rtol=0, atol=0)
+    torch.testing.assert_close(net.x0(x_t, t, COND), before, rtol=0, atol=0)
     trainable = [name for name, parameter in net.unet.named_parameters() if parameter.requires_grad]
     assert len(trainable) == len(parameters) > 100 and all("lora_" in name for name in trainable)
 
@@ -103,21 +105,21 @@ def test_every_kind_of_target_is_met_and_masters_are_float32(checkpoint: Path) -
     parameters = adapter.add_adapter(unet, rank=4, alpha=4.0, seed=0)
     assert {parameter.dtype for parameter in parameters} == {torch.float32} and unet.dtype == torch.bfloat16
     names = [name.partition(".lora_")[0] for name in adapter.adapter_state(unet)]
-    for target in adapter.TARGETS:
+    for target in TARGETS:
         assert any(name.endswith(target) for name in names), target
 
 
 def test_the_teacher_is_the_base_and_the_student_comes_back_after_an_error(net: Network) -> None:
     x_t, t = noisy()
     with torch.no_grad():
-        base = net.x0(x_t, t, CONTEXT)
+        base = net.x0(x_t, t, COND)
         shake(adapter.add_adapter(net.unet, rank=4, alpha=4.0, seed=0))
-        student = net.x0(x_t, t, CONTEXT)
+        student = net.x0(x_t, t, COND)
         assert not torch.allclose(student, base)
         with pytest.raises(KeyError), adapter.adapters_off(net.unet):
-            torch.testing.assert_close(net.x0(x_t, t, CONTEXT), base, rtol=0, atol=0)
+            torch.testing.assert_close(net.x0(x_t, t, COND), base, rtol=0, atol=0)
             raise KeyError
-        torch.testing.assert_close(net.x0(x_t, t, CONTEXT), student, rtol=0, atol=0)
+        torch.testing.assert_close(net.x0(x_t, t, COND), student, rtol=0, atol=0)
 
 
 def test_the_same_seed_gives_the_same_adapter(checkpoint: Path) -> None:
@@ -132,7 +134,7 @@ def test_the_same_seed_gives_the_same_adapter(checkpoint: Path) -> None:
 
 
 def write(net: Network, values: dict[str, dict[str, object]], path: Path) -> None:
-    write_lora(path, net, small_config(values), {"tcd.law": "uniform"}, CONTEXT[:1])
+    write_lora(path, net, small_config(values), {"tcd.law": "uniform"}, COND[:1])
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -146,12 +148,20 @@ def test_a_written_file_gives_what_was_trained(
     x_t, t = noisy()
     fresh = network(checkpoint)
     with torch.no_grad():
-        base, trained = fresh.x0(x_t, t, CONTEXT), net.x0(x_t, t, CONTEXT)
+        base, trained = fresh.x0(x_t, t, COND), net.x0(x_t, t, COND)
         adapter.load_adapter(fresh.unet, path)
-        loaded = fresh.x0(x_t, t, CONTEXT)
+        loaded = fresh.x0(x_t, t, COND)
     limit = {"float16": 1e-3, "bfloat16": 1e-2}[dtype]
     assert ((loaded - trained).norm() / (trained - base).norm()).item() < 10 * limit
     assert ((trained - base).norm() / base.norm()).item() > 0.05
+
+
+def test_a_written_file_is_not_blamed_for_the_rounding_of_a_half_precision_base(
+    net: Network, values: dict[str, dict[str, object]], tmp_path: Path
+) -> None:
+    net.unet.to(torch.bfloat16)
+    shake(adapter.add_adapter(net.unet, rank=4, alpha=2.0, seed=0))
+    write(net, values, tmp_path / "lora.safetensors")
 
 
 def test_every_tensor_of_the_file_has_a_kohya_name_that_fits_the_model(
@@ -192,7 +202,7 @@ def test_a_failed_write_leaves_the_old_file_alone(
     def full_disk(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("trainer.export.os.fsync", full_disk)
+    monkeypatch.setattr("trainer.atomic.os.fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         write(net, values, path)
     assert [entry.read_bytes() for entry in path.parent.iterdir()] == [b"the old one"]
@@ -201,14 +211,23 @@ def test_a_failed_write_leaves_the_old_file_alone(
 def test_a_file_that_is_no_lora_for_the_model(net: Network, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "cut.safetensors").write_bytes(b"\x00" * 20)
     for path in (tmp_path / "cut.safetensors", tmp_path / "none.safetensors"):
-        with pytest.raises(UserError, match="is not a LoRA for this model"):
+        with pytest.raises(UserError, match="is not a whole safetensors file"):
             adapter.load_adapter(net.unet, path)
+    with pytest.raises(UserError, match="is not a LoRA"):
+        adapter.load_adapter(net.unet, checkpoint)
 
 
 def test_a_run_writes_the_file_its_metadata_and_its_configuration(values: dict[str, dict[str, object]]) -> None:
     config = small_config(values)
     path = run(config)
-    assert path == config.lora_path and sorted(p.name for p in path.parent.iterdir()) == ["config.toml", path.name]
+    assert path == config.lora_path
+    assert sorted(p.name for p in path.parent.iterdir()) == [
+        "config.toml",
+        "log.csv",
+        "loss_by_time.csv",
+        "report.html",
+        path.name,
+    ]
     assert (path.parent / "config.toml").read_text(encoding="utf-8") == config.to_toml()
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
@@ -245,21 +264,14 @@ def test_training_learns_the_teachers_guided_step(
         t, t_next, _ = sample_times(*arguments, **options)  # type: ignore[arg-type]
         return Times(t, t_next, t_next)  # here the loss is plain regression, so it must fall
 
-    real = loop.step_loss
-    monkeypatch.setattr(loop, "sample_times", one_step)
-    monkeypatch.setattr(loop, "step_loss", lambda net, data, config, step: real(net, data, config, 0))
+    real = loop.draw
+    monkeypatch.setattr(step, "sample_times", one_step)
+    monkeypatch.setattr(loop, "draw", lambda config, step, shape: real(config, 0, shape))
     values["method"] = {"skip": 400, "guidance_min": 8.0, "guidance_max": 8.0}
     config = small_config(values, steps=60, batch=8, lr=5e-3)
     parameters = adapter.add_adapter(net.unet, rank=4, alpha=4.0, seed=0)
     losses = loop.train(net, parameters, random_dataset(), config)
     assert len(losses) == 60 and losses[-1] < 0.5 * losses[0]
-
-
-def random_dataset() -> Dataset:
-    generator = torch.Generator().manual_seed(0)
-    mean = torch.randn((6, 4, 8, 8), generator=generator)
-    contexts = torch.randn((7, 77, 32), generator=generator)
-    return Dataset(mean, torch.zeros_like(mean), contexts, torch.arange(1, 7))
 
 
 def test_the_gradient_is_clipped_before_the_step(
@@ -268,16 +280,16 @@ def test_the_gradient_is_clipped_before_the_step(
     config = small_config(values, steps=1, clip=1e-4)
     parameters = adapter.add_adapter(net.unet, rank=4, alpha=4.0, seed=0)
     norms = []
-    step = torch.optim.AdamW.step
+    real = torch.optim.AdamW.step
 
     def watch(self: torch.optim.AdamW, closure: None = None) -> None:
         grads = [p.grad for p in parameters if p.grad is not None]
         norms.append(torch.stack([g.norm() for g in grads]).norm().item())
-        step(self, closure)
+        real(self, closure)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", watch)
-    unclipped = loop.step_loss(net, random_dataset(), config, 0)
-    unclipped.backward()
+    batch = random_dataset().batch(0, 3, seed=0, caption_dropout=0.0)
+    loop.step_losses(net, batch, loop.draw(config, 0, batch.latents.shape[1:]), config).mean().backward()
     assert torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm() > 1e-3
     net.unet.zero_grad()
     loop.train(net, parameters, random_dataset(), config)
@@ -290,16 +302,16 @@ def test_a_loss_that_is_no_number_stops_before_the_weights(
     config = small_config(values, steps=3)
     parameters = adapter.add_adapter(net.unet, rank=4, alpha=4.0, seed=0)
     before = [parameter.detach().clone() for parameter in parameters]
-    real = loop.step_loss
-    monkeypatch.setattr(loop, "step_loss", lambda *arguments: real(*arguments) * float("nan"))
-    with pytest.raises(loop.NonFiniteError, match="step 0: loss nan"):
+    real = loop.step_losses
+    monkeypatch.setattr(loop, "step_losses", lambda *arguments: real(*arguments) * float("nan"))
+    with pytest.raises(loop.NonFiniteError, match="step 1: loss nan"):
         loop.train(net, parameters, random_dataset(), config)
     assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
 
 
 def test_the_learning_rate_warms_up_and_ends_at_zero() -> None:
-    factors = [loop.lr_factor(step, 100, 10) for step in range(100)]
+    factors = [lr_factor(step, 100, 10) for step in range(100)]
     assert factors[:10] == [pytest.approx((step + 1) / 11) for step in range(10)]
     assert factors[10] == 1.0 and factors[55] == pytest.approx(0.5) and 0 < factors[99] < 0.001
     assert all(a > b for a, b in zip(factors[10:], factors[11:], strict=False))
-    assert loop.lr_factor(0, 1, 0) == 1.0
+    assert lr_factor(0, 1, 0) == 1.0

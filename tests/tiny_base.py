@@ -5,15 +5,18 @@ from pathlib import Path
 import torch
 
 from trainer import bases, config
+from trainer.buckets import Size
+from trainer.dataset import Dataset, Table, caption_of
 from trainer.network import Network
+from trainer.order import Group
 from trainer.teacher import load_base
 from trainer.tiny import teach, world
 
 
-def write_base(path: Path) -> Path:
-    """Write a whole single-file checkpoint of the tiny family, with weights of seed 0."""
+def write_base(path: Path, seed: int = 0) -> Path:
+    """Write a whole single-file checkpoint of the tiny family, with seeded weights."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         parts = bases.empty_unet("tiny"), bases.empty_vae("tiny"), bases.empty_text_encoder("tiny")
     teach.write_checkpoint(path, *parts)
     return path
@@ -24,7 +27,7 @@ def write_inputs(folder: Path, pictures: int = 6) -> dict[str, dict[str, object]
     world.write_folder(folder / "data", pictures, seed=0)
     return {
         "base": {"path": str(write_base(folder / "base.safetensors"))},
-        "data": {"folder": str(folder / "data"), "resolution": 64},
+        "data": {"folder": str(folder / "data"), "resolution": 64, "cache": str(folder / "cache")},
         "adapter": {"rank": 4, "alpha": 2.0},
         "training": {"steps": 2, "batch": 3, "lr": 1e-3},
         "output": {"folder": str(folder / "out")},
@@ -40,3 +43,16 @@ def network(path: Path) -> Network:
 def small_config(values: dict[str, dict[str, object]], **training: object) -> config.Config:
     """A validated configuration of `values` with some of the training settings changed."""
     return config.from_mapping({**values, "training": {**values["training"], **training}})
+
+
+def random_dataset() -> Dataset:
+    """Six random latents [4, 8, 8], each with a random caption, and the empty caption, all in memory."""
+    generator = torch.Generator().manual_seed(0)
+    latents = {
+        "mean": torch.randn((6, 4, 8, 8), generator=generator),
+        "time_ids": torch.tensor([64, 64, 0, 0, 64, 64]).expand(6, -1),
+    }
+    captions = {"context": torch.randn((7, 77, 32), generator=generator)}
+    index = torch.tensor([(0, row, 0, row + 1) for row in range(6)])
+    table = Table(index, [latents], [captions])
+    return Dataset((Group(Size(64, 64), 6, 1.0),), [table], caption_of(captions, 0))

@@ -1,4 +1,4 @@
-"""The demo's grid: everything stands where a reader looks for it, and nothing is cut off or drawn over."""
+"""The grid of pictures: everything stands where a reader looks for it, and nothing is cut off or drawn over."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageChops
 from torch import Tensor
 
-from trainer.demo.grid import Row, draw_grid
+from trainer.grid import Row, draw_grid
 
 CAPTIONS = ["a red circle left on a blue background", "a white star", "a yellow triangle bottom on a green background"]
 LABELS = ["A long label, 50 steps", "TCD\n4 steps", "LCM"]

@@ -1,0 +1,253 @@
+"""The first world: points on a checkerboard, of which everything is known.
+
+Eight narrow Gaussians stand on the black squares of a board of 4 x 4. What a perfect denoiser says of a noisy point is
+a formula, and that is the teacher, without guidance. The student is an MLP; it first learns to denoise, as a copy of a
+teacher would have, and then is distilled by the trainer's own loss, times and levels. All of its weights are trained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from methods import GAMMAS, STEPS, Method
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tcd import (
+    DiscreteSchedule,
+    Level,
+    TargetTime,
+    add_noise,
+    from_x0,
+    jump,
+    sample_tcd,
+    scaled_linear_alpha_bar,
+    seeded_noise,
+    sigma_to_alpha_bar,
+    timestep_grid,
+    to_x0,
+    vp_level,
+)
+from tcd.target_time import sinusoid
+from trainer.objective import distance_of, first_order, tcd_loss
+from trainer.optimizer import lr_factor
+from trainer.times import sample_times
+
+LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+CENTERS = torch.tensor([(x, y) for x in range(4) for y in range(4) if (x + y) % 2], dtype=torch.float32) - 1.5
+SPREAD = 0.15  # of each, where two centers are 1.41 apart
+SCALE = 1 / math.sqrt(1.25 + SPREAD**2)  # so that the coordinates have unit variance
+ITERATIONS, BATCH, WIDTH = 4000, 512, 128
+POINTS = 4096
+ALPHA_BAR = scaled_linear_alpha_bar().float()
+SCHEDULE = DiscreteSchedule.from_alpha_bar(scaled_linear_alpha_bar())
+
+Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x_t [B, 2, 1, 1], t [B], s [B]) -> x0 [B, 2, 1, 1]."""
+
+
+def level(timesteps: Tensor) -> Level:
+    return vp_level(ALPHA_BAR[timesteps].view(-1, 1, 1, 1))
+
+
+def data(count: int, generator: torch.Generator) -> Tensor:
+    """Points [count, 2, 1, 1]."""
+    which = torch.randint(len(CENTERS), (count,), generator=generator)
+    points = CENTERS[which] + SPREAD * torch.randn((count, 2), generator=generator)
+    return (SCALE * points).view(-1, 2, 1, 1)
+
+
+def teacher(x_t: Tensor, t: Tensor, s: Tensor | None = None) -> Tensor:
+    """E[x0 | x_t], exactly."""
+    alpha, sigma = (part.view(-1, 1) for part in level(t))
+    x, centers, spread = x_t.flatten(1), SCALE * CENTERS, SCALE * SPREAD
+    variance = alpha**2 * spread**2 + sigma**2
+    away = x.unsqueeze(1) - alpha.unsqueeze(1) * centers
+    share = torch.softmax(-away.square().sum(-1) / (2 * variance), dim=1)
+    means = centers + (alpha * spread**2 / variance).unsqueeze(1) * away
+    return (share.unsqueeze(-1) * means).sum(1).view_as(x_t)
+
+
+class Student(nn.Module):
+    """An MLP with three hidden layers that predicts v, told t and perhaps s."""
+
+    def __init__(self, *, told: bool) -> None:
+        super().__init__()
+        self.time = nn.Sequential(nn.Linear(64, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
+        sizes = (2, WIDTH, WIDTH, WIDTH)
+        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in zip(sizes, sizes[1:], strict=False))
+        self.last = nn.Linear(WIDTH, 2)
+        self.told = TargetTime(64, WIDTH) if told else None
+
+    def forward(self, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        emb = self.time(sinusoid(t, 64))
+        if self.told is not None:
+            emb = emb + self.told(t, s)
+        hidden = x_t.flatten(1)
+        for layer in self.layers:
+            hidden = functional.silu(layer(hidden) + emb)
+        return to_x0(self.last(hidden).view_as(x_t), x_t, level(t), "v")
+
+
+@cache
+def denoiser_of(seed: int) -> dict[str, Tensor]:
+    """The weights of a student that knows what the teacher knows, by regression to v: where each method begins."""
+    torch.manual_seed(seed)
+    student, generator = Student(told=False), torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(student.parameters(), lr=1e-3)
+    for step in range(ITERATIONS):
+        x0 = data(BATCH, generator)
+        t = torch.randint(1000, (BATCH,), generator=generator)
+        x_t = add_noise(x0, torch.randn(x0.shape, generator=generator), level(t))
+        wrong = from_x0(student(x_t, t, t), x_t, level(t), "v") - from_x0(teacher(x_t, t), x_t, level(t), "v")
+        _descend(optimizer, wrong.square().mean(), step, 1e-3)
+    return student.state_dict()
+
+
+def distill(method: Method, lr: float, seed: int) -> Denoiser:
+    """Train a student by a method."""
+    start = denoiser_of(seed)
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(1000 + seed)
+    student = Student(told=method.target_time)
+    student.load_state_dict({**student.state_dict(), **start})
+    optimizer = torch.optim.Adam(student.parameters(), lr=lr)
+    follow = first_order(lambda x_t, t, s, rows: student(x_t, t, s), level)
+    distance = distance_of("huber", 0.03)
+    for step in range(ITERATIONS):
+        x0 = data(BATCH, generator)
+        eps = torch.randn(x0.shape, generator=generator)
+        phases = method.phases[step * len(method.phases) // ITERATIONS]
+        times = sample_times(BATCH, law=method.law, origin_steps=50, skip=20, phases=phases, generator=generator)
+        loss = tcd_loss(
+            follow, follow, lambda x_t, t, rows: teacher(x_t, t), x0, eps, times, level=level, distance=distance
+        )
+        _descend(optimizer, loss.mean(), step, lr)
+    return student.eval()
+
+
+def _descend(optimizer: torch.optim.Optimizer, loss: Tensor, step: int, lr: float) -> None:
+    optimizer.param_groups[0]["lr"] = lr * lr_factor(step, ITERATIONS, 0)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+@torch.no_grad()
+def sample(denoiser: Denoiser, steps: int, gamma: float, seed: int) -> Tensor:
+    """Draw POINTS points [N, 2]."""
+    timesteps = torch.tensor(timestep_grid(steps))
+    sigmas = torch.cat([SCHEDULE.sigma(timesteps), torch.zeros(1, dtype=torch.float64)]).float()
+    x = torch.randn((POINTS, 2, 1, 1), generator=torch.Generator().manual_seed(seed)) * (1 + sigmas[0] ** 2).sqrt()
+
+    def denoise(x: Tensor, sigma: Tensor, sigma_s: Tensor) -> Tensor:
+        t, s = (SCHEDULE.timestep(each).expand(len(x)) for each in (sigma, sigma_s))
+        return denoiser(x * sigma_to_alpha_bar(sigma).sqrt(), t, s)
+
+    # One stream for all points: to seed each by itself takes longer than the network does.
+    noise = seeded_noise(seed)
+    return sample_tcd(
+        denoise, x, sigmas, schedule=SCHEDULE, gamma=gamma, noise=lambda at, like: noise(at, like[None])[0]
+    ).flatten(1)
+
+
+@torch.no_grad()
+def solve(steps: int, seed: int) -> Tensor:
+    """Draw points [N, 2] by DPM-Solver++(2M), as diffusers has it, along the teacher's trajectories."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    scheduler = DPMSolverMultistepScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="sample"
+    )
+    scheduler.set_timesteps(timesteps=timestep_grid(steps))
+    x = torch.randn((POINTS, 2, 1, 1), generator=torch.Generator().manual_seed(seed))
+    for t in scheduler.timesteps:
+        x = scheduler.step(teacher(x, t.expand(len(x))), t, x).prev_sample
+    return x.flatten(1)
+
+
+def energy_distance(points: Tensor, reference: Tensor) -> float:
+    """2 E|X - Y| - E|X - X'| - E|Y - Y'| of points [N, 2] and [M, 2]; unbiased, so around 0 for equal laws."""
+
+    def within(x: Tensor) -> float:
+        return torch.cdist(x, x).double().sum().item() / (len(x) * (len(x) - 1))
+
+    return 2 * torch.cdist(points, reference).double().mean().item() - within(points) - within(reference)
+
+
+def coverage(points: Tensor) -> tuple[float, float]:
+    """The share of the eight squares that got at least half of their points, and of points that are on no square."""
+    away = torch.cdist(points, SCALE * CENTERS).min(1)
+    on = away.values < 4 * SCALE * SPREAD
+    counts = torch.bincount(away.indices[on], minlength=len(CENTERS))
+    return (counts >= POINTS / len(CENTERS) / 2).double().mean().item(), 1 - on.double().mean().item()
+
+
+class Trajectory(NamedTuple):
+    """Where the teacher leads points in steps of one timestep."""
+
+    x_t: Tensor
+    t: int
+    s: int
+    x_s: Tensor
+
+
+@cache
+@torch.no_grad()
+def trajectories(seed: int) -> list[Trajectory]:
+    """From each time of a sampler of four steps to each later one, and to 0."""
+    generator = torch.Generator().manual_seed(seed)
+    grid, found = timestep_grid(4), []
+    for t in grid:
+        x0 = data(1024, generator)
+        x_t = x = add_noise(x0, torch.randn(x0.shape, generator=generator), level(torch.tensor([t])))
+        for now in range(t, 0, -1):
+            here, there = torch.tensor([now]), torch.tensor([now - 1])
+            x = jump(x, teacher(x, here.expand(len(x))), level(here), level(there))
+            if now - 1 in (*grid, 0):
+                found.append(Trajectory(x_t, t, now - 1, x))
+    return found
+
+
+@torch.no_grad()
+def trajectory_errors(denoiser: Denoiser, seed: int) -> dict[str, float]:
+    """The root mean square of f(x_t, t -> s) minus where the teacher's trajectory leads, by "t s"."""
+    errors = {}
+    for x_t, t, s, x_s in trajectories(seed):
+        start, end = torch.full((len(x_t),), t), torch.full((len(x_t),), s)
+        found = jump(x_t, denoiser(x_t, start, end), level(start), level(end))
+        errors[f"{t} {s}"] = (found - x_s).square().mean().sqrt().item()
+    return errors
+
+
+def measure_points(points: Tensor, seed: int) -> dict[str, float]:
+    """What is reported of points [N, 2]."""
+    reference = data(2 * POINTS, torch.Generator().manual_seed(10_000 + seed)).flatten(1)
+    squares, strays = coverage(points)
+    return {"distance": energy_distance(points, reference), "covered": squares, "strays": strays}
+
+
+def measure(denoiser: Denoiser, seed: int) -> dict[str, Any]:
+    """Everything that is reported of a student: of its samples by "steps gamma", and of its jumps by "t s"."""
+    grid = [(steps, gamma) for steps in STEPS for gamma in GAMMAS]
+    return {
+        "samples": {
+            f"{steps} {gamma:g}": measure_points(sample(denoiser, steps, gamma, 20_000 + seed), seed)
+            for steps, gamma in grid
+        },
+        "trajectory": trajectory_errors(denoiser, 30_000 + seed),
+    }
+
+
+def measure_references(seed: int) -> dict[str, dict[str, float]]:
+    """The same of fresh data, and of the teacher by two solvers."""
+    fresh = data(POINTS, torch.Generator().manual_seed(40_000 + seed)).flatten(1)
+    found = {"fresh data": measure_points(fresh, seed)}
+    for steps in (*STEPS, 50):
+        found[f"DDIM {steps}"] = measure_points(sample(teacher, steps, 0.0, 20_000 + seed), seed)
+        found[f"DPM-Solver++(2M) {steps}"] = measure_points(solve(steps, 20_000 + seed), seed)
+    return found

@@ -1,0 +1,169 @@
+"""Runs in processes of their own, to be killed: forked from one that has imported everything and done nothing."""
+
+import json
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from trainer import checkpoint, export, loop, run
+from trainer.config import from_mapping
+
+_CONTEXT = get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["trainer.run", "child_runs"])
+
+
+def start(
+    values: dict[str, Any], death: str = "", *, place: tuple[int, int, int] | None = None, fsdp: bool = False
+) -> BaseProcess:
+    """Start a run that at `death`, a point of `POINTS` or seconds after training has begun, dies by SIGKILL, or that is
+    "asked to stop" in its first step.
+
+    place: its rank, the number of processes and the port at which they meet, when it is one of several.
+    """
+    process = _CONTEXT.Process(target=_child, args=(values, death, place, fsdp))
+    process.start()
+    return process
+
+
+def finish(values: dict[str, Any], death: str = "") -> int:
+    """Run to the end or to its death; return the exit code, -9 when it was killed."""
+    process = start(values, death)
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def finish_together(values: dict[str, Any], death: str = "", *, dying: int = 0, fsdp: bool = False) -> list[int | None]:
+    """Run in two processes, of which one dies at `death`; return their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [start(values, death if rank == dying else "", place=(rank, 2, port), fsdp=fsdp) for rank in (0, 1)]
+    processes[0].join()
+    for process in processes[1:]:
+        process.join(10)
+        process.kill()  # a launcher does so when the first has ended
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def losses_of(values: dict[str, Any]) -> list[float]:
+    """The losses of the last run with these values that came to the end of its training."""
+    found: list[float] = json.loads(_losses_path(values).read_text())
+    return found
+
+
+def shares_of(values: dict[str, Any]) -> list[tuple[int, int]]:
+    """How many weights FSDP has spread, and how many of them each process of a run with these values has kept."""
+    folder = Path(values["output"]["folder"])
+    return [tuple(json.loads(path.read_text())) for path in folder.parent.glob(f"{folder.name}.*.share.json")]
+
+
+def _losses_path(values: dict[str, Any]) -> Path:
+    return Path(values["output"]["folder"]).with_suffix(".losses.json")
+
+
+def _child(values: dict[str, Any], death: str, place: tuple[int, int, int] | None, fsdp: bool) -> None:
+    torch.set_num_threads(1)
+    if fsdp:
+        os.environ["ACCELERATE_USE_FSDP"] = "true"  # what `accelerate launch` tells what it launches
+        _tell_share(values)
+    if place is not None:
+        rank, count, port = map(str, place)
+        os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=count, LOCAL_WORLD_SIZE=count)
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        if place[0] > 0:
+            run.whole_file = checkpoint.whole_file = export.whole_file = _refused
+    train = run.train
+
+    def train_and_tell(*arguments: Any, **options: Any) -> list[float]:
+        if death.replace(".", "").isdigit():
+            threading.Timer(float(death), die).start()
+        losses = train(*arguments, **options)
+        if place is None or place[0] == 0:
+            _losses_path(values).write_text(json.dumps(losses))
+        return losses
+
+    run.train = train_and_tell
+    if death == "asked to stop":
+        _asked_to_stop()
+    elif death in POINTS:
+        POINTS[death]()
+    run.run(from_mapping(values))
+
+
+def _tell_share(values: dict[str, Any]) -> None:
+    shard = run.sharding.shard
+
+    def shard_and_tell(unet: torch.nn.Module, trained: Any, device: torch.device, processes: Any) -> None:
+        shard(unet, trained, device, processes)
+        spread = [weight for weight in unet.parameters() if isinstance(weight, DTensor)]
+        share = [sum(w.numel() for w in spread), sum(w.to_local().numel() for w in spread)]
+        Path(values["output"]["folder"]).with_suffix(f".{processes.rank}.share.json").write_text(json.dumps(share))
+
+    run.sharding.shard = shard_and_tell
+
+
+def _refused(path: Path) -> None:
+    raise AssertionError(f"a process that is not the main one would write {path}")
+
+
+def die(*_: object) -> None:
+    """End as by a power failure: nothing is cleaned up."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _half_written(module: Any) -> None:
+    save = module.save_file
+
+    def half(tensors: dict[str, torch.Tensor], path: Path, **options: Any) -> None:
+        save(tensors, path, **options)
+        os.truncate(path, path.stat().st_size // 2)
+        die()
+
+    module.save_file = half
+
+
+def _at(method: str, name: str, *, after: bool) -> None:
+    real: Callable[..., object] = getattr(Path, method)
+
+    def watched(self: Path, *arguments: Any, **options: Any) -> object:
+        if not self.match(name):
+            return real(self, *arguments, **options)
+        if after:
+            real(self, *arguments, **options)
+        return die()
+
+    setattr(Path, method, watched)
+
+
+def _asked_to_stop() -> None:
+    draw = loop.draw
+
+    def asked_meanwhile(*arguments: Any) -> object:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return draw(*arguments)
+
+    loop.draw = asked_meanwhile  # type: ignore[assignment]
+
+
+POINTS: dict[str, Callable[[], None]] = {
+    "half a configuration": lambda: _at("write_text", ".config*", after=True),
+    "half a checkpoint": lambda: _half_written(checkpoint),
+    "a checkpoint without its name": lambda: _at("replace", ".step-*", after=False),
+    "a checkpoint with its name": lambda: _at("replace", ".step-*", after=True),
+    "a third checkpoint": lambda: _at("replace", ".step-00000003*", after=False),
+    "an old checkpoint removed": lambda: _at("unlink", "step-*", after=True),
+    "after the last step": lambda: setattr(run, "write_lora", die),
+    "half a LoRA": lambda: _half_written(export),
+    "a LoRA without its name": lambda: _at("replace", ".tcd-lora*", after=False),
+}

@@ -1,0 +1,101 @@
+"""The families of full-size models in small: their layout, block for block, at a fraction of the width."""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trainer import bases, ldm
+from trainer.bases import Family, Layout
+from trainer.text import CLIPS, TextEncoder, clip_tokenizer
+
+UNET = {
+    "sd15": {"block_out_channels": [16, 32, 32, 32], "cross_attention_dim": 8, "attention_head_dim": 2},
+    "sd2": {"block_out_channels": [16, 32, 32, 32], "cross_attention_dim": 16, "attention_head_dim": [1, 2, 2, 2]},
+    "sdxl": {
+        "block_out_channels": [16, 32, 32],
+        "cross_attention_dim": 24,
+        "attention_head_dim": [1, 2, 2],
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 40,
+    },
+}
+SHARED = {"norm_num_groups": 8, "sample_size": 8}
+VAE = {"block_out_channels": [8, 8, 8, 8], "norm_num_groups": 4, "layers_per_block": 1}
+SMALL = {"hidden_size": 8, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+LARGE = {**SMALL, "hidden_size": 16, "intermediate_size": 64, "projection_dim": 16}
+TEXT = {
+    "sd15": {"text_encoder": SMALL},
+    "sd2": {"text_encoder": LARGE},
+    "sdxl": {"text_encoder": SMALL, "text_encoder_2": LARGE},
+}
+LAYOUTS: dict[Layout, Family] = {
+    Layout(4, 16, 8, 0): "sd15",
+    Layout(4, 16, 16, 0): "sd2",
+    Layout(4, 16, 24, 40): "sdxl",
+}
+
+
+def shrink(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Let the families be the small ones from now on."""
+    clip_tokenizer()  # reads its file from where the real ones are
+    for family in LAYOUTS.values():
+        parts = {"unet": UNET[family] | SHARED, "vae": VAE, **TEXT[family]}
+        for part, changes in parts.items():
+            (folder / family / part).mkdir(parents=True)
+            text = json.dumps(bases.config(family, part) | changes)
+            (folder / family / part / "config.json").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(bases, "ROOT", folder)
+    monkeypatch.setattr(bases, "_FAMILIES", LAYOUTS)
+
+
+class Parts(NamedTuple):
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder: TextEncoder
+
+
+@cache
+def random_parts(family: Family) -> Parts:
+    """The models of a shrunken family with weights of seed 0, also where they begin as zeros and ones."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        text = [bases.empty_text_encoder(family, clip.part) for clip in CLIPS[family]]
+        parts = Parts(bases.empty_unet(family), bases.empty_vae(family), TextEncoder(family, text))
+        for model in parts:
+            for parameter in model.eval().requires_grad_(False).parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+    return parts
+
+
+def to_state(parts: Parts) -> dict[str, Tensor]:
+    """The models in the names of a single-file checkpoint."""
+    state = ldm.unet_to_ldm(parts.unet.state_dict(), parts.unet.config)
+    state |= ldm.vae_to_ldm(parts.vae.state_dict(), parts.vae.config)
+    for clip, model in zip(parts.text_encoder.clips, parts.text_encoder, strict=True):
+        tensors = model.state_dict()
+        state |= ldm.to_file(tensors, clip.places(tensors, clip.prefixes[0]))
+    return {name: tensor.contiguous() for name, tensor in state.items()}
+
+
+def write(path: Path, state: dict[str, Tensor], **options: Any) -> Path:
+    save_file(state, path, **options)
+    return path
+
+
+def save_folder(parts: Parts, folder: Path, scheduler: dict[str, Any] | None = None) -> Path:
+    """Write the models as diffusers does."""
+    parts.unet.save_pretrained(folder / "unet")
+    parts.vae.save_pretrained(folder / "vae")
+    for clip, model in zip(parts.text_encoder.clips, parts.text_encoder, strict=True):
+        model.save_pretrained(folder / clip.part)
+    if scheduler is not None:
+        (folder / "scheduler").mkdir()
+        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler), encoding="utf-8")
+    return folder

@@ -1,0 +1,112 @@
+"""The report: one page that needs no network, with every picture in it, and nothing of the settings lost."""
+
+import random
+import re
+from html import unescape
+from pathlib import Path
+
+import pytest
+
+from test_history import record
+from tiny_base import small_config, write_inputs
+from trainer.cli import main
+from trainer.config import Config
+from trainer.curves import color_map, curve
+from trainer.history import History
+from trainer.preview import FOLDER, TEACHER, TEACHER_STEPS, grid_path, picture_path, step_name
+from trainer.report import write_report
+from trainer.scenes import save_picture, scene_names
+from trainer.tiny import world
+
+PROMPTS = ("a red <circle> & more", "\u00e0 gauche")
+TIMES, STEPS = (0, 20, 40), (1, 4)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A run's folder, as its observers leave it."""
+    values = write_inputs(tmp_path_factory.mktemp("report"))
+    values["preview"] = {"prompts": PROMPTS, "steps": STEPS, "seeds": [5]}
+    config = small_config(values, steps=40)
+    config.output_folder.mkdir()
+    (config.output_folder / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+    history = History(config.output_folder)
+    for step in range(1, 41):
+        history(record(step, loss=1 / step))
+    folder = config.output_folder / FOLDER
+    pictures = world.draw_pictures(world.random_scenes(20, 0), random.Random(0))
+    for k, name in enumerate(scene_names(PROMPTS, [5])):
+        save_picture(pictures[k], picture_path(folder, TEACHER, name, TEACHER_STEPS))
+        for when in TIMES:
+            for steps in STEPS:
+                save_picture(pictures[when // 10 + steps + k], picture_path(folder, step_name(when), name, steps))
+    for when in TIMES:
+        grid_path(folder, when).write_bytes(b"")
+    return config
+
+
+def test_the_page_holds_its_pictures_and_its_settings_and_asks_for_nothing(run: Config) -> None:
+    page = write_report(run.output_folder).read_text(encoding="utf-8")
+    assert not re.search(r"(https?:)?//(?!www\.w3\.org)[a-z]", page.replace(run.to_toml(), ""))
+    sources = re.findall(r'<img[^>]* src="([^"]+)"', page)
+    assert len(sources) == len(PROMPTS) * (1 + len(TIMES) * len(STEPS))
+    assert all(source.startswith("data:image/jpeg;base64,") for source in sources) and "<script" not in page
+    settings = re.search(r"<pre>(.*)</pre>", page, re.DOTALL)
+    assert settings is not None and unescape(settings[1]) == run.to_toml()
+    assert page.count("a red &lt;circle&gt; &amp; more") == 2 and "<circle>" not in page
+    assert "40 of 40" in page and "tcd-lora.safetensors" in page
+
+
+def test_a_run_without_a_step_or_a_picture_has_a_page_too(run: Config, tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(run.to_toml(), encoding="utf-8")
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "0 of 40" in page and "loss (logarithmic): nothing yet" in page and "None were drawn" in page
+
+
+def test_a_folder_of_something_else_is_said_to_be_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path)]) == 2
+    assert "is not the folder of a run" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+def heights(svg: str, kind: str) -> list[float]:
+    line = re.search(f'<polyline class="{kind}" points="([^"]+)"', svg)
+    assert line is not None
+    return [float(point.split(",")[1]) for point in line[1].split()]
+
+
+def test_a_curve_falls_where_its_numbers_do_and_skips_what_is_no_number() -> None:
+    svg = curve("loss", [1, 2, 3, 4, 5], [1.0, 0.1, float("nan"), 0.01, 0.0], logarithmic=True)
+    first, middle, last = heights(svg, "faint")[:3]
+    assert first < middle < last and middle - first == pytest.approx(last - middle, abs=0.2)
+    assert len(set(heights(curve("rate", [1, 2], [5.0, 5.0]), "faint"))) == 1
+    smooth = curve("loss", [1, 2, 3, 4], [0.0, 8.0, 8.0, 8.0], smooth=2)
+    low, high = heights(smooth, "faint")[:2]
+    assert heights(smooth, "strong")[:4] == pytest.approx([low, (low + high) / 2, high, high], abs=0.1)
+
+
+def test_a_color_map_is_darker_where_the_value_is_greater_and_empty_where_there_is_none() -> None:
+    svg = color_map([[1.0, float("nan")], [10.0, 100.0]], ["000-099", "100-199"], "t - s", "t")
+    shades = [float(shade) for shade in re.findall(r'fill-opacity="([^"]+)"', svg)]
+    assert len(shades) == 3 and shades == sorted(shades) and shades[0] < 0.1 and shades[-1] == 1.0
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_browser_shows_it_without_an_error(run: Config, chromium: Path, scheme: str, tmp_path: Path) -> None:
+    from playwright.sync_api import sync_playwright
+
+    page_path = write_report(run.output_folder)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": 1180, "height": 900}, color_scheme=scheme)  # type: ignore[arg-type]
+        seen: list[str] = []
+        page.on("console", lambda message: seen.append(message.text))
+        page.on("pageerror", lambda error: seen.append(str(error)))
+        page.on("request", lambda request: seen.append(request.url) if request.url.startswith("http") else None)
+        page.goto(page_path.as_uri())
+        whole = page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+        count = page.evaluate("document.images.length")
+        wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        page.screenshot(path=str(tmp_path / f"{scheme}.png"), full_page=True)
+        browser.close()
+    assert seen == [] and whole and count == 14 and wide == 0

@@ -1,0 +1,173 @@
+"""A run that was killed, stopped or failed, and started again, is the run that never was."""
+
+import itertools
+import os
+import random
+import resource
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import child_runs
+from tiny_base import write_inputs
+from trainer import loop
+from trainer.checkpoint import Checkpoints
+from trainer.cli import main
+from trainer.config import from_mapping
+from trainer.errors import UserError
+from trainer.run import check
+
+Values = dict[str, dict[str, Any]]
+FINISHED = ["config.toml", "log.csv", "loss_by_time.csv", "report.html", "tcd-lora.safetensors"]
+
+
+def lora(values: Values) -> dict[str, torch.Tensor]:
+    return load_file(Path(values["output"]["folder"]) / "tcd-lora.safetensors")
+
+
+def elsewhere(values: Values, folder: Path, **training: object) -> Values:
+    return {**values, "training": {**values["training"], **training}, "output": {"folder": str(folder)}}
+
+
+@pytest.fixture(scope="module")
+def values(tmp_path_factory: pytest.TempPathFactory) -> Values:
+    folder = tmp_path_factory.mktemp("inputs")
+    values: Values = write_inputs(folder, pictures=3)
+    values["method"] = {"ema_decay": 0.5}
+    values["training"] = {"steps": 6, "batch": 2, "lr": 1e-3, "checkpoint_every": 1, "device": "cpu"}
+    return values
+
+
+@pytest.fixture(scope="module")
+def whole(values: Values) -> Values:
+    """A run that was never killed."""
+    assert child_runs.finish(values) == 0
+    return values
+
+
+def assert_same(values: Values, whole: Values) -> None:
+    assert sorted(path.name for path in Path(values["output"]["folder"]).iterdir()) == FINISHED
+    expected, got = lora(whole), lora(values)
+    assert expected.keys() == got.keys() and all(torch.equal(expected[key], got[key]) for key in expected)
+
+
+def test_a_run_killed_while_it_writes_and_started_again_is_the_run_never_killed(whole: Values, tmp_path: Path) -> None:
+    values = elsewhere(whole, tmp_path / "out")
+    for point in child_runs.POINTS:
+        assert child_runs.finish(values, point) == -9, point
+    assert child_runs.finish(values) == 0
+    assert_same(values, whole)
+    assert child_runs.losses_of(values) == child_runs.losses_of(whole)
+
+
+def test_a_run_killed_at_any_moment_and_started_again_is_the_run_never_killed(whole: Values, tmp_path: Path) -> None:
+    values = elsewhere(whole, tmp_path / "out")
+    for _ in range(4):
+        moment = random.uniform(0.0, 0.6)
+        if child_runs.finish(values, str(moment)) == 0:
+            break  # it was faster than its death
+        kept = Path(values["output"]["folder"], "checkpoints")
+        assert len(list(kept.glob("step-*"))) <= 3, f"killed after {moment} s"
+    else:
+        assert child_runs.finish(values) == 0
+    assert_same(values, whole)
+
+
+def test_whatever_stops_a_run_it_says_what_to_do_and_the_same_command_goes_on(
+    whole: Values,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    caplog.set_level("INFO")
+    values = elsewhere(whole, tmp_path / "out")
+    path = tmp_path / "config.toml"
+    path.write_text(tomli_w.dumps(values), encoding="utf-8")
+    real, limits = loop.step_losses, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def stopped_by(trouble: Callable[[Tensor], object], after: int) -> tuple[int, str]:
+        """Run until `trouble` comes in the step after so many of this start."""
+        calls = itertools.count()
+
+        def losses(*arguments: Any) -> object:
+            loss = real(*arguments)
+            return trouble(loss) if next(calls) == after else loss
+
+        monkeypatch.setattr(loop, "step_losses", losses)
+        code = main(["run", str(path)])
+        return code, capsys.readouterr().err
+
+    def control_c(loss: Tensor) -> Tensor:
+        os.kill(os.getpid(), signal.SIGINT)
+        return loss
+
+    def no_memory(_: Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    def full_disk(loss: Tensor) -> Tensor:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        return loss
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the whole run, since the order of sums depends on it
+    try:
+        code, said = stopped_by(control_c, 0)
+        assert code == 130 and "stopped after step 1 of 6: saved; the same command goes on from there" in said
+        code, said = stopped_by(lambda loss: loss * float("nan"), 1)
+        assert code == 1 and "error: step 3: loss nan" in said and "try a smaller training.lr" in said
+        code, said = stopped_by(no_memory, 1)
+        assert code == 1 and "training.gradient_checkpointing=true, or a larger training.accumulate" in said
+        code, said = stopped_by(full_disk, 0)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert code == 1 and "step-00000004.safetensors could not be written" in said and "make room" in said
+        kept = sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())
+        assert kept == ["step-00000002.safetensors", "step-00000003.safetensors"]
+        code, said = stopped_by(lambda loss: loss, -1)
+        assert code == 0 and "going on from step 3 of 6" in caplog.text
+    finally:
+        torch.set_num_threads(threads)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert_same(values, whole)
+
+
+@pytest.fixture
+def half_way(whole: Values, tmp_path: Path) -> Values:
+    """A run that has two checkpoints and is not finished."""
+    values = elsewhere(whole, tmp_path / "out")
+    assert child_runs.finish(values, "a third checkpoint") == -9
+    return values
+
+
+def test_a_run_goes_on_in_another_way_but_not_to_another_result(half_way: Values) -> None:
+    config = from_mapping(half_way)
+    check(from_mapping(elsewhere(half_way, config.output_folder, checkpoint_every=3, gradient_checkpointing=True)))
+    for changed in ({"steps": 20}, {"lr": 1e-4, "seed": 3}):
+        with pytest.raises(UserError) as caught:
+            check(from_mapping(elsewhere(half_way, config.output_folder, **changed)))
+        assert all(f"training.{key} was {half_way['training'].get(key, 0)}" in str(caught.value) for key in changed)
+        assert "choose another output.folder" in str(caught.value)
+
+
+def test_a_damaged_checkpoint_is_passed_over(half_way: Values, whole: Values, caplog: pytest.LogCaptureFixture) -> None:
+    folder = Path(half_way["output"]["folder"], "checkpoints")
+    newest = Checkpoints(folder, 1, 2).steps()[0]
+    os.truncate(folder / f"step-{newest:08d}.safetensors", 1000)
+    tensors = Checkpoints(folder, 1, 2).latest()
+    assert tensors is not None and len(tensors["losses"]) == newest - 1
+    assert f"step-{newest:08d}.safetensors is damaged and is passed over" in caplog.text
+    assert child_runs.finish(half_way) == 0
+    assert_same(half_way, whole)
+
+
+def test_checkpoints_without_their_configuration_are_not_taken_up(half_way: Values) -> None:
+    Path(half_way["output"]["folder"], "config.toml").unlink()
+    with pytest.raises(UserError, match="has checkpoints but no config.toml"):
+        check(from_mapping(half_way))
