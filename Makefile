@@ -10,18 +10,26 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint
+.PHONY: demo test lint bench
 
 demo: $(INSTALLED)
 	$(BIN)/python -m trainer.demo --out demo-out
 
+# The host and the demo work on all cores, and so by themselves.
 test: lint
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --ignore tests/host --ignore tests/test_demo.py
+	$(BIN)/pytest tests/host tests/test_demo.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# Takes a quarter of an hour, wants the machine for itself, and a ComfyUI.
+bench: $(INSTALLED)
+	mkdir -p bench-out
+	$(BIN)/python tests/bench/nodes.py --out bench-out/nodes.md
+	$(BIN)/python tests/bench/peers.py --out bench-out/peers.md
 
 # The host loads this folder as one package, and so must mypy, whatever the folder is called: hence the link.
 $(INSTALLED): pyproject.toml constraints.txt
