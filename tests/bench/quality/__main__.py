@@ -1,6 +1,6 @@
-"""Benchmark of quality: the methods that a LoRA can be distilled by, in a world of which everything is known.
+"""Benchmark of quality: the methods that a LoRA can be distilled by, in two worlds of which everything is known.
 
-python tests/bench/quality --results FOLDER [--write]
+python tests/bench/quality --results FOLDER [--worlds checkerboard shapes] [--write]
 
 Each method gets the same number of iterations, and of tries to find its learning rate: one run at each of a few, from a
 seed of its own; the one with the least distance, as a geometric mean over 1, 2, 4 and 8 steps at the gamma of the
@@ -13,62 +13,90 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import checkerboard
 import report
+import shapes
 import torch
-from methods import METHODS, SEEDS, TUNING_SEED, Method
+from methods import METHODS, SEEDS, TUNING_SEED
 from tqdm import tqdm
 
-TUNED_AT = (1, 2, 4, 8)
+WORLDS = {world.NAME: world for world in (checkerboard, shapes)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, required=True, help="a file to each run")
+    parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=list(WORLDS))
     parser.add_argument("--write", action="store_true", help="write docs/quality.md and its plots")
     options = parser.parse_args()
-    options.results.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
-    runs = len(METHODS) * (len(checkerboard.LEARNING_RATES) + len(SEEDS))
-    with tqdm(total=runs, unit="run") as bar:
-        found = {method.name: compare(method, options.results, bar) for method in METHODS}
-    references = [
-        done(options.results / f"references-{seed}.json", partial(checkerboard.measure_references, seed))
-        for seed in SEEDS
-    ]
-    text = report.checkerboard(found, references)
+    found = {name: compare(name, options.results / name) for name in options.worlds}
     if options.write:
-        report.write(text, found, references)
+        report.write(found, options.results)
     else:
-        print(text)
+        print(report.page(found))
 
 
-def compare(method: Method, folder: Path, bar: tqdm) -> dict[str, Any]:
-    """The learning rates tried, each with its score, the one taken, and what came of it from each seed."""
+def compare(name: str, folder: Path) -> report.Results:
+    """The learning rates tried of each method, each with its score, the one taken, and what came of it by seed."""
+    world = WORLDS[name]
+    folder.mkdir(parents=True, exist_ok=True)
+    world.prepare(folder)
+    rates = [(method, lr) for method in METHODS for lr in world.LEARNING_RATES]
+    scores = at_once(f"{name}, tries", partial(try_out, name, folder), rates)
+    tries: dict[str, dict[float, float]] = {method: {} for method in METHODS}
+    for (method, lr), score in zip(rates, scores, strict=True):
+        tries[method][lr] = score
+    best = {method: min(tried, key=tried.__getitem__) for method, tried in tries.items()}
+    finals = [(method, best[method], seed) for method in METHODS for seed in SEEDS]
+    runs = at_once(f"{name}, runs", partial(measure, name, folder), finals)
+    references = at_once(f"{name}, teacher", partial(measure_references, name, folder), [(seed,) for seed in SEEDS])
+    by_method = {
+        method: [run for (each, _, _), run in zip(finals, runs, strict=True) if each == method] for method in METHODS
+    }
+    return report.Results(tries, best, by_method, references)
 
-    def run(lr: float, seed: int) -> dict[str, Any]:
-        bar.set_postfix_str(f"{method.name}, lr {lr:g}, seed {seed}")
-        path = folder / f"{method.name}-{lr:g}-{seed}.json"
-        result = done(path, lambda: checkerboard.measure(checkerboard.distill(method, lr, seed), seed))
-        bar.update()
-        return result
 
-    tries = {lr: score(method, run(lr, TUNING_SEED)) for lr in checkerboard.LEARNING_RATES}
-    best = min(tries, key=tries.__getitem__)
-    return {"tries": tries, "lr": best, "runs": [run(best, seed) for seed in SEEDS]}
+def at_once(what: str, work: Any, jobs: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """The results of all jobs, of which each core does one at a time, by itself."""
+    os.environ["TQDM_DISABLE"] = "1"  # the bars of the processes, which would be written one over the other
+    count = os.cpu_count() or 1
+    with ProcessPoolExecutor(count, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return list(tqdm(pool.map(work, *zip(*jobs, strict=True)), what, len(jobs), unit="run", disable=False))
 
 
-def score(method: Method, result: dict[str, Any]) -> float:
-    distances = [result["samples"][f"{steps} {method.gamma:g}"]["distance"] for steps in TUNED_AT]
+def try_out(name: str, folder: Path, method: str, lr: float) -> float:
+    """The score of a learning rate."""
+    world, tried = WORLDS[name], METHODS[method]
+    distances = done(
+        folder / f"try-{method}-{lr:g}.json",
+        lambda: world.try_out(world.distill(tried, lr, TUNING_SEED, folder), tried, TUNING_SEED, folder),
+    )
     return math.exp(sum(math.log(max(each, 1e-4)) for each in distances) / len(distances))
 
 
-def done(path: Path, make: Callable[[], Any]) -> Any:
+def measure(name: str, folder: Path, method: str, lr: float, seed: int) -> Any:
+    """All that is reported of a run."""
+    world = WORLDS[name]
+    return done(
+        folder / f"{method}-{lr:g}-{seed}.json",
+        lambda: world.measure(world.distill(METHODS[method], lr, seed, folder), seed, folder),
+    )
+
+
+def measure_references(name: str, folder: Path, seed: int) -> Any:
+    """What is reported of the teacher, and of fresh data."""
+    return done(folder / f"references-{seed}.json", lambda: WORLDS[name].measure_references(seed, folder))
+
+
+def done(path: Path, make: Any) -> Any:
     """What `make` gives, as it is in the file, or is put there."""
     if not path.exists():
         unfinished = path.with_suffix(".unfinished")

@@ -8,12 +8,16 @@ teacher would have, and then is distilled by the trainer's own loss, times and l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from copy import deepcopy
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from methods import GAMMAS, STEPS, Method
+from measures import energy_distance
+from methods import EMA_DECAY, GAMMAS, HUBER_C, METHODS, SEEDS, STEPS, TUNED_AT, TUNING_SEED, Method
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -33,10 +37,12 @@ from tcd import (
     vp_level,
 )
 from tcd.target_time import sinusoid
-from trainer.objective import distance_of, first_order, tcd_loss
+from trainer.atomic import whole_file
+from trainer.objective import Follow, distance_of, first_order, tcd_loss
 from trainer.optimizer import lr_factor
 from trainer.times import sample_times
 
+NAME = "checkerboard"
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 CENTERS = torch.tensor([(x, y) for x in range(4) for y in range(4) if (x + y) % 2], dtype=torch.float32) - 1.5
 SPREAD = 0.15  # of each, where two centers are 1.41 apart
@@ -93,9 +99,22 @@ class Student(nn.Module):
         return to_x0(self.last(hidden).view_as(x_t), x_t, level(t), "v")
 
 
-@cache
-def denoiser_of(seed: int) -> dict[str, Tensor]:
+def prepare(folder: Path) -> None:
+    """Make what all runs share: the students as they begin."""
+    for seed in (TUNING_SEED, *SEEDS):
+        denoiser_of(seed, folder)
+
+
+def denoiser_of(seed: int, folder: Path) -> dict[str, Tensor]:
     """The weights of a student that knows what the teacher knows, by regression to v: where each method begins."""
+    path = folder / f"denoiser-{seed}.safetensors"
+    if not path.exists():
+        with whole_file(path) as unfinished:
+            save_file(_learn_to_denoise(seed), unfinished)
+    return load_file(path)
+
+
+def _learn_to_denoise(seed: int) -> dict[str, Tensor]:
     torch.manual_seed(seed)
     student, generator = Student(told=False), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(student.parameters(), lr=1e-3)
@@ -108,26 +127,48 @@ def denoiser_of(seed: int) -> dict[str, Tensor]:
     return student.state_dict()
 
 
-def distill(method: Method, lr: float, seed: int) -> Denoiser:
-    """Train a student by a method."""
-    start = denoiser_of(seed)
+def distill(method: Method, lr: float, seed: int, folder: Path) -> Denoiser:
+    """Train a student by a method, or have it as it was trained before."""
+    path = folder / f"{method.name}-{lr:g}-{seed}.safetensors"
+    if not path.exists():
+        with whole_file(path) as unfinished:
+            save_file(_train(method, lr, seed, folder).state_dict(), unfinished)
+    student = Student(told=method.target_time).eval().requires_grad_(False)
+    student.load_state_dict(load_file(path))
+    return student
+
+
+def _train(method: Method, lr: float, seed: int, folder: Path) -> Student:
+    start = denoiser_of(seed, folder)
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(1000 + seed)
     student = Student(told=method.target_time)
     student.load_state_dict({**student.state_dict(), **start})
+    average = deepcopy(student).requires_grad_(False)
     optimizer = torch.optim.Adam(student.parameters(), lr=lr)
-    follow = first_order(lambda x_t, t, s, rows: student(x_t, t, s), level)
-    distance = distance_of("huber", 0.03)
     for step in range(ITERATIONS):
         x0 = data(BATCH, generator)
         eps = torch.randn(x0.shape, generator=generator)
         phases = method.phases[step * len(method.phases) // ITERATIONS]
         times = sample_times(BATCH, law=method.law, origin_steps=50, skip=20, phases=phases, generator=generator)
         loss = tcd_loss(
-            follow, follow, lambda x_t, t, rows: teacher(x_t, t), x0, eps, times, level=level, distance=distance
+            _follow(student),
+            _follow(average),
+            lambda x_t, t, rows: teacher(x_t, t),
+            x0,
+            eps,
+            times,
+            level=level,
+            distance=distance_of("huber", HUBER_C),
         )
         _descend(optimizer, loss.mean(), step, lr)
-    return student.eval()
+        for mean, parameter in zip(average.parameters(), student.parameters(), strict=True):
+            mean.lerp_(parameter.detach(), 1 - EMA_DECAY)
+    return student
+
+
+def _follow(student: Student) -> Follow:
+    return first_order(lambda x_t, t, s, rows: student(x_t, t, s), level)
 
 
 def _descend(optimizer: torch.optim.Optimizer, loss: Tensor, step: int, lr: float) -> None:
@@ -168,15 +209,6 @@ def solve(steps: int, seed: int) -> Tensor:
     for t in scheduler.timesteps:
         x = scheduler.step(teacher(x, t.expand(len(x))), t, x).prev_sample
     return x.flatten(1)
-
-
-def energy_distance(points: Tensor, reference: Tensor) -> float:
-    """2 E|X - Y| - E|X - X'| - E|Y - Y'| of points [N, 2] and [M, 2]; unbiased, so around 0 for equal laws."""
-
-    def within(x: Tensor) -> float:
-        return torch.cdist(x, x).double().sum().item() / (len(x) * (len(x) - 1))
-
-    return 2 * torch.cdist(points, reference).double().mean().item() - within(points) - within(reference)
 
 
 def coverage(points: Tensor) -> tuple[float, float]:
@@ -231,7 +263,13 @@ def measure_points(points: Tensor, seed: int) -> dict[str, float]:
     return {"distance": energy_distance(points, reference), "covered": squares, "strays": strays}
 
 
-def measure(denoiser: Denoiser, seed: int) -> dict[str, Any]:
+def try_out(denoiser: Denoiser, method: Method, seed: int, folder: Path) -> list[float]:
+    """The distances by which learning rates are chosen."""
+    drawn = [sample(denoiser, steps, method.gamma, 20_000 + seed) for steps in TUNED_AT]
+    return [measure_points(points, seed)["distance"] for points in drawn]
+
+
+def measure(denoiser: Denoiser, seed: int, folder: Path) -> dict[str, Any]:
     """Everything that is reported of a student: of its samples by "steps gamma", and of its jumps by "t s"."""
     grid = [(steps, gamma) for steps in STEPS for gamma in GAMMAS]
     return {
@@ -243,7 +281,7 @@ def measure(denoiser: Denoiser, seed: int) -> dict[str, Any]:
     }
 
 
-def measure_references(seed: int) -> dict[str, dict[str, float]]:
+def measure_references(seed: int, folder: Path) -> dict[str, dict[str, float]]:
     """The same of fresh data, and of the teacher by two solvers."""
     fresh = data(POINTS, torch.Generator().manual_seed(40_000 + seed)).flatten(1)
     found = {"fresh data": measure_points(fresh, seed)}
@@ -251,3 +289,25 @@ def measure_references(seed: int) -> dict[str, dict[str, float]]:
         found[f"DDIM {steps}"] = measure_points(sample(teacher, steps, 0.0, 20_000 + seed), seed)
         found[f"DPM-Solver++(2M) {steps}"] = measure_points(solve(steps, 20_000 + seed), seed)
     return found
+
+
+def draw(lr: Mapping[str, float], folder: Path, path: Path) -> None:
+    """Draw points of each method, by its learning rate, in a row of numbers of steps, and the teacher's above them."""
+    from matplotlib import pyplot
+
+    names = ["teacher", *lr]
+    figure, panels = pyplot.subplots(
+        len(names), len(STEPS), figsize=(12, 2 * len(names)), sharex=True, sharey=True, layout="constrained"
+    )
+    for name, row in zip(names, panels, strict=True):
+        denoiser = teacher if name == "teacher" else distill(METHODS[name], lr[name], SEEDS[0], folder)
+        gamma = 0.0 if name == "teacher" else METHODS[name].gamma
+        row[0].set_ylabel(f"{name}\nγ = {gamma:g}")
+        for steps, panel in zip(STEPS, row, strict=True):
+            x, y = sample(denoiser, steps, gamma, seed=0).T
+            panel.scatter(x, y, s=0.4, color="black", linewidths=0)
+            panel.set(xlim=(-2, 2), ylim=(-2, 2), xticks=[], yticks=[], aspect="equal")
+            if name == "teacher":
+                panel.set_title(f"{steps} step{'s' if steps > 1 else ''}")
+    figure.savefig(path, dpi=90)
+    pyplot.close(figure)

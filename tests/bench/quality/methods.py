@@ -10,6 +10,9 @@ GAMMAS = (0.0, 0.3, 1.0)
 SEEDS = (0, 1, 2)
 TUNING_SEED = 100
 """Of the runs by which a learning rate is chosen, which are not among those that are reported."""
+TUNED_AT = (1, 2, 4, 8)
+EMA_DECAY, HUBER_C = 0.95, 0.03
+"""The same for all: of the average that gives the target, and of the distance to it."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,7 @@ class Method:
 
     name: str
     law: str
+    about: str
     gamma: float
     """Of its own sampler."""
     phases: tuple[int, ...] = (1,)
@@ -26,15 +30,17 @@ class Method:
     @property
     def settings(self) -> dict[str, Any]:
         """Its part of the section [method] of a configuration."""
-        told = {"target_time": True} if self.target_time else {}
-        return {"law": self.law, "phases": list(self.phases), **told}
+        return {"law": self.law, "phases": list(self.phases), "target_time": self.target_time}
 
 
-METHODS = (
-    Method("LCM", "zero", 1.0),
-    Method("PCM", "phase", 0.0, phases=(4,)),
-    Method("TSCD", "segment", 0.3, phases=(8, 4, 2, 1)),
-    Method("TDD", "target", 0.3),
-    Method("TCD", "uniform", 0.3),
-    Method("TCD S+", "uniform", 0.3, target_time=True),
-)
+METHODS = {
+    method.name: method
+    for method in (
+        Method("LCM", "zero", "s = 0", 1.0),
+        Method("PCM", "phase", "the edge below t, of four phases", 0.0, phases=(4,)),
+        Method("TSCD", "segment", "uniform in the segment of t, of 8, 4, 2, 1 in turn", 0.3, phases=(8, 4, 2, 1)),
+        Method("TDD", "target", "times of 4 to 8 steps, near below t", 0.3),
+        Method("TCD", "uniform", "uniform from 0 to t", 0.3),
+        Method("TCD S+", "uniform", "the same, and the network is told s", 0.3, target_time=True),
+    )
+}

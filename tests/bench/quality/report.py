@@ -4,67 +4,128 @@ from __future__ import annotations
 
 import platform
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Any, NamedTuple
 
+import checkerboard
+import shapes
 import torch
-from checkerboard import BATCH, ITERATIONS, LEARNING_RATES, POINTS
-from methods import GAMMAS, METHODS, SEEDS, STEPS
+from methods import EMA_DECAY, GAMMAS, HUBER_C, METHODS, SEEDS, STEPS
 
-PAGE = Path(__file__).with_name("page.md")
-DOCS = Path(__file__).resolve().parents[3] / "docs"
-Found = Mapping[str, Mapping[str, Any]]
-References = Sequence[Mapping[str, Mapping[str, float]]]
-"""Of each seed, by name."""
+from trainer.demo.methods import TEACHER_GUIDANCE
+
+HERE = Path(__file__).parent
+DOCS = HERE.parents[2] / "docs"
 
 
-def checkerboard(found: Found, references: References) -> str:
-    """The text of the page."""
-    own = {method.name: method.gamma for method in METHODS}
+class Results(NamedTuple):
+    """Of one world, by method where it says so."""
 
-    def table(measure: str, scale: float, form: str, title: str) -> str:
-        return _table(found, lambda run, steps, name: scale * _sample(run, steps, own[name])[measure], form, title)
+    tries: Mapping[str, Mapping[float, float]]
+    """Score by learning rate."""
+    lr: Mapping[str, float]
+    runs: Mapping[str, Sequence[Any]]
+    references: Sequence[Mapping[str, Mapping[str, float]]]
+    """Of each seed, by name."""
 
-    return Template(PAGE.read_text(encoding="utf-8")).substitute(
-        iterations=ITERATIONS,
-        batch=BATCH,
-        rates=len(LEARNING_RATES),
+
+class About(NamedTuple):
+    """What a world measures besides the distance: a title, and how its numbers are written."""
+
+    distance_is: str
+    others: Mapping[str, tuple[str, float, str]]
+
+
+ABOUT = {
+    checkerboard.NAME: About(
+        f"Energy distance to the data, times 1000, of {checkerboard.POINTS} points. Fresh data have {{fresh}}.",
+        {
+            "covered": ("Squares with at least half of their points, in %", 100, "{:.0f}"),
+            "strays": ("Points on no square, in %", 100, "{:.1f}"),
+        },
+    ),
+    shapes.NAME: About(
+        f"Energy distance to the world's own pictures, times 1000, of {shapes.PICTURES} pictures, in 64 features of a "
+        "classifier, each of unit variance. Fresh pictures have {fresh}.",
+        {
+            "covered": (
+                "Coverage: of the world's pictures, those with a drawn one among their five nearest, in %",
+                100,
+                "{:.0f}",
+            ),
+            "right": ("Captions that are right in all four parts, in %", 100, "{:.0f}"),
+        },
+    ),
+}
+
+
+def page(found: Mapping[str, Results]) -> str:
+    """The text of docs/quality.md, or of one world where there is one."""
+    parts = {name: part(name, results) for name, results in found.items()}
+    if len(parts) == 1:
+        return next(iter(parts.values()))
+    return Template((HERE / "page.md").read_text(encoding="utf-8")).substitute(
+        huber_c=HUBER_C,
+        ema_decay=EMA_DECAY,
+        rates=len(checkerboard.LEARNING_RATES),
         seeds=len(SEEDS),
-        points=POINTS,
-        fresh=_reference(references, "fresh data"),
-        distances=table("distance", 1e3, "{:.1f}", "steps"),
-        teachers=_teachers(references),
-        by_gamma=_by_gamma(found),
-        goals="\n".join(f"* {line}" for line in _goals(found, references)),
-        trajectories=_trajectories(found),
-        covered=table("covered", 100, "{:.0f}", "squares"),
-        strays=table("strays", 100, "{:.1f}", "on none"),
-        tries=_tries(found),
+        methods="\n".join(f"| {each.name} | {each.about} | {each.gamma:g} |" for each in METHODS.values()),
+        checkerboard_size=f"{checkerboard.ITERATIONS} iterations of {checkerboard.BATCH} points.",
+        shapes_size=f"{shapes.ITERATIONS} iterations of {shapes.BATCH} pictures.",
+        guidance=f"{TEACHER_GUIDANCE:g}",
         torch=torch.__version__,
         machine=f"{platform.system()} {platform.machine()}",
+        **parts,
     )
 
 
-def write(text: str, found: Found, references: References) -> None:
-    """Write the page and its plots."""
+def part(name: str, results: Results) -> str:
+    """The tables of one world."""
+    about = ABOUT[name]
+    return (
+        Template((HERE / "world.md").read_text(encoding="utf-8"))
+        .substitute(
+            name=name,
+            distance_is=about.distance_is.format(fresh=_reference(results, "fresh data")),
+            distances=_table(results, "distance", 1e3, "{:.1f}"),
+            teachers=_teachers(results),
+            by_gamma=_by_gamma(results),
+            goals="\n".join(f"* {line}" for line in _goals(results)),
+            trajectories=_trajectories(results),
+            others="\n\n".join(
+                f"### {title}\n\n{_table(results, key, scale, form)}"
+                for key, (title, scale, form) in about.others.items()
+            ),
+            tries=_tries(results),
+        )
+        .strip()
+    )
+
+
+def write(found: Mapping[str, Results], made: Path) -> None:
+    """Write the page, its plots, and pictures by the students that are in `made`."""
     folder = DOCS / "quality"
     folder.mkdir(exist_ok=True)
-    _plot_distances(found, references, folder / "checkerboard-distance.png")
-    _plot_trajectories(found, folder / "checkerboard-trajectory.png")
-    (DOCS / "quality.md").write_text(text, encoding="utf-8")
+    for world in (checkerboard, shapes):
+        world.draw(found[world.NAME].lr, made / world.NAME, folder / f"{world.NAME}-pictures.png")
+    for name, results in found.items():
+        _plot_distances(results, folder / f"{name}-distance.png")
+        _plot_trajectories(results, folder / f"{name}-trajectory.png")
+    (DOCS / "quality.md").write_text(page(found), encoding="utf-8")
 
 
-def _sample(result: Mapping[str, Any], steps: int, gamma: float) -> Mapping[str, float]:
-    sample: Mapping[str, float] = result["samples"][f"{steps} {gamma:g}"]
+def _sample(run: Mapping[str, Any], steps: int, gamma: float) -> Mapping[str, float]:
+    sample: Mapping[str, float] = run["samples"][f"{steps} {gamma:g}"]
     return sample
 
 
-def _distances(found: Found, name: str, gamma: float) -> list[float]:
+def _distances(results: Results, name: str, gamma: float) -> list[float]:
     """Mean over seeds, times 1000, by steps."""
-    runs = found[name]["runs"]
-    return [statistics.mean(1e3 * _sample(run, steps, gamma)["distance"] for run in runs) for steps in STEPS]
+    return [
+        statistics.mean(1e3 * _sample(run, steps, gamma)["distance"] for run in results.runs[name]) for steps in STEPS
+    ]
 
 
 def _spread(values: Sequence[float], form: str) -> str:
@@ -76,59 +137,60 @@ def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _table(found: Found, value: Callable[[Any, int, str], float], form: str, title: str) -> str:
-    rows = [
-        [name, *(_spread([value(run, steps, name) for run in result["runs"]], form) for steps in STEPS)]
-        for name, result in found.items()
-    ]
-    return _rows([title, *map(str, STEPS)], rows)
+def _table(results: Results, measure: str, scale: float, form: str) -> str:
+    def cell(name: str, steps: int) -> str:
+        return _spread([scale * _sample(run, steps, METHODS[name].gamma)[measure] for run in results.runs[name]], form)
+
+    return _rows(["steps", *map(str, STEPS)], [[name, *(cell(name, steps) for steps in STEPS)] for name in METHODS])
 
 
-def _reference(references: References, name: str) -> str:
-    return _spread([1e3 * each[name]["distance"] for each in references], "{:.1f}")
+def _reference(results: Results, name: str) -> str:
+    return _spread([1e3 * each[name]["distance"] for each in results.references], "{:.1f}")
 
 
-def _teachers(references: References) -> str:
+def _teachers(results: Results) -> str:
     """Rows of the teacher, to stand under those of the methods."""
     names = ("DDIM", "DPM-Solver++(2M)")
-    lines = [[f"teacher, {name}", *(_reference(references, f"{name} {steps}") for steps in STEPS)] for name in names]
+    lines = [[f"teacher, {name}", *(_reference(results, f"{name} {steps}") for steps in STEPS)] for name in names]
+    lines.append(["teacher, DDIM, 50 steps", *[""] * (len(STEPS) - 1), _reference(results, "DDIM 50")])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _by_gamma(found: Found) -> str:
+def _by_gamma(results: Results) -> str:
     rows = [
-        [name, f"{gamma:g}", *(f"{distance:.1f}" for distance in _distances(found, name, gamma))]
-        for name in found
+        [name, f"{gamma:g}", *(f"{distance:.1f}" for distance in _distances(results, name, gamma))]
+        for name in METHODS
         for gamma in GAMMAS
     ]
     return _rows(["", "γ", *map(str, STEPS)], rows)
 
 
-def _trajectories(found: Found) -> str:
-    pairs = list(next(iter(found.values()))["runs"][0]["trajectory"])
+def _errors(results: Results, name: str) -> dict[str, float]:
+    """Mean over seeds, by "t → s"."""
+    runs = [run["trajectory"] for run in results.runs[name]]
+    return {pair.replace(" ", " → "): statistics.mean(run[pair] for run in runs) for pair in runs[0]}
+
+
+def _trajectories(results: Results) -> str:
+    rows = [[name, *(f"{error:.3f}" for error in _errors(results, name).values())] for name in METHODS]
+    return _rows(["t → s", *_errors(results, next(iter(METHODS)))], rows)
+
+
+def _tries(results: Results) -> str:
+    rates = list(next(iter(results.tries.values())))
     rows = [
-        [name, *(f"{statistics.mean(run['trajectory'][pair] for run in result['runs']):.3f}" for pair in pairs)]
-        for name, result in found.items()
+        [name, *(f"{1e3 * results.tries[name][lr]:.1f}" for lr in rates), f"{results.lr[name]:g}"] for name in METHODS
     ]
-    return _rows(["t → s", *(pair.replace(" ", " → ") for pair in pairs)], rows)
+    return _rows(["1000 × mean distance of the try", *(f"{lr:g}" for lr in rates), "taken"], rows)
 
 
-def _tries(found: Found) -> str:
-    rates = list(next(iter(found.values()))["tries"])
-    rows = [
-        [name, *(f"{1e3 * result['tries'][lr]:.1f}" for lr in rates), f"{float(result['lr']):g}"]
-        for name, result in found.items()
-    ]
-    return _rows(["1000 × mean distance of the try", *(f"{float(lr):g}" for lr in rates), "taken"], rows)
-
-
-def _goals(found: Found, references: References) -> list[str]:
+def _goals(results: Results) -> list[str]:
     """What the methods were to reach, what they reached, and whether that is enough."""
-    lcm = min(min(_distances(found, "LCM", gamma)) for gamma in GAMMAS)
-    tcd = _distances(found, "TCD", 0.3)
-    told = _distances(found, "TCD S+", 0.3)
-    ddim = statistics.mean(1e3 * each["DDIM 50"]["distance"] for each in references)
-    by_lcm = _distances(found, "LCM", 1.0)
+    lcm = min(min(_distances(results, "LCM", gamma)) for gamma in GAMMAS)
+    tcd = _distances(results, "TCD", 0.3)
+    told = [min(pair) for pair in zip(*(_distances(results, "TCD S+", gamma) for gamma in (0.0, 0.3)), strict=True)]
+    ddim = statistics.mean(1e3 * each["DDIM 50"]["distance"] for each in results.references)
+    by_lcm = _distances(results, "LCM", 1.0)
     lines = [
         (
             f"TCD from 4 to 32 steps: {tcd[2]:.1f} to {tcd[5]:.1f} (LCM: {by_lcm[2]:.1f} to {by_lcm[5]:.1f})",
@@ -144,15 +206,15 @@ def _goals(found: Found, references: References) -> list[str]:
     return [f"{text}: **{'met' if met else 'not met'}**" for text, met in lines]
 
 
-def _plot_distances(found: Found, references: References, path: Path) -> None:
+def _plot_distances(results: Results, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, len(GAMMAS), figsize=(12, 4), sharey=True, layout="constrained")
-    floor = statistics.mean(1e3 * each["DDIM 50"]["distance"] for each in references)
+    teacher = statistics.mean(1e3 * each["DDIM 50"]["distance"] for each in results.references)
     for panel, gamma in zip(panels, GAMMAS, strict=True):
-        for name in found:
-            panel.plot(STEPS, [max(each, 0.3) for each in _distances(found, name, gamma)], marker="o", label=name)
-        panel.axhline(floor, color="gray", linestyle=":", label="teacher, DDIM, 50 steps")
+        for name in METHODS:
+            panel.plot(STEPS, [max(each, 0.3) for each in _distances(results, name, gamma)], marker="o", label=name)
+        panel.axhline(max(teacher, 0.3), color="gray", linestyle=":", label="teacher, DDIM, 50 steps")
         panel.set(xscale="log", yscale="log", title=f"γ = {gamma:g}", xlabel="steps", xticks=STEPS, xticklabels=STEPS)
         panel.minorticks_off()
     panels[0].set_ylabel("energy distance × 1000")
@@ -161,17 +223,17 @@ def _plot_distances(found: Found, references: References, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _plot_trajectories(found: Found, path: Path) -> None:
+def _plot_trajectories(results: Results, path: Path) -> None:
     from matplotlib import pyplot
 
-    pairs = list(next(iter(found.values()))["runs"][0]["trajectory"])
+    pairs = list(_errors(results, next(iter(METHODS))))
     figure, panel = pyplot.subplots(figsize=(12, 4), layout="constrained")
-    width = 0.8 / len(found)
-    for k, (name, result) in enumerate(found.items()):
-        heights = [statistics.mean(run["trajectory"][pair] for run in result["runs"]) for pair in pairs]
+    width = 0.8 / len(METHODS)
+    for k, name in enumerate(METHODS):
+        heights = list(_errors(results, name).values())
         panel.bar([i + k * width for i in range(len(pairs))], heights, width, label=name)
-    panel.set_xticks([i + 0.4 - width / 2 for i in range(len(pairs))], [pair.replace(" ", " → ") for pair in pairs])
+    panel.set_xticks([i + 0.4 - width / 2 for i in range(len(pairs))], pairs)
     panel.set_ylabel("RMS error of the jump")
-    panel.legend(fontsize="small", ncols=len(found))
+    panel.legend(fontsize="small", ncols=len(METHODS))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

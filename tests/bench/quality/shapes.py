@@ -1,0 +1,220 @@
+"""The second world: the demo's captioned shapes, with its tiny text-to-image model as the teacher.
+
+Each student is a LoRA, distilled by `tcd-train run`'s own code from the same pictures. What is measured is measured in
+the features of the demo's classifier, between pictures of random captions and pictures that the world itself drew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from measures import coverage, energy_distance
+from methods import EMA_DECAY, GAMMAS, HUBER_C, METHODS, SEEDS, STEPS, TUNED_AT, Method
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tcd import add_noise, jump, timestep_grid
+from trainer import config
+from trainer.adapter import load_adapter
+from trainer.atomic import whole_file
+from trainer.demo import methods as demo
+from trainer.demo.classifier import Classifier, train_classifier, world_sample
+from trainer.demo.metrics import caption_accuracy
+from trainer.grid import Row, draw_grid
+from trainer.run import run
+from trainer.sample import decode
+from trainer.synthesis import draw_latents
+from trainer.tiny import world
+
+NAME = "shapes"
+LEARNING_RATES = (1e-4, 3e-4, 1e-3)
+ITERATIONS, BATCH = 350, 32
+PICTURES, TRIED, FOLLOWED = 512, 256, 32
+"""Of each cell of the tables, of each cell of a try, and of each start of a trajectory."""
+COLUMNS, DRAWN = 10, (1, 2, 4, 32)
+"""Captions, and numbers of steps, of the pictures that are shown."""
+
+
+def prepare(folder: Path) -> None:
+    """Make what all runs share: the pictures, their cache, the classifier and the teacher's trajectories."""
+    if not (folder / "pictures").exists():
+        world.write_folder(folder / "pictures.unfinished", 1024, seed=0)
+        (folder / "pictures.unfinished").rename(folder / "pictures")
+    classifier(folder)
+    trajectories(folder)
+
+
+@cache
+def classifier(folder: Path) -> Classifier:
+    path = folder / "classifier.safetensors"
+    if not path.exists():
+        with whole_file(path) as unfinished:
+            save_file(train_classifier(0).state_dict(), unfinished)
+    made = Classifier().eval().requires_grad_(False)
+    made.load_state_dict(load_file(path))
+    return made
+
+
+def distill(method: Method, lr: float, seed: int, folder: Path) -> Path:
+    """Train a student by a method, and return its LoRA file."""
+    settings = config.from_mapping(
+        {
+            "base": {"path": "tiny"},
+            "data": {
+                "folder": str(folder / "pictures"),
+                "resolution": world.SIZE_PX,
+                "cache": str(folder / "cache"),
+            },
+            "method": {
+                **method.settings,
+                "guidance_min": demo.TEACHER_GUIDANCE,
+                "guidance_max": demo.TEACHER_GUIDANCE,
+                "ema_decay": EMA_DECAY,
+                "huber_c": HUBER_C,
+            },
+            "adapter": {"rank": 32, "alpha": 32.0},
+            "training": {"steps": ITERATIONS, "batch": BATCH, "lr": lr, "warmup_steps": 10, "seed": seed},
+            "output": {"folder": str(folder / f"{method.name}-{lr:g}-{seed}"), "name": "lora"},
+        }
+    )
+    return settings.lora_path if settings.lora_path.exists() else run(settings)
+
+
+class Measured(NamedTuple):
+    """Captions, and what the world's own pictures are in the classifier's features."""
+
+    scenes: list[world.Scene]
+    reference: Tensor
+
+    @property
+    def captions(self) -> list[str]:
+        return [scene.caption for scene in self.scenes]
+
+
+def measured(seed: int, folder: Path, count: int = PICTURES) -> Measured:
+    reference, _ = world_sample(4096, purpose="reference", seed=seed)
+    return Measured(world.random_scenes(count, 10_000 + seed), classifier(folder).features(reference))
+
+
+def measure_pictures(pictures: Tensor, against: Measured, folder: Path) -> dict[str, float]:
+    """What is reported of pictures [N, 3, H, W], one for each caption."""
+    features = classifier(folder).features(pictures)
+    return {
+        "distance": energy_distance(features, against.reference),
+        "covered": coverage(features, against.reference[: len(features)]),
+        "right": caption_accuracy(classifier(folder), features, against.scenes)[0],
+    }
+
+
+def try_out(lora: Path, method: Method, seed: int, folder: Path) -> list[float]:
+    """The distances by which learning rates are chosen."""
+    against = measured(seed, folder, TRIED)
+    studio = demo.Studio({"student": lora}, against.captions)
+    rows = [demo.Method(f"{steps} steps", "student", steps, method.gamma) for steps in TUNED_AT]
+    return [measure_pictures(studio.pictures(row, TRIED, 20_000 + seed), against, folder)["distance"] for row in rows]
+
+
+def measure(lora: Path, seed: int, folder: Path) -> dict[str, Any]:
+    """Everything that is reported of a student: of its samples by "steps gamma", and of its jumps by "t s"."""
+    against = measured(seed, folder)
+    studio = demo.Studio({"student": lora}, against.captions)
+    samples = {}
+    for steps in STEPS:
+        for gamma in GAMMAS[:1] if steps == 1 else GAMMAS:  # one step adds no noise
+            row = demo.Method(f"{steps} steps", "student", steps, gamma)
+            pictures = studio.pictures(row, PICTURES, 20_000 + seed)
+            samples[f"{steps} {gamma:g}"] = measure_pictures(pictures, against, folder)
+    samples |= {f"1 {gamma:g}": samples["1 0"] for gamma in GAMMAS}
+    return {"samples": samples, "trajectory": trajectory_errors(lora, folder)}
+
+
+def measure_references(seed: int, folder: Path) -> dict[str, dict[str, float]]:
+    """The same of fresh pictures, and of the teacher by two solvers."""
+    against = measured(seed, folder)
+    fresh, scenes = world_sample(PICTURES, purpose="fresh", seed=seed)
+    found = {"fresh data": measure_pictures(fresh, against._replace(scenes=scenes), folder)}
+    studio = demo.Studio({}, against.captions)
+    for steps in (*STEPS, 50):
+        row = demo.Method(f"DDIM {steps}", None, steps, 0.0)
+        found[row.label] = measure_pictures(studio.pictures(row, PICTURES, 20_000 + seed), against, folder)
+        latents = draw_latents(
+            studio.network,
+            studio.cond,
+            studio.guidance.uncond,
+            demo.noise_for(20_000 + seed, PICTURES),
+            steps=steps,
+            guidance=studio.guidance.scale,
+        )
+        found[f"DPM-Solver++(2M) {steps}"] = measure_pictures(decode(studio.vae, latents), against, folder)
+    return found
+
+
+def _followed(folder: Path) -> tuple[demo.Studio, Tensor]:
+    """What trajectories are followed of: captions, encoded, and the latents of pictures of them."""
+    pictures, scenes = world_sample(FOLLOWED, purpose="trajectories", seed=0)
+    studio = demo.Studio({}, [scene.caption for scene in scenes])
+    signal = pictures.float() / 127.5 - 1
+    with torch.no_grad():
+        latents = studio.vae.encode(signal).latent_dist.mean * studio.vae.config.scaling_factor
+    return studio, latents
+
+
+@torch.no_grad()
+def trajectories(folder: Path) -> dict[str, Tensor]:
+    """Where the guided teacher leads, in steps of one timestep, from each time of four to each later one: by "t s"."""
+    path = folder / "trajectories.safetensors"
+    if not path.exists():
+        studio, x0 = _followed(folder)
+        network, grid, found = studio.network, timestep_grid(4), {}
+        scale = torch.full((FOLLOWED,), studio.guidance.scale)
+        for t in grid:
+            eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(t))
+            x = found[f"{t} {t}"] = add_noise(x0, eps, network.level(torch.tensor([t])))
+            for now in range(t, 0, -1):
+                here, there = (torch.full((FOLLOWED,), time) for time in (now, now - 1))
+                clean = network.guided_x0(x, here, studio.cond, studio.guidance.uncond, scale)
+                x = jump(x, clean, network.level(here), network.level(there))
+                if now - 1 in (*grid, 0):
+                    found[f"{t} {now - 1}"] = x
+        with whole_file(path) as unfinished:
+            save_file(found, unfinished)
+    return load_file(path)
+
+
+@torch.no_grad()
+def trajectory_errors(lora: Path, folder: Path) -> dict[str, float]:
+    """The root mean square of f(x_t, t -> s) minus where the teacher's trajectory leads, by "t s"."""
+    studio, _ = _followed(folder)
+    network, found, errors = studio.network, trajectories(folder), {}
+    load_adapter(network.unet, lora, "student")
+    for key in sorted(found, key=lambda key: [-int(time) for time in key.split()]):
+        t, s = (torch.full((FOLLOWED,), int(time)) for time in key.split())
+        if t[0] == s[0]:
+            continue
+        x_t = found[f"{t[0]} {t[0]}"]
+        end = jump(x_t, network.x0(x_t, t, studio.cond, s), network.level(t), network.level(s))
+        errors[key] = (end - found[key]).square().mean().sqrt().item()
+    return errors
+
+
+def draw(lr: Mapping[str, float], folder: Path, path: Path) -> None:
+    """Draw some captions by each method, by its learning rate, in rows of numbers of steps, under the teacher's."""
+    scenes = world.random_scenes(COLUMNS, 1)
+    loras = {name: distill(METHODS[name], rate, SEEDS[0], folder) for name, rate in lr.items()}
+    studio = demo.Studio(loras, [scene.caption for scene in scenes])
+    rows = [demo.Method("Teacher", None, steps, 0.0) for steps in (50, 4)]
+    rows += [demo.Method(name, name, steps, METHODS[name].gamma) for name in lr for steps in DRAWN]
+    grid = [
+        Row(
+            f"{row.label}, {row.steps} step{'s' if row.steps > 1 else ''}\n{row.detail}",
+            studio.pictures(row, COLUMNS, 0),
+        )
+        for row in rows
+    ]
+    draw_grid(
+        grid, [scene.caption for scene in scenes], "One caption and one starting noise to a column", scale=1
+    ).save(path)
