@@ -6,6 +6,7 @@ The weights are random, so the pictures mean nothing; names, shapes, dtypes and 
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,11 @@ from graphs import Graph, host_noise, latents, relative_error
 from PIL import Image
 from reference import tcd_scheduler_sample
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
 
-from tcd import timestep_grid
+from tcd import TargetTime, timestep_grid
+from tcd.target_time import PREFIX
 from trainer.adapter import load_adapter
 from trainer.demo.comfy_server import ComfyServer
 from trainer.network import Network
@@ -104,7 +108,7 @@ def test_the_host_draws_what_the_trainer_draws(server: ComfyServer, checkpoint: 
     with Image.open(next(server.output.rglob("full-size*.png"))) as image:
         assert image.size == (128, 128) and np.asarray(image).std() > 1
 
-    ours = draw(checkpoint, lora)
+    (ours,) = draw(checkpoint, lora)
     assert relative_error(with_lora, ours) <= 1e-3
     assert torch.equal(by_stock_loader, with_lora)
     assert relative_error(without, ours) > 1e-2, "the LoRA must have an effect for the agreement to mean something"
@@ -125,19 +129,50 @@ def test_it_agrees_with_diffusers(server: ComfyServer, checkpoint: Path, predict
         assert relative_error(latent, ours) <= 1e-5
 
 
-def draw(checkpoint: Path, lora: Path) -> torch.Tensor:
-    """The trainer's own sampling from the same two files and the same seed: scaled latents [1, 4, 16, 16]."""
+def test_the_host_tells_the_network_what_the_trainer_tells_it(
+    server: ComfyServer, checkpoint: Path, lora: Path
+) -> None:
+    torch.manual_seed(0)
+    embedding = TargetTime(320, 1280)
+    nn.init.normal_(embedding["out"].weight, std=0.05)
+    tensors = {f"{PREFIX}{name}": tensor.detach().half() for name, tensor in embedding.state_dict().items()}
+    told = server.models / "loras" / "sd15-told.safetensors"
+    save_file(load_file(lora) | tensors, told, metadata={"tcd.target_time": "s"})
+
+    graph = Graph()
+    base = graph.checkpoint(CHECKPOINT)
+    model = graph.add("TCDLoraLoader", model=base[0], lora_name=told.name, strength_model=1.0)[0]
+    grid = [(steps, eta) for steps in (1, 2, 4) for eta in (0.0, ETA, 1.0)]
+    done = [
+        graph.sampler_custom(
+            model=model,
+            eta=eta,
+            sigmas=graph.sigmas(model, steps=steps)[0],
+            seed=SEED,
+            positive=graph.add("CLIPTextEncode", clip=base[1], text=CAPTION)[0],
+            latent=graph.add("EmptyLatentImage", width=128, height=128, batch_size=1)[0],
+        )
+        for steps, eta in grid
+    ]
+    found = latents(server, graph, *(graph.save(node[0]) for node in done))
+    for latent, (steps, eta), ours, deaf in zip(
+        found, grid, draw(checkpoint, told, grid), draw(checkpoint, lora, grid), strict=True
+    ):
+        assert relative_error(latent, ours) <= 1e-3, (steps, eta)
+        assert relative_error(deaf, ours) > 1e-2, "to be told must matter"
+
+
+def draw(checkpoint: Path, lora: Path, grid: Sequence[tuple[int, float]] = ((4, ETA),)) -> list[torch.Tensor]:
+    """The trainer's own sampling from the same two files and the same seed: scaled latents [1, 4, 16, 16] each."""
     base = load_base(str(checkpoint))
     load_adapter(base.unet, lora)
     network = Network(base.unet, base.alpha_bar.float(), base.prediction)
-    return sample_latents(
-        network,
-        load_encoders(str(checkpoint)).encode([CAPTION]),
-        timesteps=timestep_grid(4),
-        gamma=ETA,
-        noise=initial_noise(SEED, (1, 4, 16, 16)),
-        seed=SEED,
-    )
+    cond = load_encoders(str(checkpoint)).encode([CAPTION])
+    noise = initial_noise(SEED, (1, 4, 16, 16))
+    return [
+        sample_latents(network, cond, timesteps=timestep_grid(steps), gamma=eta, noise=noise, seed=SEED)
+        for steps, eta in grid
+    ]
 
 
 def _lend(file: Path, place: Path) -> None:
