@@ -1,4 +1,4 @@
-"""What is measured of a set of points against another: how far the two are apart, and how much of one is in the other."""
+"""What is measured of points against others: how far the two are apart, and how much of one is in the other."""
 
 from __future__ import annotations
 

@@ -181,7 +181,7 @@ def trajectories(folder: Path) -> dict[str, Tensor]:
                 if now - 1 in (*grid, 0):
                     found[f"{t} {now - 1}"] = x
         with whole_file(path) as unfinished:
-            save_file(found, unfinished)
+            save_file({key: x.contiguous() for key, x in found.items()}, unfinished)
     return load_file(path)
 
 
