@@ -6,7 +6,7 @@ Flows in: parameters and settings.  Flows out: a torch optimizer whose learning 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,16 +69,32 @@ def lr_factor(step: int, steps: int, warmup_steps: int) -> float:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Everything the optimizer remembers, as `index.name`; a whole number is an int64 without dimensions."""
-    state = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": torch.as_tensor(value) for index in state for name, value in state[index].items()}
+    """Everything the optimizer remembers, as `index.name`, or `index.name.name` of what it keeps in a mapping of names.
+
+    A whole number is an int64 without dimensions.  No two tensors share memory, as those of a file must not.
+    """
+    flat = {name: torch.as_tensor(value) for name, value in _leaves(optimizer.state_dict()["state"])}
+    first = {tensor.data_ptr(): name for name, tensor in reversed(flat.items())}
+    return {name: tensor if first[tensor.data_ptr()] == name else tensor.clone() for name, tensor in flat.items()}
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Give back to a new optimizer what `optimizer_state` took from one over the same parameters."""
-    state: dict[int, dict[str, object]] = {}
+    state: dict[Any, Any] = {}
     for key, value in tensors.items():
-        index, _, name = key.partition(".")
+        index, *within, name = key.split(".")
+        place = state.setdefault(int(index), {})
+        for each in within:
+            place = place.setdefault(each, {})
         whole = value.dim() == 0 and value.dtype == torch.int64
-        state.setdefault(int(index), {})[name] = int(value) if whole else value
+        place[name] = int(value) if whole else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _leaves(state: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """What is no mapping in nested mappings, under its keys with dots between them: bitsandbytes nests its moments."""
+    for key, value in state.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
