@@ -28,14 +28,14 @@ class TCDSamplingSetup(io.ComfyNode):
                     default=4,
                     min=1,
                     max=1000,
-                    tooltip="The number of steps, the paper's N; with simple at most 50 where the model has timesteps.",
+                    tooltip="The number of steps, the paper's N.",
                 ),
                 io.Combo.Input(
                     "scheduler",
                     options=list(host.SETUP_SCHEDULERS),
                     tooltip=(
-                        "How the timesteps tau_n are chosen: simple as TCD Sigmas does, among those that TCD LoRAs are "
-                        "distilled on; sgm_uniform as the host's scheduler of that name does."
+                        "How the timesteps tau_n are chosen: simple as KSampler's scheduler tcd does, among those that "
+                        "TCD LoRAs are distilled on; sgm_uniform as the host's scheduler of that name does."
                     ),
                 ),
                 io.Float.Input(

@@ -57,8 +57,10 @@ def check_steps(steps: int, denoise: float) -> None:
 
 def _too_many_steps(steps: int, kept: int, origin_steps: int, denoise: float) -> str:
     remedies = [f"steps of at most {kept}"] if kept else []
-    if steps <= origin_steps:
-        remedies.append(f"denoise of at least {steps / origin_steps:g}")
+    # In hundredths, as people type it, and rounded as above: int(50 * 0.58) is 28.
+    enough = [percent / 100 for percent in range(1, 101) if int(origin_steps * (percent / 100)) >= steps]
+    if enough:
+        remedies.append(f"denoise of at least {enough[0]:g}")
     return (
         f"steps is {steps}, but denoise {denoise:g} keeps {kept} of the {origin_steps} distilled timesteps: "
         f"use {' or '.join(remedies)}"
@@ -86,6 +88,8 @@ def parse_flow_times(text: str) -> list[float]:
 
 def _descending(text: str, number: type[_Number], in_range: Callable[[_Number], bool], hint: str) -> list[_Number]:
     try:
+        if "_" in text:  # which Python leaves out of numbers
+            raise ValueError
         timesteps = [number(word) for word in text.split(",")]
     except ValueError:
         raise ValueError(f"timesteps is {text!r}: {hint}") from None

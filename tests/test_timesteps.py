@@ -63,6 +63,7 @@ def test_denoise_out_of_range_is_refused(denoise: float) -> None:
         (51, 1.0, "use steps of at most 50$"),
         (8, 0.1, "use steps of at most 5 or denoise of at least 0.16$"),
         (1, 0.01, "use denoise of at least 0.02$"),
+        (29, 0.58, "use steps of at most 28 or denoise of at least 0.59$"),
     ],
 )
 def test_too_many_steps_are_refused_with_what_to_type(steps: int, denoise: float, advice: str) -> None:
@@ -87,7 +88,7 @@ def test_parse_timesteps(text: str, timesteps: list[int]) -> None:
     assert parse_timesteps(text) == timesteps
 
 
-@pytest.mark.parametrize("text", ["", "a", "999;499", "999,,499", "999,", "1e3", "999.5"])
+@pytest.mark.parametrize("text", ["", "a", "999;499", "999,,499", "999,", "1e3", "999.5", "9_9"])
 def test_text_that_is_no_timesteps_is_refused_with_what_to_type(text: str) -> None:
     with pytest.raises(ValueError, match="type whole numbers from 999 down to 0"):
         parse_timesteps(text)

@@ -14,10 +14,15 @@ NAME = "tcd"
 
 _ETA = "tcd_eta"
 _DEFAULT_ETA = 0.3
+_log = logging.getLogger("trajectory-consistency")
 
 
 def set_eta(model: Any, eta: float) -> Any:
     """Return a clone of the model on which the sampler "tcd" of the host's list has this eta, gamma in [0, 1]."""
+    if getattr(k_diffusion, f"sample_{NAME}", None) is not sample_tcd:
+        _log.warning(
+            "%r in KSampler's list is another pack's, and heeds no eta: use SamplerCustom with TCD Sampler", NAME
+        )
     model = model.clone()
     model.model_options[_ETA] = eta
     return model
@@ -52,7 +57,7 @@ def register() -> None:
     else:
         taken.append("scheduler")
     if taken:
-        logging.getLogger("trajectory-consistency").warning(
+        _log.warning(
             "%s %r in KSampler's list is another pack's, and stays so: for this pack's, use SamplerCustom with "
             "TCD Sampler and TCD Sigmas",
             " and ".join(taken).capitalize(),

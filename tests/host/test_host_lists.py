@@ -57,6 +57,14 @@ def test_what_another_pack_calls_tcd_is_left_alone_and_logged(seen: dict[str, An
     )
 
 
+def test_eta_for_another_packs_sampler_is_logged(seen: dict[str, Any]) -> None:
+    found = seen["lists"]["where another came later"]
+    assert found["words before"] == []
+    assert found["words"] == [
+        "'tcd' in KSampler's list is another pack's, and heeds no eta: use SamplerCustom with TCD Sampler"
+    ]
+
+
 def test_items_are_found_in_the_hosts_own_noise(seen: dict[str, Any]) -> None:
     found = {name: items for name, items in seen["items"].items() if "seed" in name}
     assert len(found) == 45
@@ -69,6 +77,7 @@ def test_items_are_found_in_the_hosts_own_noise(seen: dict[str, Any]) -> None:
 
 def test_items_of_other_noise_go_by_their_place(seen: dict[str, Any]) -> None:
     items = seen["items"]
+    assert items["large"] == [20]
     assert items["of another making"] is None
     assert items["of another making in part"] is None
     assert items["none"] == [None, None]

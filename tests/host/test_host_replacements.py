@@ -87,17 +87,24 @@ def _run(server: ComfyServer, graph: Prompt, **inputs: Any) -> torch.Tensor:
 
 
 @pytest.mark.usefixtures("replacements")
-@pytest.mark.parametrize("scheduler", ["simple", "sgm_uniform"])
-def test_the_one_node_pack(server: ComfyServer, scheduler: str) -> None:
+@pytest.mark.parametrize(
+    ("scheduler", "steps", "denoise"), [("simple", 4, 1.0), ("simple", 5, 0.3), ("sgm_uniform", 2, 0.8)]
+)
+def test_the_one_node_pack(server: ComfyServer, scheduler: str, steps: int, denoise: float) -> None:
     graph = Prompt()
     old = graph.add(
-        "TCDModelSamplingDiscrete", model=graph.checkpoint()[0], steps=2, scheduler=scheduler, denoise=0.8, eta=0.6
+        "TCDModelSamplingDiscrete",
+        model=graph.checkpoint()[0],
+        steps=steps,
+        scheduler=scheduler,
+        denoise=denoise,
+        eta=0.6,
     )
     found = _run(server, graph, model=old[0], sampler=old[1], sigmas=old[2])
     ours = Graph()
     model = ours.checkpoint()[0]
-    theirs = ours.add("BasicScheduler", model=model, scheduler="sgm_uniform", steps=2, denoise=0.8)
-    sigmas = ours.sigmas(model, steps=2, denoise=0.8) if scheduler == "simple" else theirs
+    name = "tcd" if scheduler == "simple" else scheduler
+    sigmas = ours.add("BasicScheduler", model=model, scheduler=name, steps=steps, denoise=denoise)
     node = ours.sampler_custom(model=model, eta=0.6, sigmas=sigmas[0], seed=3)
     assert torch.equal(found, latents(server, ours, ours.save(node[0]))[0])
 

@@ -35,14 +35,15 @@ def test_its_model_carries_eta_to_plain_ksampler(server: ComfyServer) -> None:
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize(("steps", "denoise"), [(1, 1.0), (4, 1.0), (3, 0.5), (4, 0.01)])
-def test_sgm_uniform_is_the_hosts(server: ComfyServer, steps: int, denoise: float) -> None:
+@pytest.mark.parametrize(("scheduler", "theirs"), [("sgm_uniform", "sgm_uniform"), ("simple", "tcd")])
+@pytest.mark.parametrize(("steps", "denoise"), [(1, 1.0), (4, 1.0), (2, 0.8), (3, 0.5), (20, 0.3), (4, 0.01)])
+def test_its_sigmas_are_those_of_the_hosts_list(
+    server: ComfyServer, scheduler: str, theirs: str, steps: int, denoise: float
+) -> None:
     graph = Graph()
-    ours = graph.show(_setup(graph, scheduler="sgm_uniform", steps=steps, denoise=denoise)[2])
+    ours = graph.show(_setup(graph, scheduler=scheduler, steps=steps, denoise=denoise)[2])
     theirs = graph.show(
-        graph.add("BasicScheduler", model=graph.checkpoint()[0], scheduler="sgm_uniform", steps=steps, denoise=denoise)[
-            0
-        ]
+        graph.add("BasicScheduler", model=graph.checkpoint()[0], scheduler=theirs, steps=steps, denoise=denoise)[0]
     )
     outputs = server.run(graph)
     assert outputs[ours.id]["values"] == outputs[theirs.id]["values"]
@@ -55,7 +56,8 @@ def test_denoise_0_gives_no_step(server: ComfyServer, scheduler: str) -> None:
     assert shown(server, graph, _setup(graph, scheduler=scheduler, denoise=0.0)[2]) == []
 
 
-GRID = "keeps 2 of the 50 distilled timesteps"
+GRID = "steps (divided by denoise, where that is below 1) is 1333, but the model has 1000 timesteps"
+ALL = "steps / denoise is 500 / 0.01, but must be at most 10000"
 STEPS, DENOISE = "steps is 0, but must be from 1 to 1000", "denoise is nan, but must be from 0 to 1"
 
 
@@ -63,7 +65,9 @@ STEPS, DENOISE = "steps is 0, but must be from 1 to 1000", "denoise is nan, but 
     ("inputs", "message"),
     [
         ({"scheduler": "karras"}, "karras"),
-        ({"denoise": 0.05, "steps": 4}, GRID),
+        ({"denoise": 0.03, "steps": 40}, GRID),
+        ({"denoise": 0.01, "steps": 500}, ALL),
+        ({"denoise": 0.01, "steps": 500, "scheduler": "sgm_uniform"}, ALL),
         ({"eta": ("TestFloat", "1.5")}, "eta is 1.5, but must be from 0 to 1"),
         ({"steps": ("TestInt", "0")}, STEPS),
         ({"steps": ("TestInt", "0"), "scheduler": "sgm_uniform"}, STEPS),

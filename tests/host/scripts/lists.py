@@ -90,6 +90,15 @@ def registered(host: Any, log: Warnings) -> dict[str, Any]:
     found["beside another's sampler"] = lists() | {"words": log.taken(), "kept": kds.sample_tcd is other}
 
     forget()
+    host.register()
+    model = SimpleNamespace(clone=lambda: SimpleNamespace(model_options={}))
+    host.set_eta(model, 0.5)
+    ours = log.taken()
+    kds.sample_tcd = other
+    host.set_eta(model, 0.5)
+    found["where another came later"] = {"words before": ours, "words": log.taken()}
+
+    forget()
     cs.SCHEDULER_HANDLERS["tcd"] = theirs = cs.SchedulerHandler(other)
     cs.SCHEDULER_NAMES.append("tcd")
     host.register()
@@ -117,6 +126,7 @@ def items(noise_items: Any) -> dict[str, Any]:
                 found[f"{name}, {dtype}, seed {seed}"] = [of(3, None), of(1, [2]), of(3, [5, 1, 5]), of(1, [0])]
     noise = torch.randn(2, 4, 64, 64)
     found["of another making"] = noise_items(noise, 0)
+    found["large"] = noise_items(comfy.sample.prepare_noise(torch.zeros(1, 16, 128, 128), 0, [20]), 0)
     mixed = torch.cat([comfy.sample.prepare_noise(torch.zeros(1, 4, 64, 64), 0, [3]), noise[:1]])
     found["of another making in part"] = noise_items(mixed, 0)
     found["none"] = [noise_items(torch.zeros(2, 4, 64, 64), 0), noise_items(None, 0)]
