@@ -124,6 +124,22 @@ def test_what_is_cached_is_what_is_computed(checkpoint: Path, pictures: Path, tm
     assert {group.bucket for group in dataset.groups} == {Size(64, 64), Size(64, 128)}
 
 
+def test_a_call_of_the_vae_has_a_bounded_number_of_pixels(
+    checkpoint: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = torch.device("cuda")
+    sides = {64: 512, 512: 8, 768: 3, 1024: 2, 2048: 1, 4096: 1}
+    assert {side: encode.pictures_together(Size(side, side), gpu) for side in sides} == sides
+    assert encode.pictures_together(Size(256, 1024), gpu) == 8 and encode.pictures_together(Size(64, 64), CPU) == 1
+    monkeypatch.setattr(encode, "_PIXELS", 3 * 64 * 64)
+    together = encode.pictures_together
+    monkeypatch.setattr(encode, "pictures_together", lambda bucket, _: together(bucket, gpu))
+    shapes = []
+    monkeypatch.setattr(encode, "to_signal", lambda images: shapes.append(tuple(images.shape)) or to_signal(images))
+    filled(configured(checkpoint, tmp_path, folder=str(pictures)))
+    assert sorted(shapes) == [(1, 3, 64, 128)] * 3 + [(2, 3, 64, 64), (3, 3, 64, 64)]
+
+
 def test_float16_rounds_the_cache_eight_times_finer_than_bfloat16(checkpoint: Path) -> None:
     encoders = load_encoders(str(checkpoint))
     images = world.draw_pictures(world.random_scenes(8, 0), random.Random(0))

@@ -30,9 +30,15 @@ from trainer.teacher import Encoders, load_base, load_encoders
 
 CACHED_DTYPE = torch.float16
 """Of cached latents and embeddings: it rounds them eight times finer than bfloat16, and both stay far below its end."""
-_PICTURES, _CAPTIONS = 8, 64
-"""How many are encoded together on a GPU.  On a CPU each is alone, so that its row has the same bits whatever else is
-missing: a run that was killed while it filled the cache still ends as one that was not."""
+_PIXELS, _CAPTIONS = 8 * 512 * 512, 64
+"""How many are encoded together on a GPU, of pixels so many that the VAE takes about 5 GiB for them.  On a CPU each
+picture and caption is alone, so that its row has the same bits whatever else is missing: a run that was killed while it
+filled the cache still ends as one that was not."""
+
+
+def pictures_together(bucket: Size, device: torch.device) -> int:
+    """How many pictures of a bucket are encoded, or drawn, in one call: one at least."""
+    return 1 if device.type == "cpu" else max(_PIXELS // (bucket.height * bucket.width), 1)
 
 
 def prepare(
@@ -136,7 +142,7 @@ class _Filling:
             self.entries[number, bucket].append(("latents", look.key, self._caption(look.sample.caption)))
             if look.fit and look.key not in store:
                 self._pictures[bucket][look.key] = look
-            if len(self._pictures[bucket]) >= self._together(_PICTURES):
+            if len(self._pictures[bucket]) >= pictures_together(bucket, self.device):
                 self._encode_pictures(bucket)
 
     def read_prompts(self, number: int, source: Prompts, part: int, parts: int) -> None:
@@ -168,8 +174,9 @@ class _Filling:
         bucket, draw, store = square(self.config.data), self.config.data.draw, self.stores["drawn"]
         time_ids = torch.tensor(Fit(bucket, bucket, bucket, 0, 0).time_ids, dtype=torch.int32)
         waiting = list(self._drawings.items())
-        for start in range(0, len(waiting), self._together(_PICTURES)):
-            some = waiting[start : start + self._together(_PICTURES)]
+        together = pictures_together(bucket, self.device)
+        for start in range(0, len(waiting), together):
+            some = waiting[start : start + together]
             shape = (4, bucket.height // 8, bucket.width // 8)
             noise = [torch.randn(shape, generator=generator(0, f"drawing {key.hex()}")) for key, _ in some]
             ids = time_ids.float().expand(len(some), -1)
@@ -198,15 +205,12 @@ class _Filling:
         }
         return Index.of(places, captions.path_of(_caption_key("")), self.found)
 
-    def _together(self, several: int) -> int:
-        return 1 if self.device.type == "cpu" else several
-
     def _caption(self, caption: str) -> bytes:
         """The digest of a caption, which is encoded if it is new."""
         key = _caption_key(caption)
         if key not in self.stores["captions"]:
             self._captions[key] = caption
-            if len(self._captions) >= self._together(_CAPTIONS):
+            if self.device.type == "cpu" or len(self._captions) >= _CAPTIONS:
                 self._encode_captions()
         return key
 
