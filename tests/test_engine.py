@@ -18,9 +18,9 @@ from trainer.conditioning import Conditioning
 from trainer.config import Config, from_mapping
 from trainer.errors import UserError
 from trainer.export import write_lora
-from trainer.full_memory import MemoryFullError, memory_advice
+from trainer.full_memory import MemoryFullError, memory_advice, when_caching, when_training
 from trainer.network import Network
-from trainer.run import check
+from trainer.run import check, run
 from trainer.targets import GROUPS, TARGETS
 
 Values = dict[str, dict[str, object]]
@@ -250,9 +250,41 @@ def test_an_optimizer_in_8_bits_goes_on_from_a_checkpoint_to_the_last_bit(
 
 
 def test_a_full_memory_is_told_from_other_errors(values: Values) -> None:
-    config = small_config(values)
+    advice = when_training(small_config(values), 3)
     for full in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("can't allocate memory: 1")):
-        with pytest.raises(MemoryFullError, match="out of memory with 3 pictures of 64 px"), memory_advice(config, 3):
+        with pytest.raises(MemoryFullError, match="out of memory with 3 pictures of 64 px"), memory_advice(advice):
             raise full
-    with pytest.raises(RuntimeError, match="a shape is wrong"), memory_advice(config, 3):
+    with pytest.raises(RuntimeError, match="a shape is wrong"), memory_advice(advice):
         raise RuntimeError("a shape is wrong")
+
+
+PHASES = {
+    "trainer.text.TextEncoder.encode": "pictures of 64 px were encoded into the cache",
+    "trainer.run.load_base": "the base's UNet was loaded: close what else uses the memory",
+    "trainer.preview.Previews.start": "a preview of 64 x 64 px was drawn. Use a smaller preview.width",
+    "trainer.preview.Previews._draw_student": "a preview of 64 x 64 px was drawn",
+    "trainer.preview.Previews.__call__": "a preview of 64 x 64 px was drawn",
+    "trainer.loop.step_losses": "with 3 pictures of 64 px at a time. Use training.gradient_checkpointing=true",
+}
+
+
+@pytest.mark.parametrize("where", PHASES)
+def test_a_full_memory_is_answered_with_what_helps_there(
+    values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    monkeypatch.setattr(where, full)
+    values = {**values, "data": {**values["data"], "cache": str(tmp_path / "cache")}}
+    values |= {"output": {"folder": str(tmp_path / "out")}, "preview": {"prompts": ["a circle"], "steps": [1]}}
+    with pytest.raises(MemoryFullError) as caught:
+        run(small_config(values))
+    assert PHASES[where] in str(caught.value)
+
+
+def test_where_the_cache_can_be_filled_instead_is_said() -> None:
+    config = from_mapping({"base": {"path": "tiny"}, "data": {"folder": "."}, "output": {"folder": "out"}})
+    on_gpu = when_caching(config, torch.device("cuda"), torch.bfloat16)
+    assert "tcd-train cache, with the same configuration and training.device=cpu base.dtype=bfloat16" in on_gpu
+    assert "tcd-train cache" not in when_caching(config, torch.device("cpu"), torch.float32)

@@ -19,6 +19,7 @@ from trainer.conditioning import Conditioning
 from trainer.config import Config
 from trainer.dataset import Dataset, caption_of, told
 from trainer.errors import UserError
+from trainer.full_memory import memory_advice, when_caching
 from trainer.network import Network
 from trainer.pictures import to_signal
 from trainer.randomness import generator
@@ -85,7 +86,7 @@ def fill(
     total: how many samples there are, for the progress bar.  thorough: read all files that are there, too, and compute
     anew what does not have its checksum; return when then nothing is missing.
 
-    Killed at any moment, it goes on where it was.  Raises UserError for data that cannot be used.
+    Killed at any moment, it goes on where it was.  Raises UserError for data that cannot be used, and MemoryFullError.
     """
     where = layout(config, dtype)
     stores = {kind: Store(where.store(kind), thorough=thorough) for kind in where.settings}
@@ -93,14 +94,14 @@ def fill(
         return
     filling = _Filling(config, device, dtype, stores)
     bar = tqdm(total=total, desc="caching", unit="img", disable=part > 0)
-    for number, source in enumerate(open_sources(config.data)):
-        if isinstance(source, Prompts):
-            filling.read_prompts(number, source, part, parts)
-        else:
-            filling.read_pictures(number, source, part, parts, bar)
-    filling.finish_encoding()
-    filling.draw(bar)
-    bar.close()
+    with bar, memory_advice(when_caching(config, device, dtype)):
+        for number, source in enumerate(open_sources(config.data)):
+            if isinstance(source, Prompts):
+                filling.read_prompts(number, source, part, parts)
+            else:
+                filling.read_pictures(number, source, part, parts, bar)
+        filling.finish_encoding()
+        filling.draw(bar)
     refuse(filling.found, config.data)
     filling.index().write(where.index(config, part, parts))
 

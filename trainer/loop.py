@@ -26,7 +26,7 @@ from trainer.compiled import compile_unet
 from trainer.config import Config
 from trainer.dataset import Dataset
 from trainer.errors import RunError
-from trainer.full_memory import memory_advice
+from trainer.full_memory import memory_advice, when_training
 from trainer.interrupt import Interrupted, asked_to_stop
 from trainer.network import Network
 from trainer.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
@@ -89,7 +89,7 @@ def train(
         unit_scale=True,
         disable=not processes.main,
     )
-    with bar, asked_to_stop() as asked, memory_advice(config, training.largest):
+    with bar, asked_to_stop() as asked, memory_advice(when_training(config, training.largest)):
         while training.step < steps:
             record, stop = training.advance(asked)
             if processes.main:

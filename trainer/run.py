@@ -22,8 +22,9 @@ from trainer.config import FILE_NAME, Config, changes, load
 from trainer.encode import prepare
 from trainer.errors import UserError
 from trainer.export import describe, write_lora
+from trainer.full_memory import memory_advice, when_loading, when_previewing
 from trainer.history import History
-from trainer.loop import Observer, train
+from trainer.loop import Observer, StepRecord, train
 from trainer.network import Network
 from trainer.optimizer import optimizer_class
 from trainer.placement import placed
@@ -111,8 +112,7 @@ def run(config: Config) -> Path:
         _claim(config)
         observers += [History(config.output_folder), *trackers(config)]
         if scenes is not None:
-            observers.append(previews := Previews(student, scenes, config, metadata))
-            previews.start()
+            observers.append(_previews(Previews(student, scenes, config, metadata), config))
         if checkpoints.steps():
             log.info("going on from step %d of %d", checkpoints.steps()[0], config.training.steps)
     train(student, parameters, dataset, config, observers=observers, checkpoints=checkpoints, processes=processes)
@@ -132,7 +132,21 @@ def _scenes(config: Config, device: torch.device, dtype: torch.dtype) -> Scenes:
     """What previews draw, encoded."""
     preview, side = config.preview, config.data.resolution
     size = Size(preview.height or side, preview.width or side)
-    return encode_scenes(preview.prompts, preview.seeds, size, base=config.base.path, device=device, dtype=dtype)
+    with memory_advice(when_previewing(config)):
+        return encode_scenes(preview.prompts, preview.seeds, size, base=config.base.path, device=device, dtype=dtype)
+
+
+def _previews(previews: Previews, config: Config) -> Observer:
+    """Draw the pictures of the start; return the observer that draws the later ones."""
+    advice = when_previewing(config)
+
+    def observe(record: StepRecord) -> None:
+        with memory_advice(advice):
+            previews(record)
+
+    with memory_advice(advice):
+        previews.start()
+    return observe
 
 
 def _student(
@@ -140,8 +154,9 @@ def _student(
 ) -> tuple[Network, list[nn.Parameter], dict[str, str]]:
     """The base with an adapter on it as training begins, the adapter's parameters, and the file's metadata."""
     settings = config.base
-    base = load_base(settings.path, prediction=settings.prediction, zero_snr=settings.zero_snr, dtype=dtype)
-    network = Network(base.unet.to(device), base.alpha_bar.float().to(device), base.prediction)
+    with memory_advice(when_loading(dtype)):
+        base = load_base(settings.path, prediction=settings.prediction, zero_snr=settings.zero_snr, dtype=dtype)
+        network = Network(base.unet.to(device), base.alpha_bar.float().to(device), base.prediction)
     adapter, seed = config.adapter, config.training.seed
     told = config.method.told if config.method.target_time else None
     parameters = add_adapter(
