@@ -5,7 +5,11 @@ from typing import get_args
 import pytest
 import torch
 
-from tcd import timestep_grid
+from tcd import scaled_linear_alpha_bar, timestep_grid
+from trainer.config import from_mapping
+from trainer.errors import UserError
+from trainer.network import Network
+from trainer.objective import Weighting, weights
 from trainer.times import Law, Times, sample_times
 
 GRID = list(range(19, 1000, 20))
@@ -25,6 +29,30 @@ def test_s_is_never_above_t_next_which_is_below_t(law: Law, skip: int) -> None:
     t, t_next, s = draw(law, skip=skip)
     assert (s <= t_next).all() and (t_next < t).all() and (s >= 0).all()
     assert torch.equal(t_next, (t - skip).clamp(min=0))
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("origin_steps", [number for number in range(1, 1001) if 1000 % number == 0])
+def test_on_every_grid_t_is_above_zero_and_t_next_below_t(law: Law, origin_steps: int) -> None:
+    values = {"base": {"path": "tiny"}, "data": {"folder": "."}, "output": {"folder": "out"}}
+    method = {"law": law, "origin_steps": origin_steps, "phases": [1], "weighting": "gap"}
+    if law == "target" and origin_steps < 8:
+        with pytest.raises(UserError, match=f"origin_steps is {origin_steps}, but the law target .* use 8 or more"):
+            from_mapping({**values, "method": method})
+        return
+    from_mapping({**values, "method": method})
+    grid = timestep_grid(origin_steps, origin_steps=origin_steps)
+    level = Network(None, scaled_linear_alpha_bar().float(), "eps").level  # type: ignore[arg-type]
+    for skip in (1, 20, 999):
+        for phases in {1, (origin_steps + 1) // 2, origin_steps}:
+            generator = torch.Generator().manual_seed(skip)
+            times = sample_times(
+                20_000, law=law, origin_steps=origin_steps, skip=skip, phases=phases, generator=generator
+            )
+            assert (times.s >= 0).all() and (times.s <= times.t_next).all() and (times.t_next < times.t).all()
+            assert set(times.t.tolist()) == set(grid) - {0}
+            for weighting in get_args(Weighting):
+                assert weights(times, level, weighting).isfinite().all()
 
 
 def test_t_is_uniform_on_the_grid() -> None:

@@ -275,6 +275,11 @@ class Config:
             )
         if 1000 % self.method.origin_steps:
             raise UserError(f"method.origin_steps is {self.method.origin_steps}: use a divisor of 1000, such as 50")
+        if self.method.law == "target" and self.method.origin_steps < 8:
+            raise UserError(
+                f"method.origin_steps is {self.method.origin_steps}, but the law target draws among the times of "
+                "samplers of up to 8 steps: use 8 or more, such as 50"
+            )
         phases = self.method.phases
         if self.method.law in ("segment", "phase") and not (
             phases and all(1 <= each <= self.method.origin_steps for each in phases)

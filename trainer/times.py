@@ -21,7 +21,7 @@ TARGET_STEPS, TARGET_REACH, TARGET_FALL = range(4, 9), 260, 0.3
 
 
 class Times(NamedTuple):
-    """Integer training timesteps, int64 [B], with s <= t_next < t."""
+    """Integer training timesteps, int64 [B], with 0 <= s <= t_next < t."""
 
     t: Tensor
     t_next: Tensor
@@ -31,7 +31,7 @@ class Times(NamedTuple):
 def sample_times(
     batch: int, *, law: Law, origin_steps: int, skip: int, generator: torch.Generator, phases: int = 1
 ) -> Times:
-    """Draw t on the distillation grid, step to t_next = max(t - skip, 0), and draw s by `law`.
+    """Draw t > 0 on the distillation grid, step to t_next = max(t - skip, 0), and draw s by `law`.
 
     uniform: over the points of the grid, and 0, that are at most t_next (TCD, arXiv 2402.19159).
     zero: s = 0 (LCM, arXiv 2310.04378).
@@ -43,7 +43,8 @@ def sample_times(
 
     Where a law would have s above t_next, s = t_next.
     """
-    grid = torch.tensor([0, *reversed(timestep_grid(origin_steps, origin_steps=origin_steps))])
+    # 0 is a point of the finest grid itself, and no t: there is no noise to jump from.
+    grid = torch.tensor(sorted({0, *timestep_grid(origin_steps, origin_steps=origin_steps)}))
     t = grid[torch.randint(1, len(grid), (batch,), generator=generator)]
     t_next = (t - skip).clamp(min=0)
     if law == "zero":
