@@ -10,7 +10,7 @@ import torch
 from tiny_base import small_config, write_inputs
 from trainer import trackers
 from trainer.config import LogConfig
-from trainer.errors import UserError
+from trainer.errors import RunError, UserError
 from trainer.history import BIN, BINS, History, cells, read_log, read_loss_by_time
 from trainer.loop import StepRecord
 
@@ -46,6 +46,17 @@ def test_rows_of_steps_that_are_done_again_are_dropped(tmp_path: Path) -> None:
     assert [(row.step, row.loss) for row in read_log(tmp_path)] == [(1, 9), (2, 9), (3, 9), (4, 1), (5, 1)]
     loss, count = read_loss_by_time(tmp_path)
     assert count.sum() == 5 * 4 and loss[4, 1] == pytest.approx(5 * (3 * 9 + 2 * 1) / 5)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+@pytest.mark.parametrize("name", ["log.csv", "loss_by_time.csv"])
+def test_a_full_disk_is_an_error_that_names_the_file_and_the_remedy(tmp_path: Path, name: str) -> None:
+    history = History(tmp_path)
+    history(record(1))
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("/dev/full")
+    with pytest.raises(RunError, match=rf"{name} could not be written: .*No space left.*; make room on the disk, then"):
+        history(record(2))
 
 
 def test_losses_are_means_by_t_and_by_the_length_of_the_jump(tmp_path: Path) -> None:

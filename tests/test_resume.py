@@ -91,6 +91,7 @@ def test_whatever_stops_a_run_it_says_what_to_do_and_the_same_command_goes_on(
     values = elsewhere(whole, tmp_path / "out")
     path = tmp_path / "config.toml"
     path.write_text(tomli_w.dumps(values), encoding="utf-8")
+    log_file = tmp_path / "out" / "log.csv"
     real, limits = loop.step_losses, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def stopped_by(trouble: Callable[[Tensor], object], after: int) -> tuple[int, str]:
@@ -116,6 +117,11 @@ def test_whatever_stops_a_run_it_says_what_to_do_and_the_same_command_goes_on(
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
         return loss
 
+    def full_log(loss: Tensor) -> Tensor:
+        log_file.unlink()
+        log_file.symlink_to("/dev/full")
+        return loss
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the whole run, since the order of sums depends on it
     try:
@@ -125,13 +131,16 @@ def test_whatever_stops_a_run_it_says_what_to_do_and_the_same_command_goes_on(
         assert code == 1 and "error: step 3: loss nan" in said and "try a smaller training.lr" in said
         code, said = stopped_by(no_memory, 1)
         assert code == 1 and "training.gradient_checkpointing=true, or a larger training.accumulate" in said
+        code, said = stopped_by(full_log, 1)
+        log_file.unlink()
+        assert code == 1 and f"{log_file} could not be written" in said and "make room on the disk" in said
         code, said = stopped_by(full_disk, 0)
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert code == 1 and "step-00000004.safetensors could not be written" in said and "make room" in said
+        assert code == 1 and "step-00000005.safetensors could not be written" in said and "make room" in said
         kept = sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())
-        assert kept == ["step-00000002.safetensors", "step-00000003.safetensors"]
+        assert kept == ["step-00000003.safetensors", "step-00000004.safetensors"]
         code, said = stopped_by(lambda loss: loss, -1)
-        assert code == 0 and "going on from step 3 of 6" in caplog.text
+        assert code == 0 and "going on from step 4 of 6" in caplog.text
     finally:
         torch.set_num_threads(threads)
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

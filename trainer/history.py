@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from trainer.atomic import whole_file
+from trainer.errors import RunError
 from trainer.loop import StepRecord
 from trainer.times import NUM_TIMESTEPS
 
@@ -58,7 +59,10 @@ class History:
         self.begun = False
 
     def __call__(self, record: StepRecord) -> None:
-        """Add a step to both files."""
+        """Add a step to both files.
+
+        Raises RunError or OSError, both of which say what to do, when the disk does not take it.
+        """
         if not self.begun:
             self.log.drop_from(record.step)
             self.by_time.drop_from(record.step)
@@ -112,9 +116,18 @@ class _Rows:
             unfinished.write_text(_lines([self.columns, *kept]), encoding="utf-8")
 
     def append(self, rows: Iterable[Sequence[object]]) -> None:
-        """Add rows in one go, so that a run that is killed leaves at most one of them cut off, the last."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(_lines(rows))
+        """Add rows in one go, so that a run that is killed leaves at most one of them cut off, the last.
+
+        Raises RunError, which says what to do, when the disk does not take them.
+        """
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(_lines(rows))
+        except OSError as error:
+            raise RunError(
+                f"{self.path} could not be written: {error}; make room on the disk, then start the same command again: "
+                "it goes on from the last checkpoint"
+            ) from error
 
 
 def _lines(rows: Iterable[Sequence[object]]) -> str:
