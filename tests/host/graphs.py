@@ -99,6 +99,33 @@ class Graph(dict[str, dict[str, Any]]):
         }
         return self.add("KSampler", **inputs | others)
 
+    def ksampler_advanced(
+        self,
+        *,
+        model: list[Any] | None = None,
+        steps: int = 4,
+        seed: int = 0,
+        latent: list[Any] | None = None,
+        **others: Any,
+    ) -> Node:
+        """KSampler Advanced with tcd / tcd and the inputs of ksampler: a whole run that keeps leftover noise."""
+        inputs = {
+            "model": model or self.checkpoint()[0],
+            "add_noise": "enable",
+            "noise_seed": seed,
+            "steps": steps,
+            "cfg": 1.0,
+            "sampler_name": "tcd",
+            "scheduler": "tcd",
+            "positive": self.condition(0)[0],
+            "negative": self.condition(1)[0],
+            "latent_image": latent or self.empty(),
+            "start_at_step": 0,
+            "end_at_step": 10000,
+            "return_with_leftover_noise": "enable",
+        }
+        return self.add("KSamplerAdvanced", **inputs | others)
+
     def save(self, latent: list[Any]) -> Node:
         return self.add("SaveLatent", samples=latent, filename_prefix=salt())
 
