@@ -8,6 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from graphs import Graph, host_noise, latents, relative_error
 from loras import random_lora
+from model_kinds import KINDS
 from reference import tcd_scheduler_sample
 from safetensors.torch import save_file
 
@@ -59,6 +60,36 @@ def test_ksampler_equals_sampler_custom_to_the_last_bit(server: ComfyServer, ste
     for named, custom in zip(found[::2], found[1::2], strict=True):
         assert torch.equal(named, custom)
         assert steps == 1 or named is found[0] or relative_error(named, found[0]) > 0.01
+
+
+@pytest.mark.usefixtures("mini_sd3")
+@pytest.mark.parametrize("kind", KINDS)
+def test_by_name_and_by_node_are_one_on_every_kind_of_model(server: ComfyServer, kind: str) -> None:
+    graph = Graph(size=SIZE)
+    inputs = KINDS[kind].inputs(server, graph)
+    inputs["latent"] = KINDS[kind].empty(graph, SIZE)
+    model = inputs.pop("model")
+    sigmas = graph.sigmas(model, steps=3)[0]
+    found = {}
+    for eta in (0.3, 0.0, 1.0):
+        named = model if eta == 0.3 else settings(graph, model, eta)
+        found[eta] = [
+            graph.ksampler(model=named, steps=3, seed=5, **inputs),
+            graph.ksampler_advanced(model=named, steps=3, seed=5, **inputs),
+            graph.sampler_custom(model=model, sigmas=sigmas, eta=eta, seed=5, **inputs),
+        ]
+    # Independent of the pack's sampler: without stochasticity it is the host's euler, on the same sigmas. That reaches
+    # x0 as the difference of numbers as large as sigma_max, which at zero terminal SNR is 4518.76.
+    euler = graph.ksampler(model=model, sampler_name="euler", steps=3, seed=5, **inputs)
+    nodes = [euler, *(node for nodes in found.values() for node in nodes)]
+    expected, *others = latents(server, graph, *(graph.save(node[0]) for node in nodes))
+    for by_name, by_advanced, by_node in zip(others[::3], others[1::3], others[2::3], strict=True):
+        assert by_node.isfinite().all()
+        assert torch.equal(by_name, by_node) and torch.equal(by_advanced, by_node)
+    some, none, full = others[::3]
+    assert relative_error(none, expected) < (1e-3 if kind == "v at zero terminal SNR" else 1e-5)
+    assert all(relative_error(each, none) > 1e-3 for each in (some, full)), "eta has an effect"
+    assert relative_error(full, some) > 1e-3
 
 
 @pytest.mark.parametrize("seed", [0, 2**64 - 1])
