@@ -1,13 +1,18 @@
-"""The smallest files that the host's stock loaders take, with seeded weights: SDXL, SD3, and a ControlNet for SD 1.5.
+"""The smallest files that the host's stock loaders take, with seeded weights.
 
+They are of SD 1.5, of SDXL, of SD3, of Wan, and of a ControlNet for SD 1.5.
 Each function that writes one returns its tensors, for whoever wants more in the file.
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import ControlNetModel, SD3Transformer2DModel, UNet2DConditionModel
-from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+from diffusers import ControlNetModel, SD3Transformer2DModel, UNet2DConditionModel, WanTransformer3DModel
+from diffusers.loaders.single_file_utils import (
+    convert_sd3_transformer_checkpoint_to_diffusers,
+    convert_wan_transformer_to_diffusers,
+)
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -15,9 +20,11 @@ from trainer.ldm import UNET_PREFIX, unet_to_ldm
 
 MINI_SDXL = "mini-sdxl.safetensors"
 MINI_SD3 = "mini-sd3.safetensors"
+MINI_WAN = "mini-wan.safetensors"
 
 SD3_WIDTH = 64  # one head, and so one joint block: the host takes the depth to be width / 64
 SD3_SIDE = 64  # of the table of positions, in patches of 2 x 2: latents of up to 128 x 128
+WAN_WIDTH = 128  # one head: the host takes their number to be width / 128
 
 
 def sd15_unet() -> UNet2DConditionModel:
@@ -73,16 +80,17 @@ def write_sdxl_mini(path: Path, unet: UNet2DConditionModel | None = None) -> dic
     return state
 
 
+def _add_layer(state: dict[str, Tensor], generator: torch.Generator, name: str, *shape: int) -> None:
+    fan_in = torch.Size(shape[1:]).numel()
+    state[f"{name}.weight"] = torch.randn(shape, generator=generator) * fan_in**-0.5
+    state[f"{name}.bias"] = torch.randn(shape[0], generator=generator) * 0.1
+
+
 def sd3_state() -> dict[str, Tensor]:
     """Return an SD3 network of one joint block, 0.8 M parameters, by its names in a file, without their prefix."""
     generator = torch.Generator().manual_seed(2)
     state: dict[str, Tensor] = {}
-
-    def layer(name: str, *shape: int) -> None:
-        fan_in = torch.Size(shape[1:]).numel()
-        state[f"{name}.weight"] = torch.randn(shape, generator=generator) * fan_in**-0.5
-        state[f"{name}.bias"] = torch.randn(shape[0], generator=generator) * 0.1
-
+    layer = partial(_add_layer, state, generator)
     width = SD3_WIDTH
     layer("x_embedder.proj", width, 16, 2, 2)
     layer("context_embedder", width, 4096)
@@ -119,6 +127,46 @@ def sd3_transformer() -> SD3Transformer2DModel:
         pos_embed_max_size=SD3_SIDE,
     )
     model.load_state_dict(convert_sd3_transformer_checkpoint_to_diffusers(sd3_state()))
+    return model.eval().requires_grad_(False)
+
+
+def wan_state() -> dict[str, Tensor]:
+    """Return a Wan network, text to video, of one block and 1.2 M parameters, by its names in a file, as sd3_state."""
+    generator = torch.Generator().manual_seed(4)
+    state: dict[str, Tensor] = {}
+    layer = partial(_add_layer, state, generator)
+    width = WAN_WIDTH
+    layer("patch_embedding", width, 16, 1, 2, 2)
+    for name, size in (("text", 4096), ("time", 256)):
+        layer(f"{name}_embedding.0", width, size)
+        layer(f"{name}_embedding.2", width, width)
+    layer("time_projection.1", 6 * width, width)
+    for attention in ("blocks.0.self_attn", "blocks.0.cross_attn"):
+        for part in ("q", "k", "v", "o"):
+            layer(f"{attention}.{part}", width, width)
+        for part in ("q", "k"):
+            state[f"{attention}.norm_{part}.weight"] = 1 + 0.1 * torch.randn(width, generator=generator)
+    state["blocks.0.norm3.weight"] = 1 + 0.1 * torch.randn(width, generator=generator)
+    state["blocks.0.norm3.bias"] = 0.1 * torch.randn(width, generator=generator)
+    layer("blocks.0.ffn.0", 2 * width, width)
+    layer("blocks.0.ffn.2", width, 2 * width)
+    layer("head.head", 2 * 2 * 16, width)
+    for name, parts in (("blocks.0", 6), ("head", 2)):
+        state[f"{name}.modulation"] = torch.randn(1, parts, width, generator=generator) * width**-0.5
+    return state
+
+
+def write_wan_mini(path: Path) -> dict[str, Tensor]:
+    """Write wan_state() as a checkpoint of Wan 2.1: flow at shift 8, latents of 16 channels and several frames."""
+    state = {UNET_PREFIX + name: tensor for name, tensor in wan_state().items()}
+    save_file(state, path)
+    return state
+
+
+def wan_transformer() -> WanTransformer3DModel:
+    """Return the network of write_wan_mini in diffusers, through diffusers' own converter of such files."""
+    model = WanTransformer3DModel(num_attention_heads=1, num_layers=1, ffn_dim=2 * WAN_WIDTH)
+    model.load_state_dict(convert_wan_transformer_to_diffusers(wan_state()))
     return model.eval().requires_grad_(False)
 
 

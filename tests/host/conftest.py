@@ -8,14 +8,17 @@ import torch
 from checkpoints import (
     MINI_SD3,
     MINI_SDXL,
+    MINI_WAN,
     sd3_transformer,
     sd15_unet,
     sdxl_unet,
+    wan_transformer,
     write_sd3_mini,
     write_sd15_mini,
     write_sdxl_mini,
+    write_wan_mini,
 )
-from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import SD3Transformer2DModel, UNet2DConditionModel, WanTransformer3DModel
 from graphs import MINI
 from stand_ins import StandIns
 
@@ -56,6 +59,13 @@ def mini_sd3(server: ComfyServer) -> SD3Transformer2DModel:
     """The network of MINI_SD3, which stands in the host's checkpoints from now on."""
     write_sd3_mini(server.models / "checkpoints" / MINI_SD3)
     return sd3_transformer()
+
+
+@pytest.fixture(scope="session")
+def mini_wan(server: ComfyServer) -> WanTransformer3DModel:
+    """The network of MINI_WAN, which stands in the host's checkpoints from now on."""
+    write_wan_mini(server.models / "checkpoints" / MINI_WAN)
+    return wan_transformer()
 
 
 @pytest.fixture(scope="session")

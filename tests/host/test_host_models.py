@@ -4,6 +4,7 @@ The references share neither network nor formulas with the nodes: diffusers' net
 has timesteps, and elsewhere the step of the paper, written out below. What they do share is the noise drawn for a seed.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from functools import partial
@@ -12,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import MINI_SD3, MINI_SDXL
-from diffusers import SD3Transformer2DModel, UNet2DConditionModel
-from graphs import LATENT_SCALE, MINI, Graph, Node, relative_error, saved
+from checkpoints import MINI_SD3, MINI_SDXL, MINI_WAN
+from diffusers import AutoencoderKLWan, SD3Transformer2DModel, UNet2DConditionModel, WanTransformer3DModel
+from graphs import LATENT_SCALE, MINI, Graph, Node, latents, relative_error, saved
 from reference import condition, sigma_table, tcd_scheduler_sample
 from torch import Tensor
 
@@ -36,9 +37,11 @@ def in_the_host(
 ) -> dict[tuple[int, float], Tensor]:
     """Return the latents of SamplerCustom with the pack's nodes, by (steps, eta), in the scale in which it leaves them.
 
-    patch: a node that exchanges the model's sampling, and its options; or shape: the sizes of its conditioning.
+    patch: a node that exchanges the model's sampling, and its options; or shape: the sizes of its conditioning; or
+    length: of a video, in pictures.
     """
-    shape = options.pop("shape", {})
+    shape, length = options.pop("shape", {}), options.pop("length", None)
+    size = {"width": 64, "height": 64, "batch_size": 1} | ({"length": length} if length else {})
     graph = Graph()
     model = graph.checkpoint(checkpoint)[0]
     if patch:
@@ -48,7 +51,7 @@ def in_the_host(
         "seed": SEED,
         "positive": graph.condition(0, **shape)[0],
         "negative": graph.condition(1, **shape)[0],
-        "latent": graph.add(latent, width=64, height=64, batch_size=1)[0],
+        "latent": graph.add(latent, **size)[0],
     }
     saves: dict[tuple[int, float], Node] = {}
     for steps, eta in GRID:
@@ -58,8 +61,9 @@ def in_the_host(
     return {key: saved(server, outputs, node) / LATENT_SCALE for key, node in saves.items()}
 
 
-def initial_noise(channels: int = 4) -> Tensor:
-    return torch.randn(1, channels, 8, 8, generator=torch.Generator().manual_seed(SEED))
+def initial_noise(*channels: int) -> Tensor:
+    """Return the host's noise of 4 channels, or of so many, and of so many frames."""
+    return torch.randn(1, *(channels or (4,)), 8, 8, generator=torch.Generator().manual_seed(SEED))
 
 
 def conditioned(width: int, pooled: int) -> tuple[Tensor, Tensor]:
@@ -116,8 +120,18 @@ def test_sdxl(server: ComfyServer, mini_sdxl: UNet2DConditionModel) -> None:
 
 
 @torch.no_grad()
-def by_the_paper(network: Network, x: Tensor, sigmas: Tensor, targets: Tensor, alpha: Callable[[Any], Any]) -> Tensor:
-    """Strategic stochastic sampling along sigmas [N + 1], by way of the targets [N], for x = alpha(sigma) x0 + ..."""
+def by_the_paper(
+    network: Network,
+    x: Tensor,
+    sigmas: Tensor,
+    targets: Tensor,
+    alpha: Callable[[Any], Any],
+    noise_scale: float = 1.0,
+) -> Tensor:
+    """Strategic stochastic sampling along sigmas [N + 1], by way of the targets [N], for x = alpha(sigma) x0 + ...
+
+    noise_scale: the std of the noise that the model was trained with.
+    """
     draw = seeded_noise(SEED)
     for i, (sigma, after, s) in enumerate(zip(sigmas, sigmas[1:], targets, strict=False)):
         x0 = network(x, sigma)
@@ -125,23 +139,101 @@ def by_the_paper(network: Network, x: Tensor, sigmas: Tensor, targets: Tensor, a
             return x0
         eps = (x - alpha(sigma) * x0) / sigma
         ratio = alpha(after) / alpha(s)
-        x = ratio * (alpha(s) * x0 + s * eps) + (after**2 - (ratio * s) ** 2).clamp(min=0).sqrt() * draw(after, x)
+        fresh = (after**2 - (ratio * s) ** 2).clamp(min=0).sqrt() * noise_scale
+        x = ratio * (alpha(s) * x0 + s * eps) + fresh * draw(after, x)
     raise AssertionError("no step")
 
 
-def test_sd3(server: ComfyServer, mini_sd3: SD3Transformer2DModel) -> None:
+def flow(steps: int, eta: float, *, shift: float) -> tuple[Tensor, Tensor]:
+    """Return the sigmas [N + 1] of a flow model of this shift, and the targets [N]."""
+    times = torch.arange(steps, -1, -1) / steps
+    sigmas = shift * times / (1 + (shift - 1) * times)
+    return sigmas, (1 - eta) * sigmas[1:]
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_sd3(server: ComfyServer, mini_sd3: SD3Transformer2DModel, scale: float) -> None:
+    patch: dict[str, Any] = {"patch": "ModelNoiseScale", "noise_scale": scale} if scale != 1 else {}
+    if patch and patch["patch"] not in server.get(f"/object_info/{patch['patch']}"):
+        pytest.skip("this ComfyUI is too old for a scale of the noise")
     shape = {"width": 4096, "pooled": 2048}
-    found = in_the_host(server, MINI_SD3, latent="EmptySD3LatentImage", shape=shape)
+    found = in_the_host(server, MINI_SD3, latent="EmptySD3LatentImage", shape=shape, **patch)
     context, pooled = conditioned(**shape)
 
     def network(x: Tensor, sigma: Tensor) -> Tensor:
         return x - sigma * mini_sd3(x, context, pooled, 1000 * sigma.expand(1)).sample
 
     def expected(steps: int, eta: float) -> Tensor:
-        times = torch.arange(steps, -1, -1) / steps
-        sigmas = 3 * times / (1 + 2 * times)  # the shift of SD3
-        latent = by_the_paper(network, initial_noise(16), sigmas, (1 - eta) * sigmas[1:], lambda sigma: 1 - sigma)
+        sigmas, targets = flow(steps, eta, shift=3)
+        latent = by_the_paper(network, scale * initial_noise(16), sigmas, targets, lambda sigma: 1 - sigma, scale)
         return latent / 1.5305 + 0.0609
+
+    agree(found, expected, TOLERANCE)
+
+
+def test_wan(server: ComfyServer, mini_wan: WanTransformer3DModel) -> None:
+    found = in_the_host(server, MINI_WAN, latent="EmptyHunyuanLatentVideo", length=9, shape={"width": 4096})
+    context, _ = conditioned(4096, 0)
+    mean, std = (
+        torch.tensor(inspect.signature(AutoencoderKLWan).parameters[name].default).view(16, 1, 1, 1)
+        for name in ("latents_mean", "latents_std")
+    )
+
+    def network(x: Tensor, sigma: Tensor) -> Tensor:
+        return x - sigma * mini_wan(x, 1000 * sigma.expand(1), context).sample
+
+    def expected(steps: int, eta: float) -> Tensor:
+        sigmas, targets = flow(steps, eta, shift=8)
+        return by_the_paper(network, initial_noise(16, 3), sigmas, targets, lambda sigma: 1 - sigma) * std + mean
+
+    agree(found, expected, TOLERANCE)
+
+
+@pytest.mark.usefixtures("mini_wan")
+def test_a_video_goes_by_eta_and_seed(server: ComfyServer) -> None:
+    graph = Graph()
+    model = graph.checkpoint(MINI_WAN)[0]
+    inputs = {
+        "model": model,
+        "sigmas": graph.sigmas(model)[0],
+        "positive": graph.condition(0, width=4096)[0],
+        "negative": graph.condition(1, width=4096)[0],
+        "latent": graph.add("EmptyHunyuanLatentVideo", width=64, height=48, length=9, batch_size=2)[0],
+    }
+    euler = graph.add("KSamplerSelect", sampler_name="euler")[0]
+    nodes = [graph.sampler_custom(seed=SEED, sampler=euler, **inputs)]
+    nodes += [graph.sampler_custom(seed=seed, eta=eta, **inputs) for eta, seed in ((0.0, SEED), (0.3, SEED), (0.3, 8))]
+    saves = [graph.save(node[0]) for node in nodes]
+    # The same once more, and not from the host's cache: its condition is another to the host.
+    again = graph.sampler_custom(seed=SEED, eta=0.3, **inputs | {"positive": graph.condition(0, width=4096)[0]})
+    expected, still, one, other, same = latents(server, graph, *saves, graph.save(again[0]))
+    assert one.shape == (2, 16, 3, 6, 8)
+    assert one.isfinite().all() and other.isfinite().all()
+    assert relative_error(still, expected) < 1e-5
+    assert torch.equal(one, same)
+    assert relative_error(one, still) > 0.01, "eta has an effect"
+    assert relative_error(one, other) > 0.01, "and so has the seed"
+    assert relative_error(one[0], one[1]) > 0.01, "each video of a batch has noise of its own"
+
+
+def test_stable_cascade(server: ComfyServer, unet: UNet2DConditionModel) -> None:
+    found = in_the_host(server, MINI, patch="ModelSamplingStableCascade", shift=2.0)
+    offset = 0.008
+    start = math.cos(offset / (1 + offset) * math.pi / 2)
+
+    def network(x: Tensor, sigma: Tensor) -> Tensor:
+        alpha = (1 + sigma**2) ** -0.5
+        t = torch.acos(alpha * start) / (math.pi / 2) * (1 + offset) - offset  # the cosine schedule, inverted
+        return x - sigma * unet(alpha * x, t, condition()).sample
+
+    def expected(steps: int, eta: float) -> Tensor:
+        highest = (0.9999 / 0.0001) ** 0.5  # where the host cuts alpha_bar off
+        times = torch.arange(steps, -1, -1, dtype=torch.float64) / steps * highest / (1 + highest)
+        sigmas = (times / (1 - times)).float()
+        lower = (1 - eta) * times[1:]
+        x = (1 + sigmas[0] ** 2).sqrt() * initial_noise()
+        targets = (lower / (1 - lower)).float()
+        return by_the_paper(network, x, sigmas, targets, torch.ones_like) / LATENT_SCALE
 
     agree(found, expected, TOLERANCE)
 
