@@ -62,6 +62,12 @@ def test_the_student_heeds_s_and_the_teacher_does_not(base: Path) -> None:
         x0(net, None)
 
 
+def test_a_unet_without_adapters_is_the_teacher_as_it_is(base: Path) -> None:
+    net = network(base)
+    with adapter.adapters_off(net.unet):
+        assert torch.equal(x0(net, None), x0(network(base), None))
+
+
 def test_at_first_it_is_as_if_nothing_were_told(base: Path) -> None:
     untold = student(base, None, trained=False)
     for told in ("s", "t-s"):

@@ -72,6 +72,9 @@ def embedding_parameters(unet: UNet2DConditionModel) -> list[nn.Parameter]:
 @contextmanager
 def adapters_off(unet: UNet2DConditionModel) -> Iterator[None]:
     """Within the block the UNet is the teacher: its adapters are off, and are on again after it, whatever happens."""
+    if not getattr(unet, "peft_config", None):  # which peft gives a UNet with its first adapter
+        yield
+        return
     unet.disable_adapters()
     try:
         with target_time.not_told(unet):
