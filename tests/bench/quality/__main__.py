@@ -25,10 +25,11 @@ import checkerboard
 import report
 import shapes
 import torch
-from methods import METHODS, SEEDS, TUNING_SEED
+from methods import METHODS, SEEDS, TUNING_SEED, VARIATIONS
 from tqdm import tqdm
 
 WORLDS = {world.NAME: world for world in (checkerboard, shapes)}
+ALL = METHODS | VARIATIONS
 
 
 def main() -> None:
@@ -55,12 +56,14 @@ def compare(name: str, folder: Path) -> report.Results:
     for (method, lr), score in zip(rates, scores, strict=True):
         tries[method][lr] = score
     best = {method: min(tried, key=tried.__getitem__) for method, tried in tries.items()}
-    finals = [(method, best[method], seed) for method in METHODS for seed in SEEDS]
+    variations = VARIATIONS.values() if world is checkerboard else ()
+    rate_of = best | {each.name: best[each.of] for each in variations}
+    finals = [(method, lr, seed) for method, lr in rate_of.items() for seed in SEEDS]
     runs = at_once(f"{name}, runs", partial(measure, name, folder), finals)
     references = at_once(f"{name}, teacher", partial(measure_references, name, folder), [(seed,) for seed in SEEDS])
-    by_method = {
-        method: [run for (each, _, _), run in zip(finals, runs, strict=True) if each == method] for method in METHODS
-    }
+    by_method: dict[str, list[Any]] = {method: [] for method in rate_of}
+    for (method, _, _), run in zip(finals, runs, strict=True):
+        by_method[method].append(run)
     return report.Results(tries, best, by_method, references)
 
 
@@ -87,7 +90,7 @@ def measure(name: str, folder: Path, method: str, lr: float, seed: int) -> Any:
     world = WORLDS[name]
     return done(
         folder / f"{method}-{lr:g}-{seed}.json",
-        lambda: world.measure(world.distill(METHODS[method], lr, seed, folder), seed, folder),
+        lambda: world.measure(world.distill(ALL[method], lr, seed, folder), seed, folder),
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from measures import energy_distance
-from methods import EMA_DECAY, GAMMAS, HUBER_C, METHODS, SEEDS, STEPS, TUNED_AT, TUNING_SEED, Method
+from methods import GAMMAS, METHODS, SEEDS, STEPS, TUNED_AT, TUNING_SEED, Method
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -25,6 +25,7 @@ from tcd import (
     DiscreteSchedule,
     Level,
     TargetTime,
+    Told,
     add_noise,
     from_x0,
     jump,
@@ -38,7 +39,7 @@ from tcd import (
 )
 from tcd.target_time import sinusoid
 from trainer.atomic import whole_file
-from trainer.objective import Follow, distance_of, first_order, tcd_loss
+from trainer.objective import Follow, distance_of, first_order, tcd_loss, weights
 from trainer.optimizer import lr_factor
 from trainer.times import sample_times
 
@@ -81,13 +82,13 @@ def teacher(x_t: Tensor, t: Tensor, s: Tensor | None = None) -> Tensor:
 class Student(nn.Module):
     """An MLP with three hidden layers that predicts v, told t and perhaps s."""
 
-    def __init__(self, *, told: bool) -> None:
+    def __init__(self, told: Told | None) -> None:
         super().__init__()
         self.time = nn.Sequential(nn.Linear(64, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
         sizes = (2, WIDTH, WIDTH, WIDTH)
         self.layers = nn.ModuleList(nn.Linear(*pair) for pair in zip(sizes, sizes[1:], strict=False))
         self.last = nn.Linear(WIDTH, 2)
-        self.told = TargetTime(64, WIDTH) if told else None
+        self.told = TargetTime(64, WIDTH, told=told) if told else None
 
     def forward(self, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
         emb = self.time(sinusoid(t, 64))
@@ -116,7 +117,7 @@ def denoiser_of(seed: int, folder: Path) -> dict[str, Tensor]:
 
 def _learn_to_denoise(seed: int) -> dict[str, Tensor]:
     torch.manual_seed(seed)
-    student, generator = Student(told=False), torch.Generator().manual_seed(seed)
+    student, generator = Student(None), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(student.parameters(), lr=1e-3)
     for step in range(ITERATIONS):
         x0 = data(BATCH, generator)
@@ -133,7 +134,7 @@ def distill(method: Method, lr: float, seed: int, folder: Path) -> Denoiser:
     if not path.exists():
         with whole_file(path) as unfinished:
             save_file(_train(method, lr, seed, folder).state_dict(), unfinished)
-    student = Student(told=method.target_time).eval().requires_grad_(False)
+    student = _student(method).eval().requires_grad_(False)
     student.load_state_dict(load_file(path))
     return student
 
@@ -142,29 +143,33 @@ def _train(method: Method, lr: float, seed: int, folder: Path) -> Student:
     start = denoiser_of(seed, folder)
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(1000 + seed)
-    student = Student(told=method.target_time)
+    student, settings = _student(method), method.config
     student.load_state_dict({**student.state_dict(), **start})
     average = deepcopy(student).requires_grad_(False)
     optimizer = torch.optim.Adam(student.parameters(), lr=lr)
     for step in range(ITERATIONS):
         x0 = data(BATCH, generator)
         eps = torch.randn(x0.shape, generator=generator)
-        phases = method.phases[step * len(method.phases) // ITERATIONS]
-        times = sample_times(BATCH, law=method.law, origin_steps=50, skip=20, phases=phases, generator=generator)
+        phases = settings.phases[step * len(settings.phases) // ITERATIONS]
+        times = sample_times(BATCH, law=settings.law, origin_steps=50, skip=20, phases=phases, generator=generator)
         loss = tcd_loss(
             _follow(student),
-            _follow(average),
+            _follow(average if settings.ema_decay else student),
             lambda x_t, t, rows: teacher(x_t, t),
             x0,
             eps,
             times,
             level=level,
-            distance=distance_of("huber", HUBER_C),
+            distance=distance_of(settings.distance, settings.huber_c),
         )
-        _descend(optimizer, loss.mean(), step, lr)
+        _descend(optimizer, (weights(times, level, settings.weighting) * loss).mean(), step, lr)
         for mean, parameter in zip(average.parameters(), student.parameters(), strict=True):
-            mean.lerp_(parameter.detach(), 1 - EMA_DECAY)
+            mean.lerp_(parameter.detach(), 1 - settings.ema_decay)
     return student
+
+
+def _student(method: Method) -> Student:
+    return Student(method.config.told if method.config.target_time else None)
 
 
 def _follow(student: Student) -> Follow:

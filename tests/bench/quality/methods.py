@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
+
+from trainer.config import MethodConfig
 
 STEPS = (1, 2, 4, 8, 16, 32)
 GAMMAS = (0.0, 0.3, 1.0)
@@ -12,7 +15,7 @@ TUNING_SEED = 100
 """Of the runs by which a learning rate is chosen, which are not among those that are reported."""
 TUNED_AT = (1, 2, 4, 8)
 EMA_DECAY, HUBER_C = 0.95, 0.03
-"""The same for all: of the average that gives the target, and of the distance to it."""
+"""The same for all methods: of the average that gives the target, and of the distance to it."""
 
 
 @dataclass(frozen=True)
@@ -20,27 +23,54 @@ class Method:
     """A way to distill."""
 
     name: str
-    law: str
     about: str
     gamma: float
     """Of its own sampler."""
-    phases: tuple[int, ...] = (1,)
-    target_time: bool = False
+    changed: Mapping[str, Any] = field(default_factory=dict)
+    """Of the trainer's section [method], beside what all have in common."""
+    of: str = ""
+    """The method that this is a variation of, whose learning rate it takes; empty for one that has its own."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Its part of the section [method] of a configuration."""
-        return {"law": self.law, "phases": list(self.phases), "target_time": self.target_time}
+        """Its section [method] of a configuration."""
+        return {"ema_decay": EMA_DECAY, "huber_c": HUBER_C, "phases": [1], **self.changed}
+
+    @property
+    def config(self) -> MethodConfig:
+        """The same, as the trainer has it."""
+        return MethodConfig(**{**self.settings, "phases": tuple(self.settings["phases"])})
 
 
-METHODS = {
-    method.name: method
-    for method in (
-        Method("LCM", "zero", "s = 0", 1.0),
-        Method("PCM", "phase", "the edge below t, of four phases", 0.0, phases=(4,)),
-        Method("TSCD", "segment", "uniform in the segment of t, of 8, 4, 2, 1 in turn", 0.3, phases=(8, 4, 2, 1)),
-        Method("TDD", "target", "times of 4 to 8 steps, near below t", 0.3),
-        Method("TCD", "uniform", "uniform from 0 to t", 0.3),
-        Method("TCD S+", "uniform", "the same, and the network is told s", 0.3, target_time=True),
-    )
-}
+def _by_name(*methods: Method) -> dict[str, Method]:
+    return {method.name: method for method in methods}
+
+
+METHODS = _by_name(
+    Method("LCM", "s = 0", 1.0, {"law": "zero"}),
+    Method("PCM", "s = the edge below t, of four phases", 0.0, {"law": "phase", "phases": [4]}),
+    Method(
+        "TSCD", "s uniform in the segment of t, of 8, 4, 2, 1 in turn", 0.3, {"law": "segment", "phases": [8, 4, 2, 1]}
+    ),
+    Method("TDD", "s = times of samplers of 4 to 8 steps, near below t", 0.3, {"law": "target"}),
+    Method("TCD", "s uniform from 0 to t", 0.3, {"law": "uniform"}),
+    Method("TCD S+", "the same, and the network is told s", 0.3, {"law": "uniform", "target_time": True}),
+)
+
+
+def _variation(of: str, name: str, **changed: Any) -> Method:
+    method = METHODS[of]
+    return Method(f"{of}, {name}", "", method.gamma, {**method.changed, **changed}, of)
+
+
+VARIATIONS = _by_name(
+    *(_variation(name, "the target is the student itself", ema_decay=0.0) for name in ("LCM", "TCD", "TCD S+")),
+    _variation("TCD S+", "decay 0.99", ema_decay=0.99),
+    _variation("TCD S+", "told t - s", told="t-s"),
+    _variation("TCD S+", "weighting gap", weighting="gap"),
+    _variation("TCD S+", "weighting x0", weighting="x0"),
+    _variation("TCD S+", "Huber of the sample", distance="huber_sample"),
+    _variation("TCD S+", "Huber, c = 0.001", huber_c=0.001),
+    _variation("TCD S+", "mean square", distance="l2"),
+)
+"""Of the first world alone, where a run takes a minute."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import checkerboard
 import shapes
 import torch
-from methods import EMA_DECAY, GAMMAS, HUBER_C, METHODS, SEEDS, STEPS
+from methods import EMA_DECAY, GAMMAS, HUBER_C, METHODS, SEEDS, STEPS, VARIATIONS, Method
 
 from trainer.demo.methods import TEACHER_GUIDANCE
 
@@ -89,15 +89,16 @@ def part(name: str, results: Results) -> str:
         .substitute(
             name=name,
             distance_is=about.distance_is.format(fresh=_reference(results, "fresh data")),
-            distances=_table(results, "distance", 1e3, "{:.1f}"),
+            distances=_table(results, METHODS, "distance", 1e3, "{:.1f}"),
             teachers=_teachers(results),
             by_gamma=_by_gamma(results),
             goals="\n".join(f"* {line}" for line in _goals(results)),
             trajectories=_trajectories(results),
             others="\n\n".join(
-                f"### {title}\n\n{_table(results, key, scale, form)}"
+                f"### {title}\n\n{_table(results, METHODS, key, scale, form)}"
                 for key, (title, scale, form) in about.others.items()
             ),
+            variations=_variations(results),
             tries=_tries(results),
         )
         .strip()
@@ -137,11 +138,18 @@ def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _table(results: Results, measure: str, scale: float, form: str) -> str:
-    def cell(name: str, steps: int) -> str:
-        return _spread([scale * _sample(run, steps, METHODS[name].gamma)[measure] for run in results.runs[name]], form)
+def _table(results: Results, methods: Mapping[str, Method], measure: str, scale: float, form: str) -> str:
+    def cell(method: Method, steps: int) -> str:
+        return _spread([scale * _sample(run, steps, method.gamma)[measure] for run in results.runs[method.name]], form)
 
-    return _rows(["steps", *map(str, STEPS)], [[name, *(cell(name, steps) for steps in STEPS)] for name in METHODS])
+    rows = [[name, *(cell(method, steps) for steps in STEPS)] for name, method in methods.items()]
+    return _rows(["steps", *map(str, STEPS)], rows)
+
+
+def _variations(results: Results) -> str:
+    """What came of each variation that was run, distances as in the first table."""
+    run = {name: method for name, method in VARIATIONS.items() if name in results.runs}
+    return f"### Variations\n\n{_table(results, run, 'distance', 1e3, '{:.1f}')}\n" if run else ""
 
 
 def _reference(results: Results, name: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from measures import coverage, energy_distance
-from methods import EMA_DECAY, GAMMAS, HUBER_C, METHODS, SEEDS, STEPS, TUNED_AT, Method
+from methods import GAMMAS, METHODS, SEEDS, STEPS, TUNED_AT, Method
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -73,8 +73,6 @@ def distill(method: Method, lr: float, seed: int, folder: Path) -> Path:
                 **method.settings,
                 "guidance_min": demo.TEACHER_GUIDANCE,
                 "guidance_max": demo.TEACHER_GUIDANCE,
-                "ema_decay": EMA_DECAY,
-                "huber_c": HUBER_C,
             },
             "adapter": {"rank": 32, "alpha": 32.0},
             "training": {"steps": ITERATIONS, "batch": BATCH, "lr": lr, "warmup_steps": 10, "seed": seed},
