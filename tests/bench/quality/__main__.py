@@ -25,11 +25,11 @@ import checkerboard
 import report
 import shapes
 import torch
-from methods import METHODS, SEEDS, TUNING_SEED, VARIATIONS
+from methods import METHODS, PLAIN, SEEDS, TUNING_SEED, VARIATIONS
 from tqdm import tqdm
 
 WORLDS = {world.NAME: world for world in (checkerboard, shapes)}
-ALL = METHODS | VARIATIONS
+ALL = METHODS | PLAIN | VARIATIONS
 
 
 def main() -> None:
@@ -50,14 +50,13 @@ def compare(name: str, folder: Path) -> report.Results:
     world = WORLDS[name]
     folder.mkdir(parents=True, exist_ok=True)
     world.prepare(folder)
-    rates = [(method, lr) for method in METHODS for lr in world.LEARNING_RATES]
+    rates = [(method, lr) for method in world.TUNED for lr in world.LEARNING_RATES]
     scores = at_once(f"{name}, tries", partial(try_out, name, folder), rates)
-    tries: dict[str, dict[float, float]] = {method: {} for method in METHODS}
+    tries: dict[str, dict[float, float]] = {method: {} for method in world.TUNED}
     for (method, lr), score in zip(rates, scores, strict=True):
         tries[method][lr] = score
     best = {method: min(tried, key=tried.__getitem__) for method, tried in tries.items()}
-    variations = VARIATIONS.values() if world is checkerboard else ()
-    rate_of = best | {each.name: best[each.of] for each in variations}
+    rate_of = best | {name: best[method.of] for name, method in world.OTHERS.items()}
     finals = [(method, lr, seed) for method, lr in rate_of.items() for seed in SEEDS]
     runs = at_once(f"{name}, runs", partial(measure, name, folder), finals)
     references = at_once(f"{name}, teacher", partial(measure_references, name, folder), [(seed,) for seed in SEEDS])
@@ -77,7 +76,7 @@ def at_once(what: str, work: Any, jobs: Sequence[tuple[Any, ...]]) -> list[Any]:
 
 def try_out(name: str, folder: Path, method: str, lr: float) -> float:
     """The score of a learning rate."""
-    world, tried = WORLDS[name], METHODS[method]
+    world, tried = WORLDS[name], ALL[method]
     distances = done(
         folder / f"try-{method}-{lr:g}.json",
         lambda: world.try_out(world.distill(tried, lr, TUNING_SEED, folder), tried, TUNING_SEED, folder),

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from measures import energy_distance
-from methods import GAMMAS, METHODS, SEEDS, STEPS, TUNED_AT, TUNING_SEED, Method
+from methods import GAMMAS, METHODS, PLAIN, SEEDS, STEPS, TUNED_AT, TUNING_SEED, VARIATIONS, Method
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -44,12 +44,13 @@ from trainer.optimizer import lr_factor
 from trainer.times import sample_times
 
 NAME = "checkerboard"
+TUNED, OTHERS = METHODS | PLAIN, VARIATIONS
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 CENTERS = torch.tensor([(x, y) for x in range(4) for y in range(4) if (x + y) % 2], dtype=torch.float32) - 1.5
-SPREAD = 0.15  # of each, where two centers are 1.41 apart
+SPREAD = 0.05  # of each, where two centers are 1.41 apart
 SCALE = 1 / math.sqrt(1.25 + SPREAD**2)  # so that the coordinates have unit variance
 ITERATIONS, BATCH, WIDTH = 4000, 512, 128
-POINTS = 4096
+POINTS = 8192
 ALPHA_BAR = scaled_linear_alpha_bar().float()
 SCHEDULE = DiscreteSchedule.from_alpha_bar(scaled_linear_alpha_bar())
 
@@ -263,7 +264,7 @@ def trajectory_errors(denoiser: Denoiser, seed: int) -> dict[str, float]:
 
 def measure_points(points: Tensor, seed: int) -> dict[str, float]:
     """What is reported of points [N, 2]."""
-    reference = data(2 * POINTS, torch.Generator().manual_seed(10_000 + seed)).flatten(1)
+    reference = data(POINTS, torch.Generator().manual_seed(10_000 + seed)).flatten(1)
     squares, strays = coverage(points)
     return {"distance": energy_distance(points, reference), "covered": squares, "strays": strays}
 
@@ -305,8 +306,8 @@ def draw(lr: Mapping[str, float], folder: Path, path: Path) -> None:
         len(names), len(STEPS), figsize=(12, 2 * len(names)), sharex=True, sharey=True, layout="constrained"
     )
     for name, row in zip(names, panels, strict=True):
-        denoiser = teacher if name == "teacher" else distill(METHODS[name], lr[name], SEEDS[0], folder)
-        gamma = 0.0 if name == "teacher" else METHODS[name].gamma
+        denoiser = teacher if name == "teacher" else distill(TUNED[name], lr[name], SEEDS[0], folder)
+        gamma = 0.0 if name == "teacher" else TUNED[name].gamma
         row[0].set_ylabel(f"{name}\nγ = {gamma:g}")
         for steps, panel in zip(STEPS, row, strict=True):
             x, y = sample(denoiser, steps, gamma, seed=0).T

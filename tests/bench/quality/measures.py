@@ -8,16 +8,16 @@ from torch import Tensor
 
 def energy_distance(points: Tensor, reference: Tensor) -> float:
     """2 E|X - Y| - E|X - X'| - E|Y - Y'| of points [N, D] and [M, D]; unbiased, so around 0 for equal laws."""
-    return 2 * _distances(points, reference).mean().item() - _within(points) - _within(reference)
+    return 2 * _distances(points, reference).mean(dtype=torch.float64).item() - _within(points) - _within(reference)
 
 
 def _within(x: Tensor) -> float:
-    return _distances(x, x).sum().item() / (len(x) * (len(x) - 1))
+    return _distances(x, x).sum(dtype=torch.float64).item() / (len(x) * (len(x) - 1))
 
 
 def _distances(x: Tensor, y: Tensor) -> Tensor:
     # Not by a product of matrices, which rounds small distances away.
-    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").double()
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def coverage(points: Tensor, reference: Tensor, neighbors: int = 5) -> float:

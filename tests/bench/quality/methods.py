@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trainer.config import MethodConfig
@@ -29,7 +29,7 @@ class Method:
     changed: Mapping[str, Any] = field(default_factory=dict)
     """Of the trainer's section [method], beside what all have in common."""
     of: str = ""
-    """The method that this is a variation of, whose learning rate it takes; empty for one that has its own."""
+    """The method that this is a variation of."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -58,19 +58,20 @@ METHODS = _by_name(
 )
 
 
-def _variation(of: str, name: str, **changed: Any) -> Method:
+def _changed(of: str, name: str, **changed: Any) -> Method:
     method = METHODS[of]
-    return Method(f"{of}, {name}", "", method.gamma, {**method.changed, **changed}, of)
+    return replace(method, name=f"{of}, {name}", changed={**method.changed, **changed}, of=of)
 
 
+PLAIN = _by_name(*(_changed(name, "plain", ema_decay=0.0) for name in ("LCM", "TCD", "TCD S+")))
+"""The target is the student itself, with a learning rate found for that."""
 VARIATIONS = _by_name(
-    *(_variation(name, "the target is the student itself", ema_decay=0.0) for name in ("LCM", "TCD", "TCD S+")),
-    _variation("TCD S+", "decay 0.99", ema_decay=0.99),
-    _variation("TCD S+", "told t - s", told="t-s"),
-    _variation("TCD S+", "weighting gap", weighting="gap"),
-    _variation("TCD S+", "weighting x0", weighting="x0"),
-    _variation("TCD S+", "Huber of the sample", distance="huber_sample"),
-    _variation("TCD S+", "Huber, c = 0.001", huber_c=0.001),
-    _variation("TCD S+", "mean square", distance="l2"),
+    _changed("TCD S+", "decay 0.99", ema_decay=0.99),
+    _changed("TCD S+", "told t - s", told="t-s"),
+    _changed("TCD S+", "weighting gap", weighting="gap"),
+    _changed("TCD S+", "weighting x0", weighting="x0"),
+    _changed("TCD S+", "Huber of the sample", distance="huber_sample"),
+    _changed("TCD S+", "Huber, c = 0.001", huber_c=0.001),
+    _changed("TCD S+", "mean square", distance="l2"),
 )
-"""Of the first world alone, where a run takes a minute."""
+"""Other choices, at the learning rate of what they are variations of."""

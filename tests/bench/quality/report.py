@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import checkerboard
 import shapes
 import torch
-from methods import EMA_DECAY, GAMMAS, HUBER_C, METHODS, SEEDS, STEPS, VARIATIONS, Method
+from methods import EMA_DECAY, GAMMAS, HUBER_C, METHODS, PLAIN, SEEDS, STEPS, VARIATIONS
 
 from trainer.demo.methods import TEACHER_GUIDANCE
 
@@ -29,6 +29,9 @@ class Results(NamedTuple):
     runs: Mapping[str, Sequence[Any]]
     references: Sequence[Mapping[str, Mapping[str, float]]]
     """Of each seed, by name."""
+
+
+ALL = METHODS | PLAIN | VARIATIONS
 
 
 class About(NamedTuple):
@@ -89,13 +92,13 @@ def part(name: str, results: Results) -> str:
         .substitute(
             name=name,
             distance_is=about.distance_is.format(fresh=_reference(results, "fresh data")),
-            distances=_table(results, METHODS, "distance", 1e3, "{:.1f}"),
+            distances=_table(results, results.lr, "distance", 1e3, "{:.1f}"),
             teachers=_teachers(results),
             by_gamma=_by_gamma(results),
             goals="\n".join(f"* {line}" for line in _goals(results)),
             trajectories=_trajectories(results),
             others="\n\n".join(
-                f"### {title}\n\n{_table(results, METHODS, key, scale, form)}"
+                f"### {title}\n\n{_table(results, results.lr, key, scale, form)}"
                 for key, (title, scale, form) in about.others.items()
             ),
             variations=_variations(results),
@@ -138,18 +141,17 @@ def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _table(results: Results, methods: Mapping[str, Method], measure: str, scale: float, form: str) -> str:
-    def cell(method: Method, steps: int) -> str:
-        return _spread([scale * _sample(run, steps, method.gamma)[measure] for run in results.runs[method.name]], form)
+def _table(results: Results, names: Iterable[str], measure: str, scale: float, form: str) -> str:
+    def cell(name: str, steps: int) -> str:
+        return _spread([scale * _sample(run, steps, ALL[name].gamma)[measure] for run in results.runs[name]], form)
 
-    rows = [[name, *(cell(method, steps) for steps in STEPS)] for name, method in methods.items()]
-    return _rows(["steps", *map(str, STEPS)], rows)
+    return _rows(["steps", *map(str, STEPS)], [[name, *(cell(name, steps) for steps in STEPS)] for name in names])
 
 
 def _variations(results: Results) -> str:
     """What came of each variation that was run, distances as in the first table."""
-    run = {name: method for name, method in VARIATIONS.items() if name in results.runs}
-    return f"### Variations\n\n{_table(results, run, 'distance', 1e3, '{:.1f}')}\n" if run else ""
+    names = [name for name in results.runs if name not in results.lr]
+    return f"### Variations\n\n{_table(results, names, 'distance', 1e3, '{:.1f}')}\n" if names else ""
 
 
 def _reference(results: Results, name: str) -> str:
@@ -167,7 +169,7 @@ def _teachers(results: Results) -> str:
 def _by_gamma(results: Results) -> str:
     rows = [
         [name, f"{gamma:g}", *(f"{distance:.1f}" for distance in _distances(results, name, gamma))]
-        for name in METHODS
+        for name in results.lr
         for gamma in GAMMAS
     ]
     return _rows(["", "γ", *map(str, STEPS)], rows)
@@ -180,38 +182,44 @@ def _errors(results: Results, name: str) -> dict[str, float]:
 
 
 def _trajectories(results: Results) -> str:
-    rows = [[name, *(f"{error:.3f}" for error in _errors(results, name).values())] for name in METHODS]
-    return _rows(["t → s", *_errors(results, next(iter(METHODS)))], rows)
+    rows = [[name, *(f"{error:.3f}" for error in _errors(results, name).values())] for name in results.lr]
+    return _rows(["t → s", *_errors(results, next(iter(results.lr)))], rows)
 
 
 def _tries(results: Results) -> str:
     rates = list(next(iter(results.tries.values())))
     rows = [
-        [name, *(f"{1e3 * results.tries[name][lr]:.1f}" for lr in rates), f"{results.lr[name]:g}"] for name in METHODS
+        [name, *(f"{1e3 * results.tries[name][lr]:.1f}" for lr in rates), f"{results.lr[name]:g}"]
+        for name in results.lr
     ]
     return _rows(["1000 × mean distance of the try", *(f"{lr:g}" for lr in rates), "taken"], rows)
 
 
 def _goals(results: Results) -> list[str]:
     """What the methods were to reach, what they reached, and whether that is enough."""
-    lcm = min(min(_distances(results, "LCM", gamma)) for gamma in GAMMAS)
-    tcd = _distances(results, "TCD", 0.3)
-    told = [min(pair) for pair in zip(*(_distances(results, "TCD S+", gamma) for gamma in (0.0, 0.3)), strict=True)]
     ddim = statistics.mean(1e3 * each["DDIM 50"]["distance"] for each in results.references)
-    by_lcm = _distances(results, "LCM", 1.0)
-    lines = [
+    lines = _goals_of(results, "", ddim)
+    if "LCM, plain" in results.lr:
+        lines += _goals_of(results, ", plain", ddim)
+    return [f"{text}: **{'met' if met else 'not met'}**" for text, met in lines]
+
+
+def _goals_of(results: Results, kind: str, ddim: float) -> list[tuple[str, bool]]:
+    lcm = min(min(_distances(results, f"LCM{kind}", gamma)) for gamma in GAMMAS)
+    by_lcm, tcd = _distances(results, f"LCM{kind}", 1.0), _distances(results, f"TCD{kind}", 0.3)
+    told = _distances(results, f"TCD S+{kind}", 0.3)
+    return [
         (
-            f"TCD from 4 to 32 steps: {tcd[2]:.1f} to {tcd[5]:.1f} (LCM: {by_lcm[2]:.1f} to {by_lcm[5]:.1f})",
+            f"TCD{kind} from 4 to 32 steps: {tcd[2]:.1f} to {tcd[5]:.1f} (LCM: {by_lcm[2]:.1f} to {by_lcm[5]:.1f})",
             tcd[5] <= tcd[2],
         ),
-        (f"TCD S+ at 2 steps, {told[1]:.1f}, at most LCM's best at any, {lcm:.1f}", told[1] <= lcm),
-        (f"TCD S+ at 4 steps, {told[2]:.1f}, at most 0.6 of that, {0.6 * lcm:.1f}", told[2] <= 0.6 * lcm),
+        (f"TCD S+{kind} at 2 steps, {told[1]:.1f}, at most LCM's best at any, {lcm:.1f}", told[1] <= lcm),
+        (f"TCD S+{kind} at 4 steps, {told[2]:.1f}, at most 0.6 of that, {0.6 * lcm:.1f}", told[2] <= 0.6 * lcm),
         (
-            f"TCD S+ at 8 steps, {told[3]:.1f}, at most 1.5 of the teacher's at 50, {1.5 * ddim:.1f}",
+            f"TCD S+{kind} at 8 steps, {told[3]:.1f}, at most 1.5 of the teacher's at 50, {1.5 * ddim:.1f}",
             told[3] <= 1.5 * ddim,
         ),
     ]
-    return [f"{text}: **{'met' if met else 'not met'}**" for text, met in lines]
 
 
 def _plot_distances(results: Results, path: Path) -> None:
@@ -220,7 +228,7 @@ def _plot_distances(results: Results, path: Path) -> None:
     figure, panels = pyplot.subplots(1, len(GAMMAS), figsize=(12, 4), sharey=True, layout="constrained")
     teacher = statistics.mean(1e3 * each["DDIM 50"]["distance"] for each in results.references)
     for panel, gamma in zip(panels, GAMMAS, strict=True):
-        for name in METHODS:
+        for name in results.lr:
             panel.plot(STEPS, [max(each, 0.3) for each in _distances(results, name, gamma)], marker="o", label=name)
         panel.axhline(max(teacher, 0.3), color="gray", linestyle=":", label="teacher, DDIM, 50 steps")
         panel.set(xscale="log", yscale="log", title=f"γ = {gamma:g}", xlabel="steps", xticks=STEPS, xticklabels=STEPS)
@@ -234,14 +242,14 @@ def _plot_distances(results: Results, path: Path) -> None:
 def _plot_trajectories(results: Results, path: Path) -> None:
     from matplotlib import pyplot
 
-    pairs = list(_errors(results, next(iter(METHODS))))
+    pairs = list(_errors(results, next(iter(results.lr))))
     figure, panel = pyplot.subplots(figsize=(12, 4), layout="constrained")
-    width = 0.8 / len(METHODS)
-    for k, name in enumerate(METHODS):
+    width = 0.8 / len(results.lr)
+    for k, name in enumerate(results.lr):
         heights = list(_errors(results, name).values())
         panel.bar([i + k * width for i in range(len(pairs))], heights, width, label=name)
     panel.set_xticks([i + 0.4 - width / 2 for i in range(len(pairs))], pairs)
     panel.set_ylabel("RMS error of the jump")
-    panel.legend(fontsize="small", ncols=len(METHODS))
+    panel.legend(fontsize="small", ncols=len(results.lr))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -31,6 +31,8 @@ from trainer.synthesis import draw_latents
 from trainer.tiny import world
 
 NAME = "shapes"
+TUNED: Mapping[str, Method] = METHODS
+OTHERS: Mapping[str, Method] = {}
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 ITERATIONS, BATCH = 350, 32
 PICTURES, TRIED, FOLLOWED = 512, 256, 32
