@@ -42,27 +42,34 @@ def test_it_writes_the_grid_the_lora_and_the_metrics(result: Path) -> None:
     with Image.open(result / "grid.png") as grid:
         assert grid.width > 8 * 64 and grid.height > len(LABELS) * 64
     with safe_open(result / "tcd-lora.safetensors", "pt") as lora:
-        assert lora.metadata()["tcd.law"] == "uniform"
+        assert lora.metadata()["tcd.target_time"] == "s"
     assert not result.with_name("demo-out.unfinished").exists()
     metrics = read_metrics(result)
     assert set(LABELS) | {"Fresh data"} <= set(metrics)
     assert all({"frechet", "accuracy", "samples", "feature_space"} <= set(metrics[label]) for label in LABELS)
 
 
-def test_tcd_draws_its_captions_in_four_steps_and_closer_to_the_world_than_its_teacher(result: Path) -> None:
+@pytest.mark.parametrize("name", ["TCD", "TCD S+"])
+def test_it_draws_its_captions_in_four_steps_and_closer_to_the_world_than_its_teacher(result: Path, name: str) -> None:
     metrics = read_metrics(result)
-    assert metrics["TCD, 4 steps"]["accuracy"] >= 0.9
-    assert metrics["TCD, 4 steps"]["frechet"] < metrics["Teacher, 4 steps"]["frechet"]
+    assert metrics[f"{name}, 4 steps"]["accuracy"] >= 0.9
+    assert metrics[f"{name}, 4 steps"]["frechet"] < metrics["Teacher, 4 steps"]["frechet"]
 
 
-def test_more_steps_do_not_make_tcd_worse(result: Path) -> None:
+def test_told_where_to_go_it_draws_in_one_step(result: Path) -> None:
+    assert read_metrics(result)["TCD S+, 1 step"]["accuracy"] >= 0.9
+
+
+@pytest.mark.parametrize("name", ["TCD", "TCD S+"])
+def test_more_steps_do_not_make_it_worse(result: Path, name: str) -> None:
     metrics = read_metrics(result)
-    assert metrics["TCD, 16 steps"]["frechet"] < 1.2 * metrics["TCD, 4 steps"]["frechet"]
+    assert metrics[f"{name}, 16 steps"]["frechet"] < 1.2 * metrics[f"{name}, 4 steps"]["frechet"]
 
 
 @pytest.mark.host
-def test_comfyui_draws_the_same(result: Path) -> None:
-    assert read_metrics(result)["ComfyUI"]["relative difference of latents"] <= 1e-4
+@pytest.mark.parametrize("steps", ["1 step", "2 steps", "4 steps"])
+def test_comfyui_draws_the_same(result: Path, steps: str) -> None:
+    assert read_metrics(result)[f"ComfyUI, TCD S+, {steps}"]["relative difference of latents"] <= 1e-4
 
 
 def test_the_embedded_teacher_is_small_enough_to_ship() -> None:
@@ -93,7 +100,7 @@ def test_one_that_is_not_good_enough_fails_and_keeps_the_old_result(
     difference: float,
     message: str,
 ) -> None:
-    metrics = {"TCD, 4 steps": {"accuracy": accuracy}, "ComfyUI": {"relative difference of latents": difference}}
+    metrics = {"TCD S+, 4 steps": {"accuracy": accuracy}, "ComfyUI": {"relative difference of latents": difference}}
     out = tmp_path / "demo-out"
     out.mkdir()
     (out / "metrics.json").write_text("{}", encoding="utf-8")

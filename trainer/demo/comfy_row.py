@@ -1,4 +1,4 @@
-"""The demo's last row: the same LoRA file, captions and noise, in a real ComfyUI through the pack's nodes.
+"""The demo's last rows: the same LoRA file, captions and noise, in a real ComfyUI through the pack's nodes.
 
 Flows in: the tiny base, the LoRA file, captions, a seed.  Flows out: latents and pictures that ComfyUI made.
 """
@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,10 +27,19 @@ _TINY_PACK = Path(__file__).parent / "tiny_pack"
 _CHECKPOINT, _LORA = "tiny-sd.safetensors", "tcd-lora.safetensors"
 
 
+class Drawn(NamedTuple):
+    """What ComfyUI made of B captions."""
+
+    latents: Tensor
+    """[B, 4, h, w], scaled."""
+    pictures: Tensor
+    """uint8 [B, 3, H, W]."""
+
+
 def draw_in_comfy(
-    host: Host, lora: Path, captions: Sequence[str], *, seed: int, steps: int, eta: float
-) -> tuple[Tensor, Tensor]:
-    """Start ComfyUI, draw caption k with seed + k, and end it: scaled latents [B, 4, h, w], pictures [B, 3, H, W].
+    host: Host, lora: Path, captions: Sequence[str], *, seed: int, steps: Sequence[int], eta: float
+) -> list[Drawn]:
+    """Start ComfyUI, draw caption k with seed + k in each of these numbers of steps, and end it.
 
     Raises ComfyError with ComfyUI's own words when it does not start or a node fails.
     """
@@ -39,14 +48,16 @@ def draw_in_comfy(
         shutil.copyfile(tiny.CHECKPOINT, server.models / "checkpoints" / _CHECKPOINT)
         shutil.copyfile(lora, server.models / "loras" / _LORA)
         with server:
-            outputs = server.run(_prompt(captions, seed=seed, steps=steps, eta=eta))
-            pictures = [server.fetch(outputs[f"image {k}"]["images"][0]) for k in range(len(captions))]
-            latents = [server.fetch(outputs[f"latent {k}"]["latents"][0]) for k in range(len(captions))]
+            return [_run(server, _prompt(captions, seed=seed, steps=each, eta=eta), len(captions)) for each in steps]
+
+
+def _run(server: ComfyServer, graph: dict[str, Any], count: int) -> Drawn:
+    outputs = server.run(graph)
+    latents = [load(server.fetch(outputs[f"latent {k}"]["latents"][0]))["latent_tensor"] for k in range(count)]
+    files = [io.BytesIO(server.fetch(outputs[f"image {k}"]["images"][0])) for k in range(count)]
+    pictures = [torch.from_numpy(np.array(Image.open(file).convert("RGB"))).permute(2, 0, 1) for file in files]
     # ComfyUI saves latents in the VAE's own scale.
-    scale = config("tiny", "vae")["scaling_factor"]
-    return torch.cat([load(latent)["latent_tensor"] for latent in latents]) * scale, torch.stack(
-        [torch.from_numpy(np.array(Image.open(io.BytesIO(png)).convert("RGB"))).permute(2, 0, 1) for png in pictures]
-    )
+    return Drawn(torch.cat(latents) * config("tiny", "vae")["scaling_factor"], torch.stack(pictures))
 
 
 def _prompt(captions: Sequence[str], *, seed: int, steps: int, eta: float) -> dict[str, Any]:

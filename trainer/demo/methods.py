@@ -1,6 +1,6 @@
 """What the demo compares: ways to draw the same captions from the same noise.
 
-Flows in: the tiny base and two LoRA files.  Flows out: pictures, by method.
+Flows in: the tiny base and LoRA files.  Flows out: pictures, by method.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Method:
 
     label: str
     adapter: str | None
-    """`tcd`, `lcm`, or None for the teacher."""
+    """The name of a LoRA, or None for the teacher."""
     steps: int
     gamma: float
 
@@ -40,13 +40,19 @@ class Method:
         return f"guidance {TEACHER_GUIDANCE:g}" if self.adapter is None else f"gamma {self.gamma:g}"
 
 
+def _rows(label: str, adapter: str | None, gamma: float, *several: int) -> list[Method]:
+    return [Method(f"{label}, {steps} step{'s' if steps > 1 else ''}", adapter, steps, gamma) for steps in several]
+
+
 METHODS = (
-    Method("Teacher, 50 steps", None, 50, 0.0),
-    Method("Teacher, 4 steps", None, 4, 0.0),
-    Method("LCM, 4 steps", "lcm", 4, 1.0),
-    *(Method(f"TCD, {steps} step{'s' if steps > 1 else ''}", "tcd", steps, 0.3) for steps in (1, 2, 4, 8, 16)),
+    *_rows("Teacher", None, 0.0, 50, 4),
+    *_rows("LCM", "lcm", 1.0, 1, 4, 16),
+    *_rows("TCD", "tcd", 0.3, 1, 4, 16),
+    *_rows("TCD S+", "told", 0.3, 1, 2, 4, 8, 16),
 )
-TCD_4 = next(method for method in METHODS if (method.adapter, method.steps) == ("tcd", 4))
+"""S+ is the variant whose network is told the target time (TCF(S+) of arXiv 2402.19159)."""
+IN_COMFY = [method for method in METHODS if method.adapter == "told" and method.steps <= 4]
+"""Those that ComfyUI draws too."""
 
 
 def noise_for(seed: int, count: int) -> Tensor:
@@ -56,7 +62,7 @@ def noise_for(seed: int, count: int) -> Tensor:
 
 
 class Studio:
-    """The tiny base with both LoRAs, read from their files, and its captions encoded."""
+    """The tiny base with its LoRAs, read from their files, and its captions encoded."""
 
     def __init__(self, loras: dict[str, Path], captions: Sequence[str]) -> None:
         """Load everything; raises UserError when a file is not what it should be."""
