@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=list(WORLDS))
     parser.add_argument("--write", action="store_true", help="write docs/quality.md and its plots")
     options = parser.parse_args()
+    torch.set_num_threads(1)  # networks this small are slower on two
     found = {name: compare(name, options.results / name) for name in options.worlds}
     if options.write:
         report.write(found, options.results)

@@ -53,6 +53,7 @@ ABOUT = {
         f"Energy distance to the world's own pictures, times 1000, of {shapes.PICTURES} pictures, in 64 features of a "
         "classifier, each of unit variance. Fresh pictures have {fresh}.",
         {
+            "from_teacher": ("Energy distance to the teacher's pictures in 50 steps, times 1000", 1e3, "{:.1f}"),
             "covered": (
                 "Coverage: of the world's pictures, those with a drawn one among their five nearest, in %",
                 100,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from measures import coverage, energy_distance
-from methods import GAMMAS, METHODS, SEEDS, STEPS, TUNED_AT, Method
+from methods import GAMMAS, METHODS, SEEDS, STEPS, TUNED_AT, TUNING_SEED, Method
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -42,11 +42,12 @@ COLUMNS, DRAWN = 10, (1, 2, 4, 32)
 
 
 def prepare(folder: Path) -> None:
-    """Make what all runs share: the pictures, their cache, the classifier and the teacher's trajectories."""
+    """Make what all runs share: the pictures, the classifier, the teacher's pictures and trajectories."""
     if not (folder / "pictures").exists():
         world.write_folder(folder / "pictures.unfinished", 1024, seed=0)
         (folder / "pictures.unfinished").rename(folder / "pictures")
-    classifier(folder)
+    for seed in (TUNING_SEED, *SEEDS):
+        teacher_features(seed, folder)
     trajectories(folder)
 
 
@@ -85,10 +86,11 @@ def distill(method: Method, lr: float, seed: int, folder: Path) -> Path:
 
 
 class Measured(NamedTuple):
-    """Captions, and what the world's own pictures are in the classifier's features."""
+    """Captions, and what pictures of the world and of the teacher are in the classifier's features."""
 
     scenes: list[world.Scene]
     reference: Tensor
+    teacher: Tensor
 
     @property
     def captions(self) -> list[str]:
@@ -97,7 +99,21 @@ class Measured(NamedTuple):
 
 def measured(seed: int, folder: Path, count: int = PICTURES) -> Measured:
     reference, _ = world_sample(4096, purpose="reference", seed=seed)
-    return Measured(world.random_scenes(count, 10_000 + seed), classifier(folder).features(reference))
+    scenes = world.random_scenes(count, 10_000 + seed)
+    return Measured(scenes, classifier(folder).features(reference), teacher_features(seed, folder))
+
+
+@cache
+def teacher_features(seed: int, folder: Path) -> Tensor:
+    """Features of what the teacher draws in 50 steps of other captions."""
+    path = folder / f"teacher-{seed}.safetensors"
+    if not path.exists():
+        captions = [scene.caption for scene in world.random_scenes(PICTURES, 40_000 + seed)]
+        row = demo.Method("teacher", None, 50, 0.0)
+        pictures = demo.Studio({}, captions).pictures(row, PICTURES, 40_000 + seed)
+        with whole_file(path) as unfinished:
+            save_file({"features": classifier(folder).features(pictures)}, unfinished)
+    return load_file(path)["features"]
 
 
 def measure_pictures(pictures: Tensor, against: Measured, folder: Path) -> dict[str, float]:
@@ -105,6 +121,7 @@ def measure_pictures(pictures: Tensor, against: Measured, folder: Path) -> dict[
     features = classifier(folder).features(pictures)
     return {
         "distance": energy_distance(features, against.reference),
+        "from_teacher": energy_distance(features, against.teacher),
         "covered": coverage(features, against.reference[: len(features)]),
         "right": caption_accuracy(classifier(folder), features, against.scenes)[0],
     }
