@@ -10,7 +10,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint bench
+.PHONY: demo test lint bench bench-quality
 
 demo: $(INSTALLED)
 	$(BIN)/python -m trainer.demo --out demo-out
@@ -25,11 +25,18 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# Takes a quarter of an hour, wants the machine for itself, and a ComfyUI.
+# Takes a quarter of an hour, wants the machine for itself, and a ComfyUI. Other packs are compared with where
+# PEERS="--pack JettHu=FOLDER --pack dfl=FOLDER --pack licyk=FOLDER" says where their clones are.
 bench: $(INSTALLED)
 	mkdir -p bench-out
 	$(BIN)/python tests/bench/nodes.py --out bench-out/nodes.md
-	$(BIN)/python tests/bench/peers.py --out bench-out/peers.md
+	$(BIN)/python tests/bench/peers.py --out bench-out/peers.md $(PEERS)
+	$(BIN)/python tests/bench/training_step.py --out bench-out/training.md
+
+# Takes one or two hours on two cores; what is done already is in bench-out/quality, and is not done again.
+bench-quality: $(INSTALLED)
+	$(BIN)/pip install -e '.[bench]' -c constraints.txt
+	$(BIN)/python tests/bench/quality --results bench-out/quality --write
 
 # The host loads this folder as one package, and so must mypy, whatever the folder is called: hence the link.
 $(INSTALLED): pyproject.toml constraints.txt
