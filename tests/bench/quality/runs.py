@@ -1,0 +1,85 @@
+"""All runs of a world: which there are, several at a time, each in a process of its own, and none of them twice."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import checkerboard
+import report
+import shapes
+import torch
+from methods import METHODS, PLAIN, SEEDS, TUNING_SEED, VARIATIONS
+from tqdm import tqdm
+
+WORLDS = {world.NAME: world for world in (checkerboard, shapes)}
+ALL = METHODS | PLAIN | VARIATIONS
+
+
+def compare(name: str, folder: Path) -> report.Results:
+    """The learning rates tried of each method, each with its score, the one taken, and what came of it by seed."""
+    world = WORLDS[name]
+    folder.mkdir(parents=True, exist_ok=True)
+    world.prepare(folder)
+    rates = [(method, lr) for method in world.TUNED for lr in world.LEARNING_RATES]
+    scores = at_once(f"{name}, tries", partial(try_out, name, folder), rates)
+    tries: dict[str, dict[float, float]] = {method: {} for method in world.TUNED}
+    for (method, lr), score in zip(rates, scores, strict=True):
+        tries[method][lr] = score
+    best = {method: min(tried, key=tried.__getitem__) for method, tried in tries.items()}
+    rate_of = best | {name: best[method.of] for name, method in world.OTHERS.items()}
+    finals = [(method, lr, seed) for method, lr in rate_of.items() for seed in SEEDS]
+    runs = at_once(f"{name}, runs", partial(measure, name, folder), finals)
+    references = at_once(f"{name}, teacher", partial(measure_references, name, folder), [(seed,) for seed in SEEDS])
+    by_method: dict[str, list[Any]] = {method: [] for method in rate_of}
+    for (method, _, _), run in zip(finals, runs, strict=True):
+        by_method[method].append(run)
+    return report.Results(tries, best, by_method, references)
+
+
+def at_once(what: str, work: Any, jobs: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """The results of all jobs, of which each core does one at a time, by itself."""
+    os.environ["TQDM_DISABLE"] = "1"  # the bars of the processes, which would be written one over the other
+    count = os.cpu_count() or 1
+    with ProcessPoolExecutor(count, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return list(tqdm(pool.map(work, *zip(*jobs, strict=True)), what, len(jobs), unit="run", disable=False))
+
+
+def try_out(name: str, folder: Path, method: str, lr: float) -> float:
+    """The score of a learning rate."""
+    world, tried = WORLDS[name], ALL[method]
+    distances = done(
+        folder / f"try-{method}-{lr:g}.json",
+        lambda: world.try_out(world.distill(tried, lr, TUNING_SEED, folder), tried, TUNING_SEED, folder),
+    )
+    return math.exp(sum(math.log(max(each, 1e-4)) for each in distances) / len(distances))
+
+
+def measure(name: str, folder: Path, method: str, lr: float, seed: int) -> Any:
+    """All that is reported of a run."""
+    world = WORLDS[name]
+    return done(
+        folder / f"{method}-{lr:g}-{seed}.json",
+        lambda: world.measure(world.distill(ALL[method], lr, seed, folder), seed, folder),
+    )
+
+
+def measure_references(name: str, folder: Path, seed: int) -> Any:
+    """What is reported of the teacher, and of fresh data."""
+    return done(folder / f"references-{seed}.json", lambda: WORLDS[name].measure_references(seed, folder))
+
+
+def done(path: Path, make: Any) -> Any:
+    """What `make` gives, as it is in the file, or is put there."""
+    if not path.exists():
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(make(), indent=1), encoding="utf-8")
+        unfinished.replace(path)
+    return json.loads(path.read_text(encoding="utf-8"))
