@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -46,10 +47,15 @@ def compare(name: str, folder: Path) -> report.Results:
 
 def at_once(what: str, work: Any, jobs: Sequence[tuple[Any, ...]]) -> list[Any]:
     """The results of all jobs, of which each core does one at a time, by itself."""
-    os.environ["TQDM_DISABLE"] = "1"  # the bars of the processes, which would be written one over the other
     count = os.cpu_count() or 1
-    with ProcessPoolExecutor(count, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return list(tqdm(pool.map(work, *zip(*jobs, strict=True)), what, len(jobs), unit="run", disable=False))
+    with ProcessPoolExecutor(count, get_context("spawn"), initializer=_alone) as pool:
+        return list(tqdm(pool.map(work, *zip(*jobs, strict=True)), what, len(jobs), unit="run"))
+
+
+def _alone() -> None:
+    """Begin a process that has one core, and no place for its bars among those of the others."""
+    torch.set_num_threads(1)
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115, until the process ends
 
 
 def try_out(name: str, folder: Path, method: str, lr: float) -> float:
