@@ -73,11 +73,12 @@ def page(found: Mapping[str, Results]) -> str:
     return Template((HERE / "page.md").read_text(encoding="utf-8")).substitute(
         huber_c=HUBER_C,
         ema_decay=EMA_DECAY,
-        rates=len(checkerboard.LEARNING_RATES),
         seeds=len(SEEDS),
         methods="\n".join(f"| {each.name} | {each.about} | {each.gamma:g} |" for each in METHODS.values()),
-        checkerboard_size=f"{checkerboard.ITERATIONS} iterations of {checkerboard.BATCH} points.",
-        shapes_size=f"{shapes.ITERATIONS} iterations of {shapes.BATCH} pictures.",
+        checkerboard_size=f"{checkerboard.ITERATIONS} iterations of {checkerboard.BATCH} points, "
+        f"{len(checkerboard.LEARNING_RATES)} learning rates tried.",
+        shapes_size=f"{shapes.ITERATIONS} iterations of {shapes.BATCH} pictures, "
+        f"{len(shapes.LEARNING_RATES)} learning rates tried.",
         guidance=f"{TEACHER_GUIDANCE:g}",
         torch=torch.__version__,
         machine=f"{platform.system()} {platform.machine()}",

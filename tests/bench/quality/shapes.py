@@ -33,7 +33,7 @@ from trainer.tiny import world
 NAME = "shapes"
 TUNED: Mapping[str, Method] = METHODS
 OTHERS: Mapping[str, Method] = {}
-LEARNING_RATES = (1e-4, 3e-4, 1e-3)
+LEARNING_RATES = (3e-4, 1e-3)
 ITERATIONS, BATCH = 350, 32
 PICTURES, TRIED, FOLLOWED = 512, 256, 32
 """Of each cell of the tables, of each cell of a try, and of each start of a trajectory."""
