@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from trainer.demo.comfy_server import PACK, PACK_NAME, PACK_PARTS, ComfyServer, Host
 
+FORBIDDEN = ("S102", "S307", "E702")  # to ruff they are: exec, eval, and statements on one line with a semicolon
 READ_BY_PEOPLE = {"CHANGELOG.md", "LICENSE", "README.md"}
 PROGRAM = """
 import json, sys, warnings
@@ -80,6 +82,34 @@ def test_every_file_is_in_the_package_or_left_out_on_purpose() -> None:
     present = {line.split("/")[0] for line in listed.splitlines()}
     assert set(PACK_PARTS) | READ_BY_PEOPLE == present - left_out
     assert not left_out - present, "a name without a file"
+
+
+def served() -> list[Path]:
+    """Return the files of the package: those under version control that .comfyignore, in git's syntax, leaves in."""
+
+    def listed(*options: str) -> set[str]:
+        command = ["git", "ls-files", "--cached", *options]
+        return set(subprocess.run(command, cwd=PACK, capture_output=True, text=True, check=True).stdout.splitlines())
+
+    return [PACK / name for name in sorted(listed() - listed("--ignored", "--exclude-from=.comfyignore"))]
+
+
+def forbidden(files: list[Path]) -> list[str]:
+    """Return what ruff finds in Python files of what the registry forbids, whatever a comment in them allows."""
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", "--ignore-noqa"]
+    command += ["--output-format", "json", "--select", ",".join(FORBIDDEN), *map(str, files)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 1), done.stderr
+    return [finding["code"] for finding in json.loads(done.stdout)]
+
+
+def test_nothing_is_in_the_package_that_the_registry_forbids(tmp_path: Path) -> None:
+    programs = [file for file in served() if file.suffix == ".py" and file.is_file()]
+    assert {file.relative_to(PACK).parts[0] for file in programs} == {"__init__.py", "nodes", "tcd"}
+    assert forbidden(programs) == []
+    bad = tmp_path / "bad.py"
+    bad.write_text('exec("1"); eval("2")  # noqa: S102, S307, E702\n', encoding="utf-8")
+    assert sorted(forbidden([bad])) == sorted(FORBIDDEN), "it would be found"
 
 
 def test_only_the_owner_publishes(project: dict[str, Any]) -> None:
