@@ -12,6 +12,21 @@ LANGUAGES = ("zh", "ja")  # English is what the nodes say themselves: the browse
 DOCS = PACK / "nodes" / "web" / "docs"
 PAPER = "https://arxiv.org/abs/2402.19159"
 SYNTAX = set("@{}|")  # the browser's translator reads these as commands
+SYMBOLS = {  # of the paper, for the inputs and outputs of these names, and for those of one node alone
+    "eta": "gamma",
+    "steps": "N",
+    "cfg": "omega",
+    "strength_model": "theta",
+    "timesteps": "tau_N",
+    "scheduler": "tau_n",
+    "denoise": "t",
+    "TCDSigmas.model": "t",
+    "TCDLoraLoader.model": "f_theta",
+    "TCDSamplingSetup.model": "f_theta",
+    "TCDSamplingSetup.MODEL": "gamma",
+    "TCDSamplingSetup.SIGMAS": "tau_n",
+}
+GREEK = {"gamma": "γ", "omega": "ω", "theta": "θ", "tau": "τ"}
 CHINESE_OR_JAPANESE = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]")
 
 pytestmark = pytest.mark.host
@@ -28,16 +43,41 @@ def _inputs(info: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: spec[1] for group in info["input"].values() for name, spec in group.items()}
 
 
-def test_everything_is_explained_and_in_the_symbols_of_the_paper(nodes: dict[str, Any]) -> None:
+def test_everything_is_explained(nodes: dict[str, Any]) -> None:
     assert nodes
     for info in nodes.values():
         assert info["display_name"]
         assert info["description"]
         assert all(info["output_tooltips"])
-        for name, options in _inputs(info).items():
+        for options in _inputs(info).values():
             assert options["tooltip"]
-            symbol = {"eta": "gamma", "steps": "N", "timesteps": "tau", "scheduler": "tau"}.get(name, "")
-            assert symbol in options["tooltip"]
+
+
+def _is_named(symbol: str, text: str) -> bool:
+    """Tell whether a text names a symbol, apart from other letters; N is neither in Note nor in tau_N."""
+    return re.search(rf"(?<![A-Za-z0-9_]){symbol}(?![A-Za-z0-9_])", text) is not None
+
+
+@pytest.mark.parametrize("language", ["en", *LANGUAGES])
+def test_tooltips_name_the_symbols_of_the_paper(
+    nodes: dict[str, Any], translations: dict[str, Any], language: str
+) -> None:
+    met = set()
+    for node, info in nodes.items():
+        tooltips = {name: options["tooltip"] for name, options in _inputs(info).items()}
+        tooltips |= dict(zip(info["output_name"], info["output_tooltips"], strict=True))
+        if language != "en":
+            found = translations[language]["nodeDefs"][node]
+            translated = [each["tooltip"] for part in ("inputs", "outputs") for each in found[part].values()]
+            tooltips = dict(zip(tooltips, translated, strict=True))
+        for name, tooltip in tooltips.items():
+            for key in {name, f"{node}.{name}"} & SYMBOLS.keys():
+                met.add(key)
+                symbol = SYMBOLS[key]
+                if language != "en":
+                    symbol = re.sub("|".join(GREEK), lambda found: GREEK[found[0]], symbol)
+                assert _is_named(symbol, tooltip), (key, symbol, tooltip)
+    assert met == SYMBOLS.keys(), "a name that no node has"
 
 
 @pytest.mark.parametrize("page", ["{node}.md", *(f"{{node}}/{language}.md" for language in LANGUAGES)])
