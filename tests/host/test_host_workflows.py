@@ -3,13 +3,19 @@
 import io
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from graphs import Graph
+from loras import RANK, random_lora
 from PIL import Image
+from safetensors.torch import save_file
 from stand_ins import RECOMMENDED_STEPS, StandIns
 
-from trainer.demo.comfy_server import PACK, PACK_NAME, ComfyServer
+from trainer.demo.comfy_server import PACK, PACK_NAME, ComfyError, ComfyServer
 
 NAMES = [
     "tcd-sd15-text-to-image",
@@ -32,7 +38,7 @@ DIRECTORIES = {"CheckpointLoaderSimple": "checkpoints", "TCDLoraLoader": "loras"
 IN_PIXELS = {"EmptyLatentImage", "EmptySD3LatentImage", "ImageScale"}
 SIZE = 64  # that the tests give to what is in pixels
 SIZES = {"tcd-sd15-two-stage": (96, 96), "tcd-sd15-eta-comparison": (4 * SIZE + 3 * 8, SIZE)}  # else SIZE x SIZE
-COMPLAINTS = ("not loaded", "NOT LOADED", "missing", "ERROR", "does not fit")
+COMPLAINTS = ("not loaded", "error", "missing", "does not fit", "applied in part")  # in capitals or not
 SAMPLERS = {"SamplerCustom", "SamplerCustomAdvanced", "KSampler"}
 
 
@@ -178,9 +184,40 @@ def test_it_runs(server: ComfyServer, stand_ins: StandIns, name: str) -> None:
     for steps in _asked_steps(prompt):
         assert f"{steps}/{steps} [" in log
         log = log.replace(f"{steps}/{steps} [", "", 1)
-    assert not [
-        line for line in log.splitlines() if "not loaded" in line.lower() or "missing" in line or "ERROR" in line
-    ]
+    assert _complaints(log) == []
+
+
+def _complaints(log: str) -> list[str]:
+    """Return the lines of the host's log that say that something is wrong with a file."""
+    return [line for line in log.splitlines() if any(each in line.lower() for each in COMPLAINTS)]
+
+
+@pytest.mark.host
+@pytest.mark.parametrize(
+    ("loader", "options", "words"),
+    [
+        ("LoraLoaderModelOnly", {}, ["lora key not loaded", "ERROR lora"]),
+        ("TCDLoraLoader", {}, ["does not fit the model"]),
+        ("TCDLoraLoader", {"allow_partial": True}, ["was applied in part"]),
+    ],
+)
+def test_what_the_host_says_of_a_lora_that_does_not_fit_is_a_complaint(
+    server: ComfyServer, unet: UNet2DConditionModel, loader: str, options: dict[str, Any], words: list[str]
+) -> None:
+    lora = random_lora(unet)
+    wide = next(name for name in lora if "attn2_to_k.lora_down" in name)
+    lora[wide] = torch.zeros(RANK, 2048)  # as SDXL has it
+    lora |= {f"lora_unet_nowhere.lora_{side}.weight": torch.zeros(RANK, RANK) for side in ("up", "down")}
+    save_file(lora, server.models / "loras" / "strange.safetensors")
+    graph = Graph()
+    model = graph.checkpoint()[0]
+    loaded = graph.add(loader, model=model, lora_name="strange.safetensors", strength_model=1.0, **options)[0]
+    graph.save(graph.ksampler(model=loaded, steps=1)[0])
+    before = len(server.log_text())
+    with nullcontext() if loader != "TCDLoraLoader" or options else pytest.raises(ComfyError):
+        server.run(graph)
+    found = "\n".join(_complaints(server.log_text()[before:]))
+    assert all(each in found for each in words)
 
 
 def _check_widgets(node: Mapping[str, Any], info: Mapping[str, Any]) -> None:
