@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from measures import energy_distance
-from methods import GAMMAS, METHODS, PLAIN, SEEDS, STEPS, TUNED_AT, TUNING_SEED, VARIATIONS, Method
+from methods import GAMMAS, METHODS, PLAIN, SEEDS, STEPS, TUNED_AT, VARIATIONS, Method
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -103,7 +103,7 @@ class Student(nn.Module):
 
 def prepare(folder: Path) -> None:
     """Make what all runs share: the students as they begin."""
-    for seed in (TUNING_SEED, *SEEDS):
+    for seed in SEEDS:
         denoiser_of(seed, folder)
 
 

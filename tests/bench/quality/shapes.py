@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from measures import coverage, energy_distance
-from methods import GAMMAS, METHODS, SEEDS, STEPS, TUNED_AT, TUNING_SEED, Method
+from methods import GAMMAS, METHODS, SEEDS, STEPS, TUNED_AT, Method
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -46,7 +46,7 @@ def prepare(folder: Path) -> None:
     if not (folder / "pictures").exists():
         world.write_folder(folder / "pictures.unfinished", 1024, seed=0)
         (folder / "pictures.unfinished").rename(folder / "pictures")
-    for seed in (TUNING_SEED, *SEEDS):
+    for seed in SEEDS:
         teacher_features(seed, folder)
     trajectories(folder)
 
