@@ -2,9 +2,9 @@
 
 python tests/bench/quality --results FOLDER [--worlds checkerboard shapes] [--write]
 
-Each method gets the same number of iterations, and of tries to find its learning rate: one run at each of a few; the one
-with the least distance, as a geometric mean over 1, 2, 4 and 8 steps at the gamma of the method's own sampler, is then
-run from other seeds too. A run that is in FOLDER already is not done again.
+Each method gets the same number of iterations, and of tries to find its learning rate: one run at each of a few. The
+one with the least distance, as a geometric mean over 1, 2, 4 and 8 steps at the gamma of the method's own sampler, is
+then run from other seeds too. A run that is in FOLDER already is not done again.
 --write puts the tables and plots into docs/.
 """
 
