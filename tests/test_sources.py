@@ -198,6 +198,28 @@ def test_everything_that_is_wrong_is_said_together_with_counts_and_names(tmp_pat
     assert "left out: 1 of 6 pictures are smaller" in report and "1 pictures" in report
 
 
+@pytest.mark.parametrize("empty", ["", " \n", "\ufeff"])
+def test_a_caption_that_says_nothing_is_a_missing_one(tmp_path: Path, empty: str) -> None:
+    write(tmp_path / "folder", "a.png", empty)
+    write(tmp_path / "listed", "b.png", None)
+    (tmp_path / "listed" / "metadata.jsonl").write_text(
+        json.dumps({"file_name": "b.png", "text": empty.strip("\ufeff")}), encoding="utf-8"
+    )
+    write_tar(tmp_path / "t.tar", {"c.png": png(), "c.txt": empty.encode()})
+    paths = (tmp_path / "folder", tmp_path / "listed", tmp_path / "t.tar")
+    sources = [{"path": str(path)} for path in paths]
+    with pytest.raises(UserError, match=r"3 of 3 pictures have no caption: a\.png, b\.png, t\.tar/c\.png"):
+        survey(configured(tmp_path, sources=sources))
+    found = survey(configured(tmp_path, sources=[*sources, {"path": str(good(tmp_path))}], skip_bad=True))
+    assert found.pictures == 1
+
+
+def good(tmp_path: Path) -> Path:
+    """A folder with one picture that can be used."""
+    write(tmp_path / "good", "good.png")
+    return tmp_path / "good"
+
+
 def test_a_file_that_cannot_be_read_is_said_so(tmp_path: Path) -> None:
     write(tmp_path, "a.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "x"}', encoding="utf-8")

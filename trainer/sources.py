@@ -169,12 +169,12 @@ def _tars(key: str, path: Path) -> tuple[Path, ...]:
 
 
 def _sample(name: str, read: Callable[[], bytes], text: bytes | None) -> Sample:
-    if text is None:
-        return Sample(name, read, problem=NO_CAPTION)
+    """The sample of a picture and its caption file's bytes, None for none; one that says nothing is none, too."""
     try:
-        return Sample(name, read, text.decode("utf-8-sig").strip())
+        caption = "" if text is None else text.decode("utf-8-sig").strip()
     except UnicodeDecodeError:
         return Sample(name, read, problem=NOT_UTF8)
+    return Sample(name, read, caption) if caption else Sample(name, read, problem=NO_CAPTION)
 
 
 def _read_shard(path: Path) -> Iterator[Sample]:
