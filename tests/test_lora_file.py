@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tiny_base import network, small_config, write_base, write_inputs
-from trainer import adapter
+from trainer import adapter, lora_file
 from trainer.cli import main
 from trainer.conditioning import Conditioning
-from trainer.errors import UserError
+from trainer.errors import RunError, UserError
 from trainer.export import write_lora
 from trainer.lora_file import describe, export, merge
 from trainer.sample import initial_noise
@@ -92,6 +92,50 @@ def test_nothing_is_written_over_or_made_of_what_is_no_lora(
     with pytest.raises(UserError, match="is not a tiny checkpoint"):
         merge(lora, tmp_path / "other.safetensors", tmp_path / "new.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["other.safetensors"]
+
+
+@pytest.mark.parametrize("strength", ["nan", "inf", "-inf"])
+def test_a_strength_that_is_no_number_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], strength: str
+) -> None:
+    base, lora = folder / "base.safetensors", folder / "lora.safetensors"
+    with pytest.raises(UserError, match=f"the strength is {strength}.* use one such as 1"):
+        merge(lora, base, tmp_path / "new.safetensors", strength=float(strength))
+    assert (
+        main(["export", str(lora), str(tmp_path / "new.safetensors"), f"--into={base}", f"--strength={strength}"]) == 2
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_written_is_finite(folder: Path, tmp_path: Path) -> None:
+    base, lora = folder / "base.safetensors", folder / "lora.safetensors"
+    with pytest.raises(UserError, match="would have model.diffusion_model.* with numbers that are not finite: use"):
+        merge(lora, base, tmp_path / "new.safetensors", strength=1e9, dtype=torch.float16)
+    spoiled = load_file(lora)
+    spoiled["lora_unet_mid_block_resnets_0_conv1.lora_up.weight"][0] = float("nan")
+    save_file(spoiled, tmp_path / "spoiled.safetensors")
+    with pytest.raises(UserError, match="mid_block_resnets_0_conv1.lora_up.weight with numbers that are not finite"):
+        export(tmp_path / "spoiled.safetensors", tmp_path / "new.safetensors", spelling="kohya", dtype=torch.float16)
+    assert [path.name for path in tmp_path.iterdir()] == ["spoiled.safetensors"]
+
+
+@pytest.mark.parametrize("fault", ["a changed bit", "cut off"])
+def test_what_is_written_is_read_back_before_it_has_its_name(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    def faulty(tensors: dict[str, torch.Tensor], path: Path, **options: object) -> None:
+        save_file(tensors, path, **options)  # type: ignore[arg-type]
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content if fault == "a changed bit" else content[:-100])
+
+    monkeypatch.setattr(lora_file, "save_file", faulty)
+    base, lora, new = folder / "base.safetensors", folder / "lora.safetensors", tmp_path / "new.safetensors"
+    with pytest.raises(RunError, match="new.safetensors was written, and read back it is another: it was removed"):
+        merge(lora, base, new)
+    with pytest.raises(RunError, match="read back it is another"):
+        export(lora, new, spelling="peft", dtype=torch.bfloat16)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_is_told_in_words(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ Flows in: a LoRA in any spelling.  Flows out: a new file, or a description; what
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from tcd.target_time import PREFIX
 from trainer import bases, ldm
 from trainer.adapter_file import PEFT_SETTINGS, read_adapter
 from trainer.atomic import whole_file
-from trainer.errors import UserError
+from trainer.errors import RunError, UserError
 from trainer.lora_keys import module_shapes
 from trainer.single_file import read_safetensors
 
@@ -65,7 +66,8 @@ def export(source: Path, target: Path, *, spelling: Spelling, dtype: torch.dtype
     """Write the LoRA of `source` as `target`, in another spelling or dtype, with the same metadata.
 
     PEFT's names have no alpha beside them: it is multiplied into the up half, so that no reader can lose it.
-    Raises UserError when `target` exists, or when `source` cannot be written so.
+    Raises UserError when `target` exists, or when `source` cannot be written so, and RunError when the file does not
+    hold what was written.
     """
     _refuse_existing(target)
     lora = read_lora(source)
@@ -92,8 +94,11 @@ def merge(
     """Write a whole checkpoint with the LoRA of `source` in its UNet; other weights stay as they are.
 
     dtype: of the floating-point weights; None leaves each as it is.
-    Raises UserError when `target` exists, or when the LoRA is not one for the checkpoint.
+    Raises UserError when `target` exists, when the LoRA is not one for the checkpoint, when `strength` is not finite,
+    and when a weight would not be; and RunError when the file does not hold what was written.
     """
+    if not math.isfinite(strength):
+        raise UserError(f"the strength is {strength}, and every weight would be no number: use one such as 1")
     _refuse_existing(target)
     lora = read_lora(source)
     _refuse_target_time(lora, source, "a checkpoint has none")
@@ -182,5 +187,32 @@ def _refuse_existing(target: Path) -> None:
 
 
 def _write(target: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write finite tensors, and read them back before the file gets its name."""
+    for key, value in tensors.items():
+        if value.is_floating_point() and not value.float().isfinite().all():
+            raise UserError(
+                f"{target} would have {key} with numbers that are not finite: use a dtype of a wider range, such as "
+                "bfloat16, a smaller strength, or files that are whole"
+            )
+    whole = {key: value.contiguous() for key, value in tensors.items()}
     with whole_file(target) as unfinished:
-        save_file({key: value.contiguous() for key, value in tensors.items()}, unfinished, metadata=dict(metadata))
+        save_file(whole, unfinished, metadata=dict(metadata))
+        if not _holds(unfinished, whole):
+            raise RunError(f"{target} was written, and read back it is another: it was removed; try another disk")
+
+
+def _holds(path: Path, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a file has exactly these tensors, to the last bit."""
+    try:
+        written, _ = read_safetensors(path)
+    except UserError:  # cut off
+        return False
+    return written.keys() == tensors.keys() and all(
+        (value.dtype, value.shape) == (tensors[key].dtype, tensors[key].shape)
+        and torch.equal(_bytes(value), _bytes(tensors[key]))
+        for key, value in written.items()
+    )
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.flatten().view(torch.uint8)
