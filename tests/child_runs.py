@@ -117,7 +117,7 @@ def _refused(path: Path) -> None:
     raise AssertionError(f"a process that is not the main one would write {path}")
 
 
-def die(*_: object) -> None:
+def die(*_: object, **__: object) -> None:
     """End as by a power failure: nothing is cleaned up."""
     os.kill(os.getpid(), signal.SIGKILL)
 

@@ -16,7 +16,7 @@ from trainer.errors import UserError
 from trainer.export import ExportError, write_lora
 from trainer.network import Network
 from trainer.optimizer import lr_factor
-from trainer.run import run
+from trainer.run import check, run
 from trainer.sample import initial_noise, sample_latents
 from trainer.targets import TARGETS
 from trainer.teacher import load_base
@@ -133,8 +133,8 @@ def test_the_same_seed_gives_the_same_adapter(checkpoint: Path) -> None:
     assert not all(torch.equal(a, b) for a, b in zip(first, start(1), strict=True))
 
 
-def write(net: Network, values: dict[str, dict[str, object]], path: Path) -> None:
-    write_lora(path, net, small_config(values), {"tcd.law": "uniform"}, COND[:1])
+def write(net: Network, values: dict[str, dict[str, object]], path: Path, *, final: bool = True) -> None:
+    write_lora(path, net, small_config(values), {"tcd.law": "uniform"}, COND[:1], final=final)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -189,6 +189,51 @@ def test_a_file_without_effect_or_with_another_does_not_get_its_name(
     with pytest.raises(ExportError, match="away from the trained one"):
         write(net, values, path)
     assert list(path.parent.iterdir()) == []
+
+
+def test_a_file_without_effect_on_the_way_is_warned_of_and_kept(
+    net: Network, values: dict[str, dict[str, object]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    parameters = adapter.add_adapter(net.unet, rank=4, alpha=2.0, seed=0)
+    path = tmp_path / "preview.safetensors"
+    write(net, values, path, final=False)
+    assert path.is_file() and f"{path} changes nothing yet" in caplog.text
+    caplog.clear()
+    shake(parameters)
+    write(net, values, path, final=False)
+    assert not caplog.text
+
+
+def test_a_preview_before_the_lora_has_an_effect_does_not_end_the_run(
+    values: dict[str, dict[str, object]], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values["preview"] = {"prompts": ["a red circle"], "steps": [1], "every": 1}
+    real = loop.set_rate
+    # The first step is at the rate of the end, 0: as one in a bfloat16 base that is below its rounding.
+    monkeypatch.setattr(loop, "set_rate", lambda optimizer, step, training: real(optimizer, 2 - step, training))
+    run(small_config(values))
+    assert "tcd-lora-step-000001.safetensors changes nothing yet" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("training", "method", "adapted"),
+    [
+        ({"lr": 0}, {}, {}),
+        ({"lr": 0, "target_time_lr": 0}, {"target_time": True}, {}),
+        ({"target_time_lr": 0}, {"target_time": True}, {"freeze": True}),
+    ],
+)
+def test_rates_with_which_nothing_is_trained_are_refused(
+    values: dict[str, dict[str, object]],
+    training: dict[str, object],
+    method: dict[str, object],
+    adapted: dict[str, object],
+) -> None:
+    values |= {"method": method, "adapter": values["adapter"] | adapted}
+    with pytest.raises(UserError, match=r"training.lr is .*nothing would be trained: use more than 0"):
+        check(small_config(values, **training))
+    values["method"] = {"target_time": True}
+    check(small_config(values, **{**training, "target_time_lr": 1e-3}))
 
 
 def test_a_failed_write_leaves_the_old_file_alone(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import logging
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from trainer.network import Network
 from trainer.teacher import Base
 
 _METHODS = {"uniform": "tcd", "zero": "lcm", "segment": "tscd", "phase": "pcm", "target": "tdd"}
+log = logging.getLogger("trajectory-consistency")
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
 
@@ -31,11 +33,20 @@ class ExportError(RunError):
     """The written file does not give what the network in training gives; it was removed."""
 
 
-def write_lora(path: Path, network: Network, config: Config, metadata: dict[str, str], cond: Conditioning) -> None:
+def write_lora(
+    path: Path,
+    network: Network,
+    config: Config,
+    metadata: dict[str, str],
+    cond: Conditioning,
+    *,
+    final: bool = False,
+) -> None:
     """Write the adapter of `network` to `path`, atomically, after reading it back and comparing one prediction.
 
-    cond: one row, any caption, for that prediction.  Raises ExportError when the file's prediction differs from
-    the trained one by more than rounding, or not at all from the base's.
+    cond: one row, any caption, for that prediction.  final: whether it is what the run is for; what is written on the
+    way may change nothing yet, as it does after a few small steps, and is warned of.  Raises ExportError when the
+    file's prediction differs from the trained one by more than rounding or, if `final`, not at all from the base's.
     """
     dtype = getattr(torch, config.output.dtype)
     state = adapter.file_tensors(network.unet, config.adapter.alpha)
@@ -43,12 +54,22 @@ def write_lora(path: Path, network: Network, config: Config, metadata: dict[str,
     with whole_file(path) as unfinished:
         save_file(state, unfinished, metadata=metadata)
         # A base in bfloat16 answers the least change of an adapter with as much as the rounding of its own dtype.
-        _verify(unfinished, network, cond, max(TOLERANCE[dtype], TOLERANCE.get(network.unet.dtype, 0)))
+        effect = _verify(unfinished, network, cond, max(TOLERANCE[dtype], TOLERANCE.get(network.unet.dtype, 0)))
+        if effect == 0 and final:
+            raise ExportError(
+                "the written LoRA changes nothing: its prediction is the base model's; use a larger training.lr, or "
+                "more training.steps"
+            )
+    if effect == 0:
+        log.warning("%s changes nothing yet: its prediction is the base model's", path)
 
 
 @torch.no_grad()
-def _verify(path: Path, network: Network, cond: Conditioning, tolerance: float) -> None:
-    """Read the file with diffusers' own loader, as a second adapter on the same frozen base, and compare."""
+def _verify(path: Path, network: Network, cond: Conditioning, tolerance: float) -> float:
+    """Read the file with diffusers' own loader, as a second adapter on the same frozen base, and compare.
+
+    Return by how much it changes the base's prediction, relative to that.
+    """
     unet = network.unet
     trained = _probe(network, cond)
     with adapter.adapters_off(unet):
@@ -56,11 +77,10 @@ def _verify(path: Path, network: Network, cond: Conditioning, tolerance: float) 
     with adapter.second_adapter(unet, path):
         written = _probe(network, cond)
     error = ((written - trained).norm() / trained.norm()).item()
-    effect = ((written - base).norm() / base.norm()).item()
+    effect: float = ((written - base).norm() / base.norm()).item()
     if not error <= tolerance:
         raise ExportError(f"the written LoRA predicts {error:.2e} away from the trained one (allowed: {tolerance:.0e})")
-    if effect == 0:
-        raise ExportError("the written LoRA changes nothing: its prediction is the base model's")
+    return effect
 
 
 def _probe(network: Network, cond: Conditioning) -> Tensor:

@@ -54,6 +54,7 @@ def check(config: Config) -> Inputs:
     _, dtype = placed(config)
     _check_free(config)
     optimizer_class(config.training)
+    _check_rates(config)
     if sharding.wanted() and config.preview.prompts:
         raise UserError(
             "preview.prompts are drawn by one process, and FSDP leaves none with the whole base: "
@@ -121,7 +122,7 @@ def run(config: Config) -> Path:
             student = _whole(student, config, device, dtype)
         report = write_report(config.output_folder)
         any_caption = dataset.batch(0, 1, seed=config.training.seed, caption_dropout=0).cond
-        write_lora(config.lora_path, student, config, metadata, any_caption.to(device))
+        write_lora(config.lora_path, student, config, metadata, any_caption.to(device), final=True)
         checkpoints.clear()
         log.info("wrote %s; look at %s", config.lora_path, report)
     processes.wait()
@@ -180,6 +181,16 @@ def _whole(sharded: Network, config: Config, device: torch.device, dtype: torch.
 def _checkpoints(config: Config) -> Checkpoints:
     training = config.training
     return Checkpoints(config.output_folder / "checkpoints", training.checkpoint_every, training.keep_checkpoints)
+
+
+def _check_rates(config: Config) -> None:
+    """Refuse learning rates with which nothing would be trained."""
+    training, told = config.training, config.method.target_time
+    if training.lr and not config.adapter.freeze or told and training.target_time_lr:
+        return
+    rates = f"training.lr is {training.lr:g}" + (f", target_time_lr {training.target_time_lr:g}" if told else "")
+    frozen = " and adapter.freeze is set" if config.adapter.freeze else ""
+    raise UserError(f"{rates}{frozen}, so that nothing would be trained: use more than 0, such as 1e-4")
 
 
 def _check_free(config: Config) -> None:
