@@ -83,6 +83,7 @@ def _child(values: dict[str, Any], death: str, place: tuple[int, int, int] | Non
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         if place[0] > 0:
             run.whole_file = checkpoint.whole_file = export.whole_file = _refused
+            run.survey = run.identify = _not_asked
     train = run.train
 
     def train_and_tell(*arguments: Any, **options: Any) -> list[float]:
@@ -115,6 +116,10 @@ def _tell_share(values: dict[str, Any]) -> None:
 
 def _refused(path: Path) -> None:
     raise AssertionError(f"a process that is not the main one would write {path}")
+
+
+def _not_asked(*_: object, **__: object) -> None:
+    raise AssertionError("a process that is not the main one would look at the data or the base, as that one does")
 
 
 def die(*_: object, **__: object) -> None:

@@ -13,9 +13,12 @@ from safetensors.torch import load_file
 
 from tiny_base import small_config, write_inputs
 from trainer.cli import main
+from trainer.encode import prepare
+from trainer.errors import UserError
 from trainer.lora_keys import describe_keys
 from trainer.memory import Settings, estimate
-from trainer.run import run
+from trainer.processes import Processes
+from trainer.run import check, run
 
 # A child that takes one step, and tells by how much its greatest memory grew from when the model was not there yet.
 MEASURE = r"""
@@ -73,6 +76,35 @@ def test_the_keys_that_are_told_are_those_of_the_file(values: dict[str, dict[str
     assert " modules of tiny's UNet" in describe_keys("tiny", 4, ("attention",)) and "conv1" not in describe_keys(
         "tiny", 4, ("attention",)
     )
+
+
+def test_a_batch_that_cannot_be_divided_is_refused(values: dict[str, dict[str, object]]) -> None:
+    with pytest.raises(UserError, match="training.batch is 8: use a multiple of .* 3 x 1"):
+        check(small_config(values, batch=8, accumulate=3))
+    with pytest.raises(UserError, match="training.batch is 9: use a multiple of .* 3 x 2"):
+        check(small_config(values, batch=9, accumulate=3), Processes(0, 2))
+    check(small_config(values, batch=9, accumulate=3))
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no folder in which nobody may write")
+def test_folders_where_nothing_can_be_written_are_refused(values: dict[str, dict[str, object]], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="output.folder is /proc/out, but nothing can be written into /proc .*make it"):
+        check(small_config({**values, "output": {"folder": "/proc/out"}}))
+    values["data"]["cache"] = "/proc/cache"
+    with pytest.raises(UserError, match="data.cache is /proc/cache, but nothing can be written into /proc"):
+        check(small_config(values))
+
+
+def test_a_complete_cache_need_not_be_writable(values: dict[str, dict[str, object]]) -> None:
+    config = small_config(values)
+    prepare(config, torch.device("cpu"), torch.float32)
+
+    def refused(key: str, folder: Path) -> None:
+        assert key == "output.folder", folder
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.run._check_writable", refused)
+        check(config)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the process's memory from /proc")

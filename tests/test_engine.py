@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors.torch import save_file
 
 from tcd import scaled_linear_alpha_bar
 from tiny_base import network, random_dataset, small_config, write_base, write_inputs
@@ -20,7 +21,7 @@ from trainer.errors import UserError
 from trainer.export import write_lora
 from trainer.full_memory import MemoryFullError, memory_advice, when_caching, when_training
 from trainer.network import Network
-from trainer.run import check, run
+from trainer.run import Inputs, check, run
 from trainer.targets import GROUPS, TARGETS
 
 Values = dict[str, dict[str, object]]
@@ -207,6 +208,36 @@ def test_training_starts_from_a_lora_file(checkpoint: Path, values: Values, tmp_
     path.write_bytes(b"no LoRA")
     with pytest.raises(UserError, match="is not a whole safetensors file"):
         started()
+
+
+def test_a_lora_to_start_from_that_does_not_fit_is_refused_before_anything_is_done(
+    checkpoint: Path, values: Values, tmp_path: Path
+) -> None:
+    net, _ = adapted(checkpoint)
+    path, other = tmp_path / "lora.safetensors", tmp_path / "sd15.safetensors"
+    write_lora(path, net, small_config(values), {}, Conditioning(torch.ones(1, 77, 32)))
+    down, up = torch.ones(4, 320), torch.ones(320, 4)
+    name = "lora_unet_down_blocks_0_attentions_0_proj_in"
+    save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}, other)
+
+    def begun(file: Path = path, **settings: object) -> Inputs:
+        return check(
+            from_mapping({**values, "adapter": {"rank": 4, "alpha": 2.0, "start_from": str(file), **settings}})
+        )
+
+    begun()
+    for settings in ({"rank": 8}, {"alpha": 4.0}):
+        with pytest.raises(UserError, match="use its adapter.rank, 4, and adapter.alpha, 2"):
+            begun(**settings)
+    with pytest.raises(UserError, match="not in both are .*the adapter.targets that it was trained with"):
+        begun(targets=["attention"])
+    with pytest.raises(UserError, match="not in both are .*use a LoRA for this base"):
+        begun(other)
+    with pytest.raises(UserError, match="is not a LoRA"):
+        begun(checkpoint)
+    other.write_bytes(b"no LoRA")
+    with pytest.raises(UserError, match="is not a whole safetensors file"):
+        begun(other)
 
 
 def test_what_is_not_there_is_said_before_anything_is_done(values: Values, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,6 +80,11 @@ def test_previews_are_refused_where_no_process_has_the_whole_base(
         check(config)
 
 
+def test_what_stops_a_run_at_its_start_stops_all_of_its_processes(values: Values, tmp_path: Path) -> None:
+    assert child_runs.finish_together(elsewhere(values, tmp_path / "out", batch=4, accumulate=3)) == [1, 1]
+    assert not (tmp_path / "out").exists()
+
+
 def test_parts_one_after_another_are_the_batch_at_once(alone: Values, tmp_path: Path) -> None:
     values = elsewhere(alone, tmp_path / "out", accumulate=4)
     assert child_runs.finish(values, "after the last step") == -9

@@ -10,17 +10,19 @@ optimizer in each.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import broadcast_object_list, reduce
 from torch import Tensor
 
-from trainer.errors import UserError
+from trainer.errors import RunError, UserError
 
+T = TypeVar("T")
 _PATIENCE = timedelta(days=1)  # as one may have much more to encode than the others, or a preview to draw
 
 
@@ -58,6 +60,25 @@ class Processes:
         pieces = whole.split([tensor.numel() for tensor in tensors])
         for tensor, piece in zip(tensors, pieces, strict=True):
             tensor.copy_(piece.view_as(tensor))
+
+    def once(self, function: Callable[[], T]) -> T:
+        """What `function` returns in the main process, which alone calls it; the others wait, and return the same.
+
+        What it raises for people to read is raised in all of them.
+        """
+        if self.count == 1:
+            return function()
+        told: list[Any] = [None]
+        if self.main:
+            try:
+                told = [function()]
+            except (UserError, RunError, OSError) as error:
+                told = [error]
+        broadcast_object_list(told)
+        if isinstance(told[0], Exception):
+            raise told[0]
+        found: T = told[0]
+        return found
 
     def wait(self) -> None:
         """Wait until every process is here."""

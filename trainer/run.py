@@ -6,13 +6,15 @@ Flows in: a validated `Config`.  Flows out: `output.folder` with the LoRA, and t
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from trainer import sharding
+from trainer import bases, sharding
 from trainer.adapter import adapter_tensors, add_adapter, freeze_lora, load_adapter_tensors, start_from
 from trainer.atomic import whole_file
 from trainer.buckets import Size
@@ -29,13 +31,14 @@ from trainer.network import Network
 from trainer.optimizer import optimizer_class
 from trainer.placement import placed
 from trainer.preview import Previews
-from trainer.processes import join
+from trainer.processes import ALONE, Processes, join
 from trainer.report import write_report
 from trainer.scenes import Scenes, encode_scenes
 from trainer.survey import Survey, survey
 from trainer.teacher import Identity, identify, load_base, locate
 from trainer.trackers import require, trackers
 
+CHECKPOINTS = "checkpoints"
 log = logging.getLogger("trajectory-consistency")
 
 
@@ -46,27 +49,30 @@ class Inputs(NamedTuple):
     found: Survey
 
 
-def check(config: Config) -> Inputs:
-    """Look at everything that a run needs, and load no weights.
+def check(config: Config, processes: Processes = ALONE) -> Inputs:
+    """Look at everything that a run by so many processes needs, and load no weights.
 
     Raises UserError for whatever would stop the run.
     """
     _, dtype = placed(config)
     _check_free(config)
+    _check_writable("output.folder", config.output_folder)
     optimizer_class(config.training)
     _check_rates(config)
+    processes.parts(config.training.batch, config.training.accumulate)
     if sharding.wanted() and config.preview.prompts:
         raise UserError(
             "preview.prompts are drawn by one process, and FSDP leaves none with the whole base: "
             "use preview.prompts=[], or gpus.yaml in the place of fsdp.yaml"
         )
-    start = config.adapter.start_from
-    if start and not Path(start).expanduser().is_file():
-        raise UserError(f"adapter.start_from is {start}, where there is no file")
     require(config.log)
     base = config.base
     identity = identify(base.path, prediction=base.prediction, zero_snr=base.zero_snr, vae=base.vae)
+    if config.adapter.start_from:
+        _check_start(config, identity)
     cached = open_cached(config, dtype)
+    if cached is None:
+        _check_writable("data.cache", config.cache_folder)
     return Inputs(identity, cached.found if cached else survey(config))
 
 
@@ -93,21 +99,22 @@ def plan(config: Config, inputs: Inputs) -> str:
 def run(config: Config) -> Path:
     """Distill, or go on with it from the last checkpoint in the output folder, and return the LoRA file's path.
 
-    Raises UserError for bad input, what `train` raises, and ExportError when the file does not hold up.
+    Of several processes the first looks at everything and writes everything.  Raises UserError for bad input, what
+    `prepare` and `train` raise, and ExportError when the file does not hold up.
     """
-    inputs = check(config)
     device, dtype = placed(config)
     processes, device = join(device)
+    inputs = processes.once(lambda: check(config, processes))
     if processes.main:
         log.info("%s", plan(config, inputs))
     dataset = prepare(
         config, device, dtype, part=processes.rank, parts=processes.count, total=inputs.found.seen, wait=processes.wait
     )
+    checkpoints = _checkpoints(config)
     scenes = _scenes(config, device, dtype) if processes.main and config.preview.prompts else None
     student, parameters, metadata = _student(config, device, dtype)
     if sharding.wanted():
         sharding.shard(student.unet, parameters, device, processes)
-    checkpoints = _checkpoints(config)
     observers: list[Observer] = []
     if processes.main:
         _claim(config)
@@ -180,7 +187,33 @@ def _whole(sharded: Network, config: Config, device: torch.device, dtype: torch.
 
 def _checkpoints(config: Config) -> Checkpoints:
     training = config.training
-    return Checkpoints(config.output_folder / "checkpoints", training.checkpoint_every, training.keep_checkpoints)
+    return Checkpoints(config.output_folder / CHECKPOINTS, training.checkpoint_every, training.keep_checkpoints)
+
+
+def _check_writable(key: str, folder: Path) -> None:
+    """Refuse a folder where nothing can be written, found by writing a file that goes away again."""
+    there = next(each for each in (folder, *folder.parents) if each.is_dir())
+    try:
+        with TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{key} is {folder}, but nothing can be written into {there} ({error.strerror}): choose another, or make "
+            "it writable"
+        ) from error
+
+
+def _check_start(config: Config, base: Identity) -> None:
+    """Refuse a LoRA to start from that does not fit the adapter, by its names, shapes and alphas alone."""
+    adapter, path = config.adapter, Path(config.adapter.start_from).expanduser()
+    if not path.is_file():
+        raise UserError(f"adapter.start_from is {path}, where there is no file")
+    told = config.method.told if config.method.target_time else None
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter", UserWarning)
+        unet = bases.empty_unet(base.family).requires_grad_(False)
+        add_adapter(unet, rank=adapter.rank, alpha=adapter.alpha, seed=0, targets=adapter.targets, told=told)
+        start_from(unet, path, adapter.alpha)
 
 
 def _check_rates(config: Config) -> None:
@@ -202,7 +235,7 @@ def _check_free(config: Config) -> None:
         raise UserError(f"{config.lora_path} exists: choose another output.folder or output.name, or remove it")
     other = folder / FILE_NAME
     if not other.exists():
-        if _checkpoints(config).steps():
+        if Checkpoints(folder / CHECKPOINTS, 1, 1).steps():
             raise UserError(f"{folder} has checkpoints but no {FILE_NAME}: choose another output.folder")
         return
     try:
