@@ -4,6 +4,7 @@ import itertools
 import os
 import random
 import resource
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +17,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import child_runs
-from tiny_base import write_inputs
+from tiny_base import write_base, write_inputs
 from trainer import loop
 from trainer.checkpoint import Checkpoints
 from trainer.cli import main
 from trainer.config import from_mapping
 from trainer.errors import UserError
-from trainer.run import check
+from trainer.run import check, run
 
 Values = dict[str, dict[str, Any]]
 FINISHED = ["config.toml", "log.csv", "loss_by_time.csv", "report.html", "tcd-lora.safetensors"]
@@ -163,6 +164,40 @@ def test_a_run_goes_on_in_another_way_but_not_to_another_result(half_way: Values
             check(from_mapping(elsewhere(half_way, config.output_folder, **changed)))
         assert all(f"training.{key} was {half_way['training'].get(key, 0)}" in str(caught.value) for key in changed)
         assert "choose another output.folder" in str(caught.value)
+
+
+def test_a_run_does_not_go_on_with_other_pictures_captions_or_weights(half_way: Values, whole: Values) -> None:
+    config = from_mapping(half_way)
+    data, base = Path(config.data.folder), Path(config.base.path)
+    before = {path: path.read_bytes() for path in (*data.iterdir(), base)}
+    picture = data / "00001.png"
+
+    def refused(message: str) -> None:
+        with pytest.raises(
+            UserError, match=rf"has step 2 of .*, {message}.*: put it back as it was, or choose another"
+        ):
+            run(config)
+
+    try:
+        picture.rename(data / "gone")
+        refused(r"the data was 3 captioned pictures, \w+ and is 2 captioned pictures")
+        (data / "gone").rename(picture)
+        shutil.copy(picture, data / "more.png")
+        (data / "more.txt").write_text("one more", encoding="utf-8")
+        refused(r"the data was 3 captioned pictures, \w+ and is 4 captioned pictures")
+        (data / "more.png").unlink()
+        picture.with_suffix(".txt").write_text("something else", encoding="utf-8")
+        refused(r"the data was 3 captioned pictures, \w+ and is 3 captioned pictures")
+        write_base(base, seed=1)
+        refused("the base was")
+        with pytest.raises(UserError, match="the base was"):
+            check(config)
+    finally:
+        (data / "more.txt").unlink(missing_ok=True)
+        for path, content in before.items():
+            path.write_bytes(content)
+    assert child_runs.finish(half_way) == 0, "they are the same again, though touched"
+    assert_same(half_way, whole)
 
 
 def test_a_damaged_checkpoint_is_passed_over(half_way: Values, whole: Values, caplog: pytest.LogCaptureFixture) -> None:

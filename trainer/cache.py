@@ -107,6 +107,14 @@ class Index:
             groups[which] = _sorted(keys, torch.tensor(numbers, dtype=torch.int32))
         return Index(list(shards), groups, empty, found)
 
+    def digest(self) -> str:
+        """A name for the pictures and captions by their content, in which source and bucket they are, and how often."""
+        content = hashlib.sha256()
+        for (number, bucket), rows in sorted(self.groups.items()):
+            content.update(f"{number} {bucket} {len(rows.keys)}\n".encode())
+            content.update(rows.keys.numpy().data)
+        return content.hexdigest()[:16]
+
     @staticmethod
     def merged(parts: Sequence[Index]) -> Index:
         """The index of several parts' data together."""
@@ -199,6 +207,22 @@ def open_cached(config: Config, dtype: torch.dtype) -> Cached | None:
     shards, ordered = ShardFiles(paths), sorted(index.groups.items())
     groups = order_groups(config.data, [(which, len(rows.keys)) for which, rows in ordered])
     return Cached(Dataset(groups, [Table(rows.places, shards, shards) for _, rows in ordered], empty), index.found)
+
+
+def made_from(config: Config, dtype: torch.dtype) -> dict[str, str]:
+    """What a run is made from besides its settings: each in words that are others when its content is.
+
+    Without the data while they are not all in the cache.
+    """
+    base = config.base
+    found = {"the base": _key(_identity(base.path))}
+    if base.vae:
+        found["the VAE"] = _key(_identity(base.vae))
+    try:
+        index = Index.read(layout(config, dtype).index(config))
+    except (SafetensorError, OSError):
+        return found
+    return found | {"the data": f"{index.found.pictures} captioned pictures, {index.digest()}"}
 
 
 def merge_parts(config: Config, dtype: torch.dtype) -> None:

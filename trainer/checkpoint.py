@@ -10,14 +10,15 @@ import logging
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trainer.atomic import whole_file
+from trainer.errors import UserError
 
 log = logging.getLogger("trajectory-consistency")
 _NAME = re.compile(r"step-(\d{8})\.safetensors")
@@ -32,6 +33,8 @@ class Checkpoints:
     """Steps from one checkpoint to the next."""
     keep: int
     """Number of checkpoints kept, the newest."""
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """What the run is made from, each in words that are others when it is; it is kept with every checkpoint."""
 
     def due(self, step: int) -> bool:
         """Whether one is to be saved when `step` steps are done."""
@@ -45,7 +48,8 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self._path(step)
         with whole_file(path) as unfinished:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished)
+            whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(whole, unfinished, metadata=dict(self.inputs))
         for old in self.steps()[self.keep :]:
             self._path(old).unlink()
         return path
@@ -61,6 +65,26 @@ class Checkpoints:
             except (SafetensorError, OSError) as error:
                 log.warning("%s is damaged and is passed over: %s", self._path(step), error)
         return None
+
+    def refuse_others(self) -> None:
+        """Raise UserError, which says what has changed, when the newest checkpoint is not of these `inputs`."""
+        for step in self.steps():
+            try:
+                with safe_open(self._path(step), "pt") as file:
+                    kept = file.metadata() or {}
+            except (SafetensorError, OSError):
+                continue  # `latest` says so
+            changed = [
+                f"{what} was {kept.get(what, 'not told')} and is {now}"
+                for what, now in self.inputs.items()
+                if kept.get(what) != now
+            ]
+            if changed:
+                raise UserError(
+                    f"{self.folder} has step {step} of a run on something else, {'; '.join(changed)}: put it back as "
+                    "it was, or choose another output.folder"
+                )
+            return
 
     def steps(self) -> list[int]:
         """The steps that were saved, newest first."""

@@ -18,7 +18,7 @@ from trainer import bases, sharding
 from trainer.adapter import adapter_tensors, add_adapter, freeze_lora, load_adapter_tensors, start_from
 from trainer.atomic import whole_file
 from trainer.buckets import Size
-from trainer.cache import open_cached
+from trainer.cache import made_from, open_cached
 from trainer.checkpoint import Checkpoints
 from trainer.config import FILE_NAME, Config, changes, load
 from trainer.encode import prepare
@@ -70,6 +70,7 @@ def check(config: Config, processes: Processes = ALONE) -> Inputs:
     identity = identify(base.path, prediction=base.prediction, zero_snr=base.zero_snr, vae=base.vae)
     if config.adapter.start_from:
         _check_start(config, identity)
+    _checkpoints(config, dtype).refuse_others()
     cached = open_cached(config, dtype)
     if cached is None:
         _check_writable("data.cache", config.cache_folder)
@@ -110,7 +111,7 @@ def run(config: Config) -> Path:
     dataset = prepare(
         config, device, dtype, part=processes.rank, parts=processes.count, total=inputs.found.seen, wait=processes.wait
     )
-    checkpoints = _checkpoints(config)
+    checkpoints = processes.once(lambda: _going_on(config, dtype))
     scenes = _scenes(config, device, dtype) if processes.main and config.preview.prompts else None
     student, parameters, metadata = _student(config, device, dtype)
     if sharding.wanted():
@@ -185,9 +186,17 @@ def _whole(sharded: Network, config: Config, device: torch.device, dtype: torch.
     return network
 
 
-def _checkpoints(config: Config) -> Checkpoints:
-    training = config.training
-    return Checkpoints(config.output_folder / CHECKPOINTS, training.checkpoint_every, training.keep_checkpoints)
+def _checkpoints(config: Config, dtype: torch.dtype) -> Checkpoints:
+    """The checkpoints of a run, which are of what it is made from, as far as that is known before all is cached."""
+    training, folder = config.training, config.output_folder / CHECKPOINTS
+    return Checkpoints(folder, training.checkpoint_every, training.keep_checkpoints, made_from(config, dtype))
+
+
+def _going_on(config: Config, dtype: torch.dtype) -> Checkpoints:
+    """The checkpoints of a run whose data are cached, found to be of the same data and model."""
+    checkpoints = _checkpoints(config, dtype)
+    checkpoints.refuse_others()
+    return checkpoints
 
 
 def _check_writable(key: str, folder: Path) -> None:
