@@ -171,4 +171,5 @@ POINTS: dict[str, Callable[[], None]] = {
     "after the last step": lambda: setattr(run, "write_lora", die),
     "half a LoRA": lambda: _half_written(export),
     "a LoRA without its name": lambda: _at("replace", ".tcd-lora*", after=False),
+    "a LoRA with its name": lambda: _at("replace", ".tcd-lora*", after=True),
 }

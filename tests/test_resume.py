@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import tomli_w
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import child_runs
@@ -23,6 +23,7 @@ from trainer.checkpoint import Checkpoints
 from trainer.cli import main
 from trainer.config import from_mapping
 from trainer.errors import UserError
+from trainer.export import config_digest
 from trainer.run import check, run
 
 Values = dict[str, dict[str, Any]]
@@ -198,6 +199,42 @@ def test_a_run_does_not_go_on_with_other_pictures_captions_or_weights(half_way: 
             path.write_bytes(content)
     assert child_runs.finish(half_way) == 0, "they are the same again, though touched"
     assert_same(half_way, whole)
+
+
+def test_a_run_killed_when_the_lora_had_its_name_is_finished_by_the_same_command(
+    whole: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    values, path = elsewhere(whole, tmp_path / "out"), tmp_path / "config.toml"
+    assert child_runs.finish(values, "a LoRA with its name") == -9
+    assert (tmp_path / "out" / "checkpoints").is_dir()
+    (tmp_path / "out" / "report.html").unlink()
+    path.write_text(tomli_w.dumps(values), encoding="utf-8")
+    for _ in range(2):
+        assert main(["run", str(path)]) == 0
+        assert "tcd-lora.safetensors is there, and the run is done" in caplog.text
+        assert_same(values, whole)
+    assert main(["run", str(path), "training.lr=1e-4"]) == 2
+    assert "tcd-lora.safetensors exists: choose another output.folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["of another run", "before the last step", "no LoRA"])
+def test_a_file_of_the_loras_name_that_this_run_has_not_written_is_refused(
+    half_way: Values, whole: Values, how: str
+) -> None:
+    config = from_mapping(half_way)
+    if how != "before the last step":
+        shutil.rmtree(config.output_folder / "checkpoints")
+    tensors = lora(whole)
+    save_file(tensors, config.lora_path, metadata={"tcd.config_sha256": config_digest(config)})
+    if how == "of another run":
+        save_file(tensors, config.lora_path, metadata={"tcd.config_sha256": config_digest(from_mapping(whole))})
+    elif how == "no LoRA":
+        config.lora_path.write_bytes(b"precious")
+    content = config.lora_path.read_bytes()
+    with pytest.raises(UserError, match="tcd-lora.safetensors exists: choose another output.folder"):
+        run(config)
+    assert config.lora_path.read_bytes() == content
 
 
 def test_a_damaged_checkpoint_is_passed_over(half_way: Values, whole: Values, caplog: pytest.LogCaptureFixture) -> None:

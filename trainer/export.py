@@ -26,6 +26,8 @@ from trainer.teacher import Base
 
 _METHODS = {"uniform": "tcd", "zero": "lcm", "segment": "tscd", "phase": "pcm", "target": "tdd"}
 log = logging.getLogger("trajectory-consistency")
+CONFIG_DIGEST = "tcd.config_sha256"
+"""In the metadata: which configuration the LoRA is of."""
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
 
@@ -120,12 +122,17 @@ def describe(config: Config, base: Base, source: Path) -> dict[str, str]:
         "tcd.steps": str(output.steps),
         "tcd.eta": str(output.eta),
         "tcd.cfg": str(output.cfg),
-        "tcd.config_sha256": hashlib.sha256(config.to_toml().encode()).hexdigest(),
+        CONFIG_DIGEST: config_digest(config),
     }
     if source.is_file():
         metadata["ss_sd_model_name"] = source.name
         metadata["ss_sd_model_hash"] = _short_hash(source)
     return metadata
+
+
+def config_digest(config: Config) -> str:
+    """The SHA-256 of a configuration as `config.toml` has it."""
+    return hashlib.sha256(config.to_toml().encode()).hexdigest()
 
 
 def _architecture(base: Base) -> str:

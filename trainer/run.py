@@ -23,7 +23,7 @@ from trainer.checkpoint import Checkpoints
 from trainer.config import FILE_NAME, Config, changes, load
 from trainer.encode import prepare
 from trainer.errors import UserError
-from trainer.export import describe, write_lora
+from trainer.export import CONFIG_DIGEST, config_digest, describe, write_lora
 from trainer.full_memory import memory_advice, when_loading, when_previewing
 from trainer.history import History
 from trainer.loop import Observer, StepRecord, train
@@ -34,6 +34,7 @@ from trainer.preview import Previews
 from trainer.processes import ALONE, Processes, join
 from trainer.report import write_report
 from trainer.scenes import Scenes, encode_scenes
+from trainer.single_file import SingleFile
 from trainer.survey import Survey, survey
 from trainer.teacher import Identity, identify, load_base, locate
 from trainer.trackers import require, trackers
@@ -105,6 +106,8 @@ def run(config: Config) -> Path:
     """
     device, dtype = placed(config)
     processes, device = join(device)
+    if processes.once(lambda: _finish(config)):
+        return config.lora_path
     inputs = processes.once(lambda: check(config, processes))
     if processes.main:
         log.info("%s", plan(config, inputs))
@@ -197,6 +200,29 @@ def _going_on(config: Config, dtype: torch.dtype) -> Checkpoints:
     checkpoints = _checkpoints(config, dtype)
     checkpoints.refuse_others()
     return checkpoints
+
+
+def _finish(config: Config) -> bool:
+    """Whether a run of these settings is finished; what it was killed before, if it was, is done now."""
+    if not _is_finished(config):
+        return False
+    report = write_report(config.output_folder)
+    Checkpoints(config.output_folder / CHECKPOINTS, 1, 1).clear()
+    log.info("%s is there, and the run is done; look at %s", config.lora_path, report)
+    return True
+
+
+def _is_finished(config: Config) -> bool:
+    """Whether the LoRA is there, and is of the run that the output folder is of, which has settings equal to these."""
+    saved = Checkpoints(config.output_folder / CHECKPOINTS, 1, 1).steps()
+    if not config.lora_path.is_file() or (saved and saved[0] < config.training.steps):
+        return False
+    try:
+        ended = load(config.output_folder / FILE_NAME)
+        metadata = SingleFile(config.lora_path).metadata
+    except UserError:
+        return False
+    return not changes(ended, config) and metadata.get(CONFIG_DIGEST) == config_digest(ended)
 
 
 def _check_writable(key: str, folder: Path) -> None:
