@@ -6,6 +6,7 @@ Flows in: a dataclass, and nested mappings as TOML gives them.  Flows out: a val
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -92,7 +93,7 @@ def _checked(hint: Any, value: object, key: str, limits: Mapping[str, Any]) -> A
         return build(hint, value, key + ".")  # type: ignore[arg-type]
     if get_origin(hint) is tuple:
         if not isinstance(value, list | tuple):
-            raise UserError(f"{key} is {value!r}, but must be a list, such as [8, 4]")
+            raise UserError(f"{key} is {value!r}, but must be a list{_as_list(get_args(hint)[0], value, key, limits)}")
         return tuple(_checked(get_args(hint)[0], each, f"{key}[{i}]", limits) for i, each in enumerate(value))
     if get_origin(hint) is Literal:
         if value not in get_args(hint) or isinstance(value, bool):
@@ -106,6 +107,17 @@ def _checked(hint: Any, value: object, key: str, limits: Mapping[str, Any]) -> A
         upper = "" if limits["high"] == math.inf else f" and at most {limits['high']:g}"
         raise UserError(f"{key} is {value!r}, but must be at least {limits['low']:g}{upper}")
     return value
+
+
+def _as_list(hint: Any, value: object, key: str, limits: Mapping[str, Any]) -> str:
+    """How to write the list that was meant by `value`, where it can be told."""
+    if is_dataclass(hint):
+        return f": write [[{key}]] above the keys of each"
+    try:
+        _checked(hint, value, key, limits)
+    except UserError:
+        return f", each item {_ARTICLES[hint]}"
+    return f": write [{json.dumps(value, ensure_ascii=False)}]"
 
 
 _ARTICLES = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
