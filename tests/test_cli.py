@@ -49,6 +49,16 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(inputs: Path, capsys: 
     assert files(inputs.parent) == before
 
 
+@pytest.mark.parametrize("command", ["inspect", "sample"])
+def test_no_file_and_a_folder_are_said_to_be_that(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path, message in (tmp_path / "none", "there is no file"), (tmp_path, "is a folder: name the .safetensors file"):
+        assert main([command, str(path)]) == 2
+        printed = capsys.readouterr().err.strip().splitlines()
+        assert len(printed) == 1 and message in printed[0] and str(path) in printed[0]
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -44,7 +44,7 @@ _SD2_SPREAD = 0.09
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read every tensor of a .safetensors file, and its metadata.
 
-    Raises UserError when it is not a whole one.
+    Raises UserError when it is not there, or not a whole one.
     """
     file = SingleFile(path)
     return {name: file.tensor(name) for name in file.shapes}, file.metadata
@@ -56,8 +56,12 @@ class SingleFile:
     def __init__(self, path: Path) -> None:
         """Open the file.
 
-        Raises UserError when it is not a whole safetensors file.
+        Raises UserError when there is none, or not a whole safetensors file.
         """
+        if not path.exists():
+            raise UserError(f"there is no file {path}")
+        if path.is_dir():
+            raise UserError(f"{path} is a folder: name the .safetensors file in it")
         try:
             self._file: Any = safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:

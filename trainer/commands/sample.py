@@ -36,13 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     """Draw, and say where the grid is."""
-    base = _base(options)
-
     from trainer.gallery import draw_gallery
     from trainer.lora_file import read_lora
     from trainer.placement import device_of
 
     metadata = read_lora(options.file).metadata
+    base = _base(options)
     wanted = build(
         config.PreviewConfig,
         {
