@@ -61,7 +61,7 @@ def test_it_tells_all_and_writes_nothing(
     assert main(["check", str(path), "training.batch=4"]) == 0
     said = capsys.readouterr().out
     assert "6 pictures" in said and re.search(r"64x64 +6 +6 +2 +2", said), said
-    assert "lora_unet_" in said and re.search(r"memory +about \d+\.\d\d GiB", said)
+    assert "lora_unet_" in said and re.search(r"memory +about \d+\.\d MiB", said)
     assert sorted(tmp_path.rglob("*")) == before
     assert main(["check", str(path), "data.folder=/none"]) == 2
 

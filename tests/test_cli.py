@@ -1,5 +1,6 @@
 """The command line as a person meets it: one clear message, the right exit code, nothing left behind."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from tiny_base import write_inputs
 from trainer import ldm
 from trainer.cli import main
+from trainer.sizes import readable
 
 
 @pytest.fixture
@@ -47,6 +49,31 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(inputs: Path, capsys: 
     printed = capsys.readouterr().out
     assert "6 captioned pictures" in printed and "rank = 4" in printed and "2 steps of 3 pictures" in printed
     assert files(inputs.parent) == before
+
+
+def test_a_check_of_a_run_that_is_there_tells_all_and_that_it_is_there(
+    inputs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(*overrides: str) -> str:
+        assert main(["check", str(inputs), *overrides]) == 0
+        return capsys.readouterr().out
+
+    assert "not free" not in said()
+    assert main(["run", str(inputs), "training.steps=1"]) == 0
+    before = files(inputs.parent)
+    for overrides, reason in (["training.steps=1"], "exists"), (["output.name=x"], "training.steps was 1 and is 2"):
+        printed = said(*overrides)
+        assert re.search(rf"not free for a new run: .*{reason}.*: choose another output.folder", printed), printed
+        assert "6 captioned pictures" in printed and "lora_unet_" in printed and "memory    about" in printed
+    assert main(["check", str(inputs), "data.folder=/none"]) == 2
+    assert "there is no data folder at /none" in capsys.readouterr().err
+    assert files(inputs.parent) == before
+
+
+def test_sizes_are_in_units_of_their_own() -> None:
+    amounts = [0, 1023, 1024, 46_000_000, 3 * 2**30 // 2, 123 * 2**30, 5000 * 2**40]
+    said = ["0 bytes", "1023 bytes", "1.00 KiB", "43.9 MiB", "1.50 GiB", "123 GiB", "5000 TiB"]
+    assert list(map(readable, amounts)) == said
 
 
 @pytest.mark.parametrize("command", ["inspect", "sample"])
@@ -170,6 +197,7 @@ def test_help_does_not_wait_for_the_model_libraries() -> None:
     program = """
 import sys
 from trainer.cli import main
+from trainer.sizes import readable
 try:
     main(["run", "--help"])
 except SystemExit:

@@ -10,6 +10,7 @@ import torch
 
 from tcd import kohya_name
 from trainer import bases
+from trainer.sizes import readable
 from trainer.targets import kinds_of
 
 _SHOWN = 3
@@ -33,7 +34,7 @@ def describe_keys(family: bases.Family, rank: int, targets: Sequence[str]) -> st
     # A convolution's down half has its kernel, the up half is 1 x 1.
     lines = [
         f"LoRA      {len(kinds)} modules of {family}'s UNet, {3 * len(kinds)} tensors, {numbers / 1e6:.1f} million "
-        f"numbers, {2 * numbers / 2**20:.0f} MiB",
+        f"numbers, {readable(2 * numbers)}",
         *(f"{count:>9} {kind}" for kind, count in counts.most_common()),
         *(f"          {kohya_name(path)}.lora_down.weight" for path in list(kinds)[:_SHOWN]),
     ]
