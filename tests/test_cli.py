@@ -70,6 +70,14 @@ def test_a_check_of_a_run_that_is_there_tells_all_and_that_it_is_there(
     assert files(inputs.parent) == before
 
 
+def test_the_base_that_is_shipped_is_checked_without_a_note_or_a_warning(inputs: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer", "check", str(inputs), "base.path=tiny"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "tiny, predicts eps" in done.stdout, done.stderr
+    assert "assumed" not in done.stdout and "float32: []" not in done.stderr
+
+
 def test_sizes_are_in_units_of_their_own() -> None:
     amounts = [0, 1023, 1024, 46_000_000, 3 * 2**30 // 2, 123 * 2**30, 5000 * 2**40]
     said = ["0 bytes", "1023 bytes", "1.00 KiB", "43.9 MiB", "1.50 GiB", "123 GiB", "5000 TiB"]

@@ -150,11 +150,12 @@ def _draw_timesteps(batch: int, generator: torch.Generator) -> Tensor:
 
 
 def write_checkpoint(path: Path, unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel) -> None:
-    """Write one fp16 single-file checkpoint of the three models."""
+    """Write one fp16 single-file checkpoint of the three models, which says what `train_unet` lets the UNet predict."""
     state = ldm.unet_to_ldm(unet.state_dict(), unet.config)
     state |= ldm.vae_to_ldm(vae.state_dict(), vae.config)
     state |= ldm.text_to_ldm(text_encoder.state_dict())
-    save_file({key: value.half().contiguous() for key, value in state.items()}, path)
+    tensors = {key: value.half().contiguous() for key, value in state.items()}
+    save_file(tensors, path, metadata={"modelspec.prediction_type": "epsilon"})
 
 
 def main() -> None:
