@@ -51,6 +51,24 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(inputs: Path, capsys: 
     assert files(inputs.parent) == before
 
 
+@pytest.mark.parametrize("flags_at", [0, 1, 2, 3])
+def test_flags_stand_anywhere_among_overrides(inputs: Path, flags_at: int, capsys: pytest.CaptureFixture[str]) -> None:
+    told, other = [str(inputs), "training.steps=7", "adapter.rank=5"], inputs.parent / "other"
+    assert main(["run", *told[:flags_at], "--dry-run", *told[flags_at:]]) == 0
+    printed = capsys.readouterr().out
+    assert "7 steps of 3 pictures" in printed and "rank = 5" in printed
+    told = [str(inputs), f"data.cache={other}", "training.steps=7"]
+    assert main(["cache", *told[:flags_at], "--part", "0/2", *told[flags_at:]]) == 0
+    assert f"part 0 of 2 is cached in {other}" in capsys.readouterr().out
+
+
+def test_a_flag_that_is_none_is_named_alone(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["run", str(inputs), "--dryrun", "training.steps=7"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.endswith("error: unrecognized arguments: --dryrun\n")
+
+
 def test_a_check_of_a_run_that_is_there_tells_all_and_that_it_is_there(
     inputs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -186,12 +204,18 @@ def test_a_run_that_diverges_says_so_with_code_1(
 def test_an_interrupt_is_code_130(
     inputs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*_: object) -> None:
+    def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("trainer.loop.step_losses", stop)
-    assert main(["run", str(inputs)]) == 130
-    assert "interrupted" in capsys.readouterr().err
+    for place, command, message in (
+        ("trainer.loop.step_losses", "run", "error: interrupted; the same command goes on from what is saved\n"),
+        ("trainer.survey.look_at", "check", "error: interrupted\n"),
+        ("trainer.encode.look_at", "cache", "error: interrupted; the same command goes on from what is saved\n"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(place, stop)
+            assert main([command, str(inputs), f"data.cache={inputs.parent / command}"]) == 130
+        assert capsys.readouterr().err.endswith(message)
 
 
 def test_no_command_and_an_unknown_one_are_code_2() -> None:

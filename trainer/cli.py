@@ -8,13 +8,13 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from trainer.commands import COMMANDS
+from trainer.commands import COMMANDS, LASTING
 from trainer.errors import RunError, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return 0, 2 for bad input, 1 for a run that failed, 130 when interrupted."""
-    options = _parser().parse_args(arguments)
+    options = _parse(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         code: int = options.execute(options)
@@ -24,18 +24,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RunError, OSError) as error:  # an OSError says which file, and that the disk is full
         return _fail(str(error), 1)
     except KeyboardInterrupt as error:
-        return _fail(str(error) or "interrupted; no LoRA was written", 130)
+        kept = "; the same command goes on from what is saved" if options.command in LASTING else ""
+        return _fail(str(error) or f"interrupted{kept}", 130)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """What the arguments say; flags may stand before, between and behind the others."""
     parser = argparse.ArgumentParser(prog="tcd-train", description="Distill a diffusion model into a TCD LoRA.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name in COMMANDS:
         module = importlib.import_module(f"trainer.commands.{name}")
         command = commands.add_parser(name, help=module.HELP, description=module.__doc__)
         module.add_arguments(command)
-        command.set_defaults(execute=module.execute)
-    return parser
+        command.set_defaults(execute=module.execute, command=name)
+    if not arguments or arguments[0] not in COMMANDS:
+        return parser.parse_args(arguments)
+    command = commands.choices[arguments[0]]  # by itself, since a parser of commands does not let flags mix with lists
+    options, others = command.parse_known_intermixed_args(arguments[1:])
+    if others:
+        flags = [text for text in others if text.startswith("-")]
+        command.error(f"unrecognized arguments: {' '.join(flags or others)}")
+    return options
 
 
 def _fail(message: str, code: int) -> int:

@@ -5,3 +5,6 @@ imports what is heavy only then, so that `--help` and a typo do not wait for the
 """
 
 COMMANDS = ("cache", "check", "export", "inspect", "report", "run", "sample")
+
+LASTING = ("cache", "run")
+"""Those that save as they go, and when started again go on from there."""

@@ -22,7 +22,9 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "config", type=Path, metavar="CONFIG.toml", help=f"a file, or a recipe: {', '.join(recipes.names())}"
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="take precedence over the file")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="take precedence over the file"
+    )
 
 
 def resolve(options: argparse.Namespace) -> config.Config:
