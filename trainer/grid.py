@@ -16,7 +16,8 @@ _GAP_PX = 6
 _MARGIN_PX = 32
 _BESIDE_PX = 24  # from pictures, and from numbers, to the text beside them
 _ABOVE_PX = 10  # from pictures to the text above them
-_PAPER, _INK, _FAINT, _FRAME = (255, 255, 255), (25, 25, 30), (115, 115, 122), (205, 205, 210)
+_APART_PX, _LINE_PX = 28, 3  # between groups of rows, and of it the line
+_PAPER, _INK, _FAINT, _FRAME, _LINE = (255, 255, 255), (25, 25, 30), (115, 115, 122), (205, 205, 210), (140, 140, 148)
 _TITLE = ImageFont.load_default(26)
 _LABEL = ImageFont.load_default(19)
 _SMALL = ImageFont.load_default(15)
@@ -33,6 +34,8 @@ class Row:
     label: str
     pictures: Tensor
     numbers: Mapping[str, str] = field(default_factory=dict)
+    apart: bool = False
+    """Whether a line divides it from the row above, if there is one: it is the first of a group."""
 
 
 def draw_grid(rows: Sequence[Row], captions: Sequence[str], title: str, *, scale: float = 2) -> Image.Image:
@@ -53,8 +56,9 @@ def draw_grid(rows: Sequence[Row], captions: Sequence[str], title: str, *, scale
         pen.text((center, layout.top - _ABOVE_PX), caption, _INK, _SMALL, anchor="md", align="center")
     for name, edge in layout.edges.items():
         pen.text((edge, layout.top - _ABOVE_PX), name, _FAINT, _SMALL, anchor="rd", align="right")
-    for index, row in enumerate(rows):
-        y = layout.top + index * layout.step_y
+    for row, y in zip(rows, layout.tops, strict=True):
+        if row.apart and y > layout.top:
+            _draw_line(pen, layout, y)
         _draw_pictures(page, row.pictures, layout, y)
         _draw_texts(pen, row, layout, y + layout.cell[1] // 2)
     return page
@@ -66,19 +70,28 @@ class _Layout:
     def __init__(self, rows: Sequence[Row], captions: Sequence[str], title: str, scale: float) -> None:
         height, width = (round(scale * side) for side in rows[0].pictures.shape[2:])
         self.cell = width, height
-        self.step_x, self.step_y = width + _GAP_PX, height + _GAP_PX
+        self.step_x = width + _GAP_PX
         self.captions = [_wrap(caption, width - 2 * _GAP_PX) for caption in captions]
         names = list(dict.fromkeys(name for row in rows for name in row.numbers))
         self.left = _MARGIN_PX + max(_label_width(row.label) for row in rows) + _BESIDE_PX
         self.top = 2 * _MARGIN_PX + _height("A", _TITLE) + max(_height(t, _SMALL) for t in [*self.captions, *names])
+        self.tops = [self.top]  # of each row
+        for row in rows[1:]:
+            self.tops.append(self.tops[-1] + height + (_APART_PX if row.apart else _GAP_PX))
         right = self.left + len(captions) * self.step_x - _GAP_PX
         self.edges: dict[str, int] = {}  # the right edge of each column of numbers
         for name in names:
             texts = [row.numbers.get(name, "") for row in rows]
             right += _BESIDE_PX + max(_width(name, _SMALL), *(_width(text, _LABEL) for text in texts))
             self.edges[name] = right
-        right = max(right, _MARGIN_PX + _width(title, _TITLE))
-        self.size = right + _MARGIN_PX, self.top + len(rows) * self.step_y - _GAP_PX + _MARGIN_PX
+        self.right = max(right, _MARGIN_PX + _width(title, _TITLE))
+        self.size = self.right + _MARGIN_PX, self.tops[-1] + height + _MARGIN_PX
+
+
+def _draw_line(pen: ImageDraw.ImageDraw, layout: _Layout, y: int) -> None:
+    """A line above the row at y, in the middle between it and the one before."""
+    top = y - (_APART_PX + _LINE_PX) // 2
+    pen.rectangle((_MARGIN_PX, top, layout.right - 1, top + _LINE_PX - 1), _LINE)
 
 
 def _draw_pictures(page: Image.Image, pictures: Tensor, layout: _Layout, y: int) -> None:
