@@ -1,6 +1,11 @@
 """Previews: drawn from the file that is exported, beside the teacher and the start, without a trace in the training."""
 
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +16,8 @@ from tcd import timestep_grid
 from tiny_base import network, small_config, write_base, write_inputs
 from trainer import preview, run
 from trainer.adapter import load_adapter
-from trainer.config import Config
+from trainer.config import Config, from_mapping
+from trainer.grid import Row, draw_grid
 from trainer.sample import Guidance, decode, initial_noise, sample_latents
 from trainer.scenes import load_picture, scene_names
 from trainer.teacher import load_encoders
@@ -89,13 +95,75 @@ def test_training_is_the_same_to_the_last_bit_without_previews(done: Config, tmp
     assert not (plain.output_folder / "previews").exists()
 
 
-def test_the_grid_has_the_teacher_the_start_and_the_step_in_its_rows(done: Config) -> None:
-    folder = done.output_folder / "previews"
-    for step, rows in ((0, 1 + 2), (2, 1 + 2 * 2), (3, 1 + 2 * 2)):
-        with Image.open(preview.grid_path(folder, step)) as grid:
-            height = grid.size[1]
-        assert height // 134 >= rows and height < (rows + 1.5) * 134, (step, height)
+def test_the_grid_has_the_teacher_and_in_groups_the_start_and_the_step(
+    done: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, drawn_rows = done.output_folder / "previews", []
+    scenes = SimpleNamespace(names=scene_names(PROMPTS, SEEDS), captions=["one", "other"])
+
+    def seen(rows: list[Row], *arguments: Any, **options: Any) -> Image.Image:
+        drawn_rows[:] = rows
+        return draw_grid(rows, *arguments, **options)
+
+    monkeypatch.setattr(preview, "draw_grid", seen)
+    for step in (0, 2, 3):
+        preview.write_grid(folder, scenes, done, step)
+        expected = [("Teacher\n50 steps, cfg 3", "teacher", 50, False)]
+        for steps, sampled in zip(STEPS, ("1 step", "4 steps"), strict=True):
+            expected.append((f"{sampled}\nbefore training", "step-000000", steps, True))
+            expected += [(f"{sampled}\nafter {step}", f"step-{step:06}", steps, False)] if step else []
+        assert [(row.label, row.apart) for row in drawn_rows] == [(label, apart) for label, *_, apart in expected]
+        for row, (_, when, steps, _) in zip(drawn_rows, expected, strict=True):
+            assert all(same(row.pictures[k], shown(done, when, k, steps)) for k in range(2)), row.label
     assert not (folder / "tcd-lora-step-000003.safetensors").exists(), "the last file is the run's own"
+
+
+@pytest.fixture
+def redrawn(done: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Start a run's previews once more, with other settings, and tell what was drawn: the steps of each drawing."""
+    folder = tmp_path / "out"
+    shutil.copytree(done.output_folder, folder)
+    real, counts = preview.draw, []
+
+    def counted(*arguments: Any, steps: int, cfg: float, **options: Any) -> Any:
+        counts.append(f"{steps} at {cfg:g}")
+        return real(*arguments, steps=steps, cfg=cfg, **options)
+
+    monkeypatch.setattr(preview, "draw", counted)
+
+    def start(**changed: Any) -> list[str]:
+        counts.clear()
+        values = {**asdict(replace(done, preview=replace(done.preview, **changed))), "output": {"folder": str(folder)}}
+        config = from_mapping(values)
+        device, dtype = torch.device("cpu"), torch.float32
+        student, _, metadata = run._student(config, device, dtype)
+        scenes = run._scenes(config, device, dtype)
+        preview.Previews(student, scenes, config, metadata).start()
+        assert not shown_anywhere_missing(config)
+        return list(counts)
+
+    return start
+
+
+def shown_anywhere_missing(config: Config) -> list[Path]:
+    folder, names = config.output_folder / "previews", scene_names(config.preview.prompts, config.preview.seeds)
+    wanted = [("teacher", 50), *(("step-000000", steps) for steps in config.preview.steps)]
+    paths = [preview.picture_path(folder, when, name, steps) for when, steps in wanted for name in names]
+    return [path for path in [*paths, preview.grid_path(folder, 0)] if not path.is_file()]
+
+
+def test_a_run_that_goes_on_draws_of_the_start_what_is_not_there_in_the_same_settings(
+    redrawn: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    assert redrawn() == []
+    assert redrawn(steps=(1, 2, 4)) == ["2 at 1"]
+    next((tmp_path / "out" / "previews" / "teacher").iterdir()).unlink()
+    assert redrawn() == ["50 at 3"]
+    assert redrawn(seeds=(3, 4)) == ["50 at 3", "1 at 1", "4 at 1"]
+    assert redrawn() == []
+    assert redrawn(cfg=2.0) == ["50 at 3", "1 at 2", "4 at 2"]
+    assert redrawn(cfg=2.0, width=72) == ["50 at 3", "1 at 2", "4 at 2"]
+    assert redrawn(cfg=2.0, width=72, every=7) == []
 
 
 def test_previews_are_no_reason_to_refuse_a_run_that_goes_on(done: Config, tmp_path: Path) -> None:
