@@ -175,5 +175,5 @@ def test_previews_are_no_reason_to_refuse_a_run_that_goes_on(done: Config, tmp_p
 
 def test_a_finished_run_has_a_report_with_every_picture_in_it(done: Config) -> None:
     page = (done.output_folder / "report.html").read_text(encoding="utf-8")
-    times = 3  # before the first step, after the second and after the last
-    assert page.count("data:image/jpeg;base64,") == len(PROMPTS) * len(SEEDS) * (1 + times * len(STEPS))
+    times = 3  # before the first step, after the second and after the last; and the teacher's
+    assert page.count("data:image/jpeg;base64,") == len(PROMPTS) * len(SEEDS) * (times + 1) * len(STEPS)

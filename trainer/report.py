@@ -14,13 +14,13 @@ from string import Template
 
 from PIL import Image
 
-from trainer import config
+from trainer import config, tiny
 from trainer.atomic import whole_file
 from trainer.config import Config
 from trainer.curves import color_map, curve
 from trainer.errors import UserError
 from trainer.history import BIN, BINS, LogRow, read_log, read_loss_by_time
-from trainer.preview import FOLDER, TEACHER, TEACHER_STEPS, picture_path, step_name
+from trainer.preview import FOLDER, TEACHER, TEACHER_STEPS, picture_path, step_name, teacher_guidance
 from trainer.scenes import scene_names
 
 NAME = "report.html"
@@ -41,6 +41,7 @@ def write_report(folder: Path) -> Path:
     page = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(run.output.name),
         subtitle=escape(f"{run.base.path}, law {run.method.law}"),
+        base=escape(_base_name(run)),
         facts=_facts(run, rows),
         pictures=_pictures(run, folder / FOLDER),
         curves=_curves(rows),
@@ -55,6 +56,11 @@ def write_report(folder: Path) -> Path:
     with whole_file(path) as unfinished:
         unfinished.write_text(page, encoding="utf-8")
     return path
+
+
+def _base_name(run: Config) -> str:
+    """The name of the base's file or folder."""
+    return tiny.CHECKPOINT.name if run.base.path == "tiny" else Path(run.base.path).name
 
 
 def _facts(run: Config, rows: Sequence[LogRow]) -> str:
@@ -73,12 +79,11 @@ def _facts(run: Config, rows: Sequence[LogRow]) -> str:
 
 def _curves(rows: Sequence[LogRow]) -> str:
     steps, smooth = [row.step for row in rows], max(1, len(rows) // 50)
+    losses, norms = [row.loss for row in rows], [row.norm for row in rows]
     return "".join(
         [
-            curve("loss (logarithmic)", steps, [row.loss for row in rows], smooth=smooth, logarithmic=True),
-            curve(
-                "norm of the gradient (logarithmic)", steps, [row.norm for row in rows], smooth=smooth, logarithmic=True
-            ),
+            curve("loss (logarithmic)", steps, losses, smooth=smooth, logarithmic=True),
+            curve("norm of the gradient (logarithmic)", steps, norms, smooth=smooth, logarithmic=True),
             curve("learning rate", steps, [row.lr for row in rows]),
             curve("images per second", steps, [row.images_per_second for row in rows], smooth=smooth),
         ]
@@ -86,11 +91,25 @@ def _curves(rows: Sequence[LogRow]) -> str:
 
 
 def _by_time(folder: Path, rows: Sequence[LogRow]) -> str:
+    """A map of the loss over t and t - s, and a curve over each alone."""
     loss, count = read_loss_by_time(folder, since=rows[-1].step // 2 if rows else 0)
     if not count.sum():
         return '<p class="empty">nothing yet</p>'
-    labels = [f"{k * BIN:03}-{k * BIN + BIN - 1}" for k in range(BINS)]
-    return color_map(loss.tolist(), labels, "t - s", "t")
+    labels = [f"{k * BIN}-{k * BIN + BIN - 1}" for k in range(BINS)]
+    middles = [(k + 0.5) * BIN for k in range(BINS)]
+    total = loss.nan_to_num(0.0) * count
+    curves = [
+        curve(
+            f"mean loss by {name} (logarithmic)",
+            middles,
+            (total.sum(other) / count.sum(other)).tolist(),
+            across=f"{name}, in timesteps",
+            logarithmic=True,
+            dots=True,
+        )
+        for name, other in (("t", 1), ("t - s", 0))
+    ]
+    return f"{color_map(loss.tolist(), labels, 't - s', 't')}<div>{''.join(curves)}</div>"
 
 
 def _pictures(run: Config, folder: Path) -> str:
@@ -98,26 +117,37 @@ def _pictures(run: Config, folder: Path) -> str:
     times = sorted(int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.jpg"))
     if not times:
         return '<p class="sub">None were drawn: set preview.prompts for the next run.</p>'
-    shown = _spread(times, _COLUMNS)
-    names = scene_names(run.preview.prompts, run.preview.seeds)
-    prompts = [(prompt, seed) for prompt in run.preview.prompts for seed in run.preview.seeds]
-    strips = []
-    for name, (prompt, seed) in zip(names, prompts, strict=True):
-        heads = ["", *("start" if step == 0 else f"step {step}" for step in shown), f"teacher, {TEACHER_STEPS} steps"]
-        teacher = _image(picture_path(folder, TEACHER, name, TEACHER_STEPS))
-        body = []
-        for k, steps in enumerate(run.preview.steps):
-            cells = [_image(picture_path(folder, step_name(step), name, steps)) for step in shown]
-            columns = "".join(f"<td>{cell}</td>" for cell in cells)
-            if k == 0:  # it has its own number of steps, and stands beside all rows
-                columns += f'<td class="teacher" rowspan="{len(run.preview.steps)}">{teacher}</td>'
-            body.append(f"<tr><th>{steps} step{'s' if steps > 1 else ''}</th>{columns}</tr>")
-        head = "".join(f"<th>{text}</th>" for text in heads)
-        strips.append(
-            f'<div class="strip"><p>{escape(prompt)} <span class="sub">seed {seed}</span></p>'
-            f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-        )
-    return "".join(strips)
+    shown, preview = _spread(times, _COLUMNS), run.preview
+    names = scene_names(preview.prompts, preview.seeds)
+    prompts = [(prompt, seed) for prompt in preview.prompts for seed in preview.seeds]
+    strips = [
+        f'<div class="strip"><p>{escape(prompt)} <span class="faint">seed {seed}</span></p>'
+        f"{_strip(run, folder, name, shown)}</div>"
+        for name, (prompt, seed) in zip(names, prompts, strict=True)
+    ]
+    return (
+        f'<p class="sub">Rows are numbers of sampling steps, with eta {preview.eta:g} and cfg {preview.cfg:g}; columns '
+        f"are steps of training. The teacher is the base alone: {TEACHER_STEPS} steps, eta 0, cfg "
+        f"{teacher_guidance(run):g}, one picture beside every row.</p>"
+        f'<div class="strips" style="--columns: {len(shown) + 1}">{"".join(strips)}</div>'
+    )
+
+
+def _strip(run: Config, folder: Path, name: str, times: Sequence[int]) -> str:
+    """The table of one prompt and seed."""
+    teacher = _image(picture_path(folder, TEACHER, name, TEACHER_STEPS), "the teacher")
+    heads = [*("start" if when == 0 else f"{when:,}" for when in times), "teacher"]
+    body = []
+    for steps in run.preview.steps:
+        sampled = f"{steps} step{'s' if steps > 1 else ''}"
+        cells = [
+            _image(picture_path(folder, step_name(when), name, steps), f"{sampled}, after {when} steps of training")
+            for when in times
+        ]
+        columns = "".join(f"<td>{cell}</td>" for cell in cells)
+        body.append(f'<tr><th>{sampled}</th>{columns}<td class="teacher">{teacher}</td></tr>')
+    head = "".join(f"<th>{text}</th>" for text in ["", *heads])
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 
 
 def _spread(times: Sequence[int], count: int) -> list[int]:
@@ -127,7 +157,7 @@ def _spread(times: Sequence[int], count: int) -> list[int]:
     return [times[round(k * (len(times) - 1) / (count - 1))] for k in range(count)]
 
 
-def _image(path: Path) -> str:
+def _image(path: Path, what: str) -> str:
     """The picture of a file within the page; nothing when prompts or steps were other ones then."""
     if not path.is_file():
         return ""
@@ -136,4 +166,6 @@ def _image(path: Path) -> str:
     small.thumbnail((_LONGEST_PX, _LONGEST_PX), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=85)
-    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    return (
+        f'<img alt="{what}" title="{what}" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    )
