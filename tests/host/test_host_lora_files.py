@@ -354,7 +354,13 @@ def test_magnitudes_are_one_number_a_row(outcomes: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "law", ["the same while the file is", "others when the file is another", "apart from the file"]
+    "law",
+    [
+        "the same while the file is",
+        "others when the file is another",
+        "others when the file is shorter and of the same time",
+        "apart from the file",
+    ],
 )
 def test_tensors_are(told: dict[str, Any], law: str) -> None:
     assert told["memory"][law]
