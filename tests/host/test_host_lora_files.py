@@ -446,6 +446,15 @@ def test_refusal(outcomes: dict[str, Any], name: str, message: str) -> None:
     assert message in outcomes[name].get("error", "it was applied")
 
 
+@pytest.mark.parametrize(
+    "name", ["checkpoint", "embedding", "LoHa", "half", "twice", "nan for another", "text refused", "SD15 on SDXL"]
+)
+def test_a_refusal_by_the_header_reads_no_tensor(outcomes: dict[str, Any], name: str) -> None:
+    assert outcomes[name]["error"]
+    assert outcomes[name]["tensors read"] == 0  # of the checkpoint, 5 GiB
+    assert outcomes["nan"]["error"] and outcomes["nan"]["tensors read"] > 0, "reading is seen"
+
+
 def test_a_pickle_is_not_executed(files: Files, outcomes: dict[str, Any]) -> None:
     assert outcomes["pt"]["error"]
     assert not (files.folder / "executed").exists()

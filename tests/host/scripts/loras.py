@@ -1,7 +1,8 @@
 """Run by the host's interpreter, in the host's folder: LoRA files on models of full size that have no numbers.
 
 Arguments: the pack's folder, the folder of the LoRAs, and a JSON list of cases {"model", "lora", "partial"}. Prints
-JSON: of each case the patches that the host's own patcher holds, or the error; and what is kept of a file in memory.
+JSON: of each case the patches that the host's own patcher holds, or the error, and how many tensors of files were read
+for it; and what is kept of a file in memory.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ import comfy.model_base  # noqa: E402
 import comfy.model_patcher  # noqa: E402
 import comfy.ops  # noqa: E402
 import folder_paths  # noqa: E402
+import safetensors  # noqa: E402
 import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT  # noqa: E402
@@ -98,6 +100,36 @@ NETWORKS = {
 }
 
 
+class CountingFile:
+    """safetensors' safe_open, which counts the tensors that it reads; of a slice it lets no more than the shape out."""
+
+    read = 0
+    _open = staticmethod(safetensors.safe_open)
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self._file = self._open(*args, **options)
+
+    def __enter__(self) -> "CountingFile":
+        self._file.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._file.__exit__(*error)
+
+    def keys(self) -> Any:
+        return self._file.keys()
+
+    def metadata(self) -> Any:
+        return self._file.metadata()
+
+    def get_slice(self, name: str) -> Any:
+        return SimpleNamespace(get_shape=self._file.get_slice(name).get_shape)
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        CountingFile.read += 1
+        return self._file.get_tensor(name)
+
+
 @cache
 def patcher(name: str) -> Any:
     """Return the host's patcher on a model of a kind, its weights on the meta device."""
@@ -144,14 +176,17 @@ def outcome(host: Any, case: dict[str, Any]) -> dict[str, Any]:
     handler.emit = lambda record: said.append(record.getMessage())
     logging.getLogger("trajectory-consistency").addHandler(handler)
     model = patcher(case["model"])
+    before = CountingFile.read
     try:
         lora = host.read_lora(case["lora"])
         patched = host.apply_lora(model, lora, 0.7, allow_partial=case["partial"])
     except (ValueError, OSError) as error:
-        return {"error": str(error), "left alone": not model.patches}
+        read = CountingFile.read - before
+        return {"error": str(error), "left alone": not model.patches, "tensors read": read}
     finally:
         logging.getLogger("trajectory-consistency").removeHandler(handler)
-    return {"patches": patches(patched), "log": said, "left alone": not model.patches}
+    read = CountingFile.read - before
+    return {"patches": patches(patched), "log": said, "left alone": not model.patches, "tensors read": read}
 
 
 def memory(name: str) -> dict[str, bool]:
@@ -180,6 +215,7 @@ def memory(name: str) -> dict[str, bool]:
 
 if __name__ == "__main__":
     folder_paths.folder_names_and_paths["loras"] = ([sys.argv[2]], folder_paths.supported_pt_extensions)
+    safetensors.safe_open = safetensors.torch.safe_open = CountingFile
     host = import_pack(sys.argv[1])
     found = [outcome(host, case) for case in json.loads(sys.argv[3])]
     json.dump({"cases": found, "memory": memory("memory.safetensors")}, sys.stdout)
