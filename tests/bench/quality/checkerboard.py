@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from measures import energy_distance
-from methods import GAMMAS, METHODS, PLAIN, SEEDS, STEPS, TUNED_AT, VARIATIONS, Method
+from methods import METHODS, PLAIN, SEEDS, STEPS, TUNED_AT, VARIATIONS, Method, cells
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -275,13 +275,12 @@ def try_out(denoiser: Denoiser, method: Method, seed: int, folder: Path) -> list
     return [measure_points(points, seed)["distance"] for points in drawn]
 
 
-def measure(denoiser: Denoiser, seed: int, folder: Path) -> dict[str, Any]:
+def measure(denoiser: Denoiser, method: Method, seed: int, folder: Path) -> dict[str, Any]:
     """Everything that is reported of a student: of its samples by "steps gamma", and of its jumps by "t s"."""
-    grid = [(steps, gamma) for steps in STEPS for gamma in GAMMAS]
     return {
         "samples": {
             f"{steps} {gamma:g}": measure_points(sample(denoiser, steps, gamma, 20_000 + seed), seed)
-            for steps, gamma in grid
+            for steps, gamma in cells(method)
         },
         "trajectory": trajectory_errors(denoiser, 30_000 + seed),
     }

@@ -42,6 +42,16 @@ class Method:
         return MethodConfig(**{**self.settings, "phases": tuple(self.settings["phases"])})
 
 
+def cells(method: Method) -> list[tuple[int, float]]:
+    """The numbers of steps and gammas that a method is measured at: many steps, and variations, at its own alone."""
+    return [
+        (steps, gamma)
+        for steps in STEPS
+        for gamma in GAMMAS
+        if gamma == method.gamma or (steps <= TUNED_AT[-1] and method.name not in VARIATIONS)
+    ]
+
+
 def _by_name(*methods: Method) -> dict[str, Method]:
     return {method.name: method for method in methods}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import checkerboard
 import shapes
 import torch
-from methods import EMA_DECAY, GAMMAS, HUBER_C, METHODS, PLAIN, SEEDS, STEPS, VARIATIONS
+from methods import EMA_DECAY, GAMMAS, HUBER_C, METHODS, PLAIN, SEEDS, STEPS, VARIATIONS, cells
 
 from trainer.demo.methods import TEACHER_GUIDANCE
 
@@ -128,9 +129,13 @@ def _sample(run: Mapping[str, Any], steps: int, gamma: float) -> Mapping[str, fl
 
 
 def _distances(results: Results, name: str, gamma: float) -> list[float]:
-    """Mean over seeds, times 1000, by steps."""
+    """Mean over seeds, times 1000, by steps; NaN where it was not measured."""
+    measured, runs = cells(ALL[name]), results.runs[name]
     return [
-        statistics.mean(1e3 * _sample(run, steps, gamma)["distance"] for run in results.runs[name]) for steps in STEPS
+        statistics.mean(1e3 * _sample(run, steps, gamma)["distance"] for run in runs)
+        if (steps, gamma) in measured
+        else math.nan
+        for steps in STEPS
     ]
 
 
@@ -170,7 +175,7 @@ def _teachers(results: Results) -> str:
 
 def _by_gamma(results: Results) -> str:
     rows = [
-        [name, f"{gamma:g}", *(f"{distance:.1f}" for distance in _distances(results, name, gamma))]
+        [name, f"{gamma:g}", *(f"{each:.1f}".replace("nan", "") for each in _distances(results, name, gamma))]
         for name in results.lr
         for gamma in GAMMAS
     ]
@@ -207,7 +212,7 @@ def _goals(results: Results) -> list[str]:
 
 
 def _goals_of(results: Results, kind: str, ddim: float) -> list[tuple[str, bool]]:
-    lcm = min(min(_distances(results, f"LCM{kind}", gamma)) for gamma in GAMMAS)
+    lcm = min(each for gamma in GAMMAS for each in _distances(results, f"LCM{kind}", gamma) if not math.isnan(each))
     by_lcm, tcd = _distances(results, f"LCM{kind}", 1.0), _distances(results, f"TCD{kind}", 0.3)
     told = _distances(results, f"TCD S+{kind}", 0.3)
     return [
@@ -231,7 +236,12 @@ def _plot_distances(results: Results, path: Path) -> None:
     teacher = statistics.mean(1e3 * each["DDIM 50"]["distance"] for each in results.references)
     for panel, gamma in zip(panels, GAMMAS, strict=True):
         for name in results.lr:
-            panel.plot(STEPS, [max(each, 0.3) for each in _distances(results, name, gamma)], marker="o", label=name)
+            panel.plot(
+                STEPS,
+                [each if math.isnan(each) else max(each, 0.3) for each in _distances(results, name, gamma)],
+                marker="o",
+                label=name,
+            )
         panel.axhline(max(teacher, 0.3), color="gray", linestyle=":", label="teacher, DDIM, 50 steps")
         panel.set(xscale="log", yscale="log", title=f"γ = {gamma:g}", xlabel="steps", xticks=STEPS, xticklabels=STEPS)
         panel.minorticks_off()

@@ -73,7 +73,7 @@ def measure(name: str, folder: Path, method: str, lr: float, seed: int) -> Any:
     world = WORLDS[name]
     return done(
         folder / f"{method}-{lr:g}-{seed}.json",
-        lambda: world.measure(world.distill(ALL[method], lr, seed, folder), seed, folder),
+        lambda: world.measure(world.distill(ALL[method], lr, seed, folder), ALL[method], seed, folder),
     )
 
 

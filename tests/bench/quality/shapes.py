@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from measures import coverage, energy_distance
-from methods import GAMMAS, METHODS, SEEDS, STEPS, TUNED_AT, Method
+from methods import METHODS, SEEDS, STEPS, TUNED_AT, Method, cells
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -135,17 +135,15 @@ def try_out(lora: Path, method: Method, seed: int, folder: Path) -> list[float]:
     return [measure_pictures(studio.pictures(row, TRIED, 20_000 + seed), against, folder)["distance"] for row in rows]
 
 
-def measure(lora: Path, seed: int, folder: Path) -> dict[str, Any]:
+def measure(lora: Path, method: Method, seed: int, folder: Path) -> dict[str, Any]:
     """Everything that is reported of a student: of its samples by "steps gamma", and of its jumps by "t s"."""
     against = measured(seed, folder)
     studio = demo.Studio({"student": lora}, against.captions)
     samples = {}
-    for steps in STEPS:
-        for gamma in GAMMAS[:1] if steps == 1 else GAMMAS:  # one step adds no noise
-            row = demo.Method(f"{steps} steps", "student", steps, gamma)
-            pictures = studio.pictures(row, PICTURES, 20_000 + seed)
-            samples[f"{steps} {gamma:g}"] = measure_pictures(pictures, against, folder)
-    samples |= {f"1 {gamma:g}": samples["1 0"] for gamma in GAMMAS}
+    for steps, gamma in cells(method):
+        row = demo.Method(f"{steps} steps", "student", steps, gamma)
+        pictures = studio.pictures(row, PICTURES, 20_000 + seed)
+        samples[f"{steps} {gamma:g}"] = measure_pictures(pictures, against, folder)
     return {"samples": samples, "trajectory": trajectory_errors(lora, folder)}
 
 
