@@ -54,7 +54,7 @@ class TCDSigmas(io.ComfyNode):
                     ),
                 ),
             ],
-            outputs=[io.Sigmas.Output(tooltip="One sigma a step, and 0 at the end.")],
+            outputs=[io.Sigmas.Output(tooltip="The sigma at each timestep tau_n, and 0 at the end.")],
         )
 
     @classmethod

@@ -25,7 +25,7 @@ class TCDModelSettings(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model that is to be sampled with tcd."),
                 eta_input(),
             ],
-            outputs=[io.Model.Output(tooltip="The same model, with eta set.")],
+            outputs=[io.Model.Output(tooltip="The same model, with eta, gamma, set.")],
         )
 
     @classmethod
