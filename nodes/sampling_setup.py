@@ -52,7 +52,9 @@ class TCDSamplingSetup(io.ComfyNode):
                 io.Model.Output(
                     display_name="MODEL", tooltip="The model; KSampler's sampler tcd takes this eta, gamma, from it."
                 ),
-                io.Sampler.Output(display_name="SAMPLER", tooltip="TCD's strategic stochastic sampling with this eta, gamma."),
+                io.Sampler.Output(
+                    display_name="SAMPLER", tooltip="TCD's strategic stochastic sampling with this eta, gamma."
+                ),
                 io.Sigmas.Output(display_name="SIGMAS", tooltip="The sigma at each timestep tau_n, and 0 at the end."),
             ],
         )
