@@ -35,8 +35,8 @@ TUNED: Mapping[str, Method] = METHODS
 OTHERS: Mapping[str, Method] = {}
 LEARNING_RATES = (3e-4, 1e-3)
 ITERATIONS, BATCH = 350, 32
-PICTURES, TRIED, FOLLOWED = 512, 256, 32
-"""Of each cell of the tables, of each cell of a try, and of each start of a trajectory."""
+PICTURES, TEACHERS, FOLLOWED = 256, 512, 32
+"""Of each cell of the tables and of a try, by the teacher to compare with, and of each start of a trajectory."""
 COLUMNS, DRAWN = 10, (1, 2, 4, 32)
 """Captions, and numbers of steps, of the pictures that are shown."""
 
@@ -97,9 +97,9 @@ class Measured(NamedTuple):
         return [scene.caption for scene in self.scenes]
 
 
-def measured(seed: int, folder: Path, count: int = PICTURES) -> Measured:
+def measured(seed: int, folder: Path) -> Measured:
     reference, _ = world_sample(4096, purpose="reference", seed=seed)
-    scenes = world.random_scenes(count, 10_000 + seed)
+    scenes = world.random_scenes(PICTURES, 10_000 + seed)
     return Measured(scenes, classifier(folder).features(reference), teacher_features(seed, folder))
 
 
@@ -108,9 +108,9 @@ def teacher_features(seed: int, folder: Path) -> Tensor:
     """Features of what the teacher draws in 50 steps of other captions."""
     path = folder / f"teacher-{seed}.safetensors"
     if not path.exists():
-        captions = [scene.caption for scene in world.random_scenes(PICTURES, 40_000 + seed)]
+        captions = [scene.caption for scene in world.random_scenes(TEACHERS, 40_000 + seed)]
         row = demo.Method("teacher", None, 50, 0.0)
-        pictures = demo.Studio({}, captions).pictures(row, PICTURES, 40_000 + seed)
+        pictures = demo.Studio({}, captions).pictures(row, TEACHERS, 40_000 + seed)
         with whole_file(path) as unfinished:
             save_file({"features": classifier(folder).features(pictures)}, unfinished)
     return load_file(path)["features"]
@@ -129,10 +129,12 @@ def measure_pictures(pictures: Tensor, against: Measured, folder: Path) -> dict[
 
 def try_out(lora: Path, method: Method, seed: int, folder: Path) -> list[float]:
     """The distances by which learning rates are chosen."""
-    against = measured(seed, folder, TRIED)
+    against = measured(seed, folder)
     studio = demo.Studio({"student": lora}, against.captions)
     rows = [demo.Method(f"{steps} steps", "student", steps, method.gamma) for steps in TUNED_AT]
-    return [measure_pictures(studio.pictures(row, TRIED, 20_000 + seed), against, folder)["distance"] for row in rows]
+    return [
+        measure_pictures(studio.pictures(row, PICTURES, 20_000 + seed), against, folder)["distance"] for row in rows
+    ]
 
 
 def measure(lora: Path, method: Method, seed: int, folder: Path) -> dict[str, Any]:
