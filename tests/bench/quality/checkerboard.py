@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from measures import energy_distance
+from measures import Reference, energy_distance
 from methods import METHODS, PLAIN, SEEDS, STEPS, TUNED_AT, VARIATIONS, Method, cells
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -264,9 +264,13 @@ def trajectory_errors(denoiser: Denoiser, seed: int) -> dict[str, float]:
 
 def measure_points(points: Tensor, seed: int) -> dict[str, float]:
     """What is reported of points [N, 2]."""
-    reference = data(POINTS, torch.Generator().manual_seed(10_000 + seed)).flatten(1)
     squares, strays = coverage(points)
-    return {"distance": energy_distance(points, reference), "covered": squares, "strays": strays}
+    return {"distance": energy_distance(points, _reference(seed)), "covered": squares, "strays": strays}
+
+
+@cache
+def _reference(seed: int) -> Reference:
+    return Reference(data(POINTS, torch.Generator().manual_seed(10_000 + seed)).flatten(1))
 
 
 def try_out(denoiser: Denoiser, method: Method, seed: int, folder: Path) -> list[float]:

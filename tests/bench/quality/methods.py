@@ -43,13 +43,8 @@ class Method:
 
 
 def cells(method: Method) -> list[tuple[int, float]]:
-    """The numbers of steps and gammas that a method is measured at: many steps, and variations, at its own alone."""
-    return [
-        (steps, gamma)
-        for steps in STEPS
-        for gamma in GAMMAS
-        if gamma == method.gamma or (steps <= TUNED_AT[-1] and method.name not in VARIATIONS)
-    ]
+    """The numbers of steps and gammas at which a method is measured: its own gamma, and others up to 8 steps."""
+    return [(steps, gamma) for steps in STEPS for gamma in GAMMAS if gamma == method.gamma or steps <= TUNED_AT[-1]]
 
 
 def _by_name(*methods: Method) -> dict[str, Method]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from measures import coverage, energy_distance
+from measures import Reference, coverage, energy_distance
 from methods import METHODS, SEEDS, STEPS, TUNED_AT, Method, cells
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -89,18 +89,19 @@ class Measured(NamedTuple):
     """Captions, and what pictures of the world and of the teacher are in the classifier's features."""
 
     scenes: list[world.Scene]
-    reference: Tensor
-    teacher: Tensor
+    reference: Reference
+    teacher: Reference
 
     @property
     def captions(self) -> list[str]:
         return [scene.caption for scene in self.scenes]
 
 
+@cache
 def measured(seed: int, folder: Path) -> Measured:
     reference, _ = world_sample(4096, purpose="reference", seed=seed)
-    scenes = world.random_scenes(PICTURES, 10_000 + seed)
-    return Measured(scenes, classifier(folder).features(reference), teacher_features(seed, folder))
+    features, teacher = classifier(folder).features(reference), teacher_features(seed, folder)
+    return Measured(world.random_scenes(PICTURES, 10_000 + seed), Reference(features), Reference(teacher))
 
 
 @cache
@@ -122,7 +123,7 @@ def measure_pictures(pictures: Tensor, against: Measured, folder: Path) -> dict[
     return {
         "distance": energy_distance(features, against.reference),
         "from_teacher": energy_distance(features, against.teacher),
-        "covered": coverage(features, against.reference[: len(features)]),
+        "covered": coverage(features, against.reference.points[: len(features)]),
         "right": caption_accuracy(classifier(folder), features, against.scenes)[0],
     }
 
@@ -158,6 +159,8 @@ def measure_references(seed: int, folder: Path) -> dict[str, dict[str, float]]:
     for steps in (*STEPS, 50):
         row = demo.Method(f"DDIM {steps}", None, steps, 0.0)
         found[row.label] = measure_pictures(studio.pictures(row, PICTURES, 20_000 + seed), against, folder)
+        if steps > TUNED_AT[-1]:
+            continue  # where it is DDIM's own distance
         latents = draw_latents(
             studio.network,
             studio.cond,
