@@ -1,4 +1,4 @@
-"""How much memory a step of training takes, found by doing one on tensors that have shapes and no data.
+"""How much memory each phase of a run takes, found by going through it on tensors that have shapes and no data.
 
 Flows in: a family and the settings that matter.  Flows out: bytes, by what they are for.  What is counted is what torch
 allocates: on a GPU, CUDA itself, the workspaces of its libraries and what lies between blocks come on top.
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,8 +20,13 @@ from torch.utils._pytree import tree_leaves
 
 from trainer import bases
 from trainer.adapter import adapters_off, add_adapter
+from trainer.buckets import Size
 from trainer.config import Config
-from trainer.text import MAX_TOKENS
+from trainer.encode import pictures_together
+from trainer.pictures import to_signal
+from trainer.placement import placed
+from trainer.sizes import readable
+from trainer.text import CLIPS, MAX_TOKENS
 
 
 class Settings(NamedTuple):
@@ -48,11 +53,18 @@ class Settings(NamedTuple):
     targets: tuple[str, ...] = ("all",)
     target_time: bool = False
     """Whether the UNet is told it."""
+    preview: Size | None = None
+    """Of a preview's picture, in pixels; None when none are drawn."""
+    encoded: int = 1
+    """Pictures that the VAE encodes in one call, for the cache."""
+    drawn: bool = False
+    """Whether the teacher draws the pictures itself, as many in one call."""
 
     @staticmethod
     def of(config: Config, family: bases.Family, dtype: torch.dtype) -> Settings:
         """Those of a configuration, for one process."""
-        training = config.training
+        training, preview, side = config.training, config.preview, config.data.resolution
+        device, _ = placed(config)
         return Settings(
             family,
             rank=config.adapter.rank,
@@ -67,45 +79,113 @@ class Settings(NamedTuple):
             calls=config.method.order,
             targets=config.adapter.targets,
             target_time=config.method.target_time,
+            preview=Size(preview.height or side, preview.width or side) if preview.prompts else None,
+            encoded=pictures_together(Size(side, side), device),
+            drawn=any(path.endswith(".txt") for path in (source.path for _, source in config.data.named_sources)),
         )
 
 
 class Memory(NamedTuple):
-    """Bytes that training takes at its peak, by what they are for."""
+    """Bytes that a run takes at the peak of each of its phases, of which each gives back what it took."""
 
     weights: int
-    """Of the frozen UNet."""
+    """In training: of the frozen UNet."""
     adapter: int
-    """Of the adapter in float32, its average if there is one, and what the optimizer remembers."""
+    """In training: of the adapter in float32, its average if there is one, and what the optimizer remembers."""
     step: int
-    """Of activations and gradients, at the moment when they are most."""
+    """In training: of activations and gradients, at the moment when they are most."""
+    preview: int
+    """While previews are drawn, which is during training: all of it; 0 without previews."""
+    caching: int
+    """While pictures and captions are encoded, before training: all of it."""
+
+    @property
+    def training(self) -> int:
+        """All of training but its previews."""
+        return self.weights + self.adapter + self.step
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return self.weights + self.adapter + self.step
+        """That of the phase that takes most."""
+        return max(self.training, self.preview, self.caching)
 
     def __str__(self) -> str:
         parts = {"the frozen UNet": self.weights, "the adapter and its optimizer": self.adapter, "a step": self.step}
-        listed = ", ".join(f"{amount / 2**30:.2f} for {name}" for name, amount in parts.items())
-        return f"{self.total / 2**30:.2f} GiB: {listed}"
+        listed = ", ".join(f"{readable(amount)} for {name}" for name, amount in parts.items())
+        previews = f"{readable(self.preview)} with a preview" if self.preview else "no previews"
+        return (
+            f"{readable(self.total)} at the most: {readable(self.training)} in training ({listed}), {previews}, "
+            f"{readable(self.caching)} while caching"
+        )
 
 
 def estimate(settings: Settings) -> Memory:
-    """Return the memory that training with these settings takes at its peak."""
+    """Return the memory that a run with these settings takes at the peak of each of its phases."""
     unet, parameters = _without_data(settings)
     trained = sum(parameter.numel() for parameter in parameters)
     frozen = sum(_bytes(parameter) for parameter in unet.parameters() if not parameter.requires_grad)
-    copies = 4 * (2 if settings.average else 1) + 2 * settings.moment_bytes
-    inputs = _inputs(settings, unet)
-    twice = {key: _double(value) for key, value in inputs.items()}
-    with _Allocations([*unet.parameters(), *unet.buffers()]) as allocations, _fused_attention():
+    adapter = (4 * (2 if settings.average else 1) + 2 * settings.moment_bytes) * trained
+    drawing = frozen + _drawing(unet, settings) if settings.drawn else 0
+    step = max(_training(unet, settings), 2 * 4 * trained)  # or the gradients, and one temporary number to a weight
+    vae, vae_weights = _vae(settings)
+    preview = 0
+    if settings.preview:  # from the file's own adapter, beside the one in training
+        preview = frozen + adapter + 4 * trained + vae_weights + _decoding(vae, settings.preview)
+    encoding = vae_weights + _text_encoders(settings) + _encoding(vae, settings)
+    return Memory(frozen, adapter, step, preview, max(encoding, drawing))
+
+
+def _training(unet: UNet2DConditionModel, settings: Settings) -> int:
+    """Of activations and gradients in a step."""
+    inputs = _inputs(settings, unet, settings.batch)
+    twice = _inputs(settings, unet, 2 * settings.batch)
+    with _allocated(unet) as allocations:
         for _ in range(min(settings.parts, 2)):  # the second finds the gradients of the first there
             with torch.no_grad(), adapters_off(unet):
                 unet(**twice)  # the teacher, guided: the largest of the calls without a gradient
             _predict(unet, inputs, settings.calls).float().square().mean().backward()
-    optimizer = 2 * 4 * trained  # the gradients, and one temporary number to a weight
-    return Memory(frozen, copies * trained, max(allocations.peak, optimizer))
+    return allocations.peak
+
+
+@torch.no_grad()
+def _drawing(unet: UNet2DConditionModel, settings: Settings) -> int:
+    """Of activations while the teacher draws, guided, as many pictures as are encoded at a time."""
+    inputs = _inputs(settings, unet, 2 * settings.encoded)
+    with _allocated(unet) as allocations, adapters_off(unet):
+        unet(**inputs)
+    return allocations.peak
+
+
+@torch.no_grad()
+def _decoding(vae: AutoencoderKL, size: Size) -> int:
+    """Of activations while one picture is decoded."""
+    latent = torch.empty(1, vae.config.latent_channels, size.height // 8, size.width // 8, device="meta")
+    with _allocated(vae) as allocations:
+        vae.decode(latent)
+    return allocations.peak
+
+
+@torch.no_grad()
+def _encoding(vae: AutoencoderKL, settings: Settings) -> int:
+    """Of activations while pictures are encoded in one call, and of the pictures."""
+    shape = (settings.encoded, 3, settings.height, settings.width)
+    with _allocated(vae) as allocations:
+        vae.encode(to_signal(torch.empty(shape, dtype=torch.uint8, device="meta")))
+    return allocations.peak
+
+
+def _vae(settings: Settings) -> tuple[AutoencoderKL, int]:
+    """The VAE of a family on the meta device, in float32 as always, and its bytes."""
+    with torch.device("meta"):
+        vae = bases.empty_vae(settings.family).requires_grad_(False).eval()
+    return vae, sum(map(_bytes, vae.parameters()))
+
+
+def _text_encoders(settings: Settings) -> int:
+    """Of the weights of a family's text encoders."""
+    with torch.device("meta"):
+        models = [bases.empty_text_encoder(settings.family, clip.part) for clip in CLIPS[settings.family]]
+    return settings.dtype.itemsize * sum(parameter.numel() for model in models for parameter in model.parameters())
 
 
 def _predict(unet: UNet2DConditionModel, inputs: dict[str, Any], calls: int) -> Tensor:
@@ -132,9 +212,9 @@ def _without_data(settings: Settings) -> tuple[UNet2DConditionModel, list[nn.Par
     return unet, parameters
 
 
-def _inputs(settings: Settings, unet: UNet2DConditionModel) -> dict[str, Any]:
-    """What a UNet is called with, on the meta device."""
-    batch, config = settings.batch, unet.config
+def _inputs(settings: Settings, unet: UNet2DConditionModel, batch: int) -> dict[str, Any]:
+    """What a UNet is called with for so many pictures, on the meta device."""
+    config = unet.config
 
     def tensor(*shape: int) -> Tensor:
         return torch.empty(batch, *shape, dtype=settings.dtype, device="meta")
@@ -153,14 +233,15 @@ def _inputs(settings: Settings, unet: UNet2DConditionModel) -> dict[str, Any]:
     }
 
 
-def _double(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _double(each) for key, each in value.items()}
-    return None if value is None else torch.cat([value, value])
-
-
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
+
+
+@contextmanager
+def _allocated(model: nn.Module) -> Iterator[_Allocations]:
+    """Within the block what `model` allocates is counted, with attention as the fused kernels do it."""
+    with _Allocations([*model.parameters(), *model.buffers()]) as allocations, _fused_attention():
+        yield allocations
 
 
 class _Allocations(TorchDispatchMode):
