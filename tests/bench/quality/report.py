@@ -140,6 +140,8 @@ def _distances(results: Results, name: str, gamma: float) -> list[float]:
 
 
 def _spread(values: Sequence[float], form: str) -> str:
+    if len(values) == 1:
+        return form.format(*values)
     return f"{form} ({form})".format(statistics.mean(values), statistics.stdev(values))
 
 
