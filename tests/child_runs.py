@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import socket
-import threading
 from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
@@ -24,8 +23,7 @@ _CONTEXT.set_forkserver_preload(["trainer.run", "child_runs"])
 def start(
     values: dict[str, Any], death: str = "", *, place: tuple[int, int, int] | None = None, fsdp: bool = False
 ) -> BaseProcess:
-    """Start a run that at `death`, a point of `POINTS` or seconds after training has begun, dies by SIGKILL, or that is
-    "asked to stop" in its first step.
+    """Start a run that at `death`, a point of `POINTS`, dies by SIGKILL, or that is "asked to stop" in its first step.
 
     place: its rank, the number of processes and the port at which they meet, when it is one of several.
     """
@@ -87,8 +85,6 @@ def _child(values: dict[str, Any], death: str, place: tuple[int, int, int] | Non
     train = run.train
 
     def train_and_tell(*arguments: Any, **options: Any) -> list[float]:
-        if death.replace(".", "").isdigit():
-            threading.Timer(float(death), die).start()
         losses = train(*arguments, **options)
         if place is None or place[0] == 0:
             _losses_path(values).write_text(json.dumps(losses))

@@ -6,6 +6,7 @@ import random
 import resource
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ from trainer.cli import main
 from trainer.config import from_mapping
 from trainer.errors import UserError
 from trainer.export import config_digest
+from trainer.history import read_log
 from trainer.run import check, run
 
 Values = dict[str, dict[str, Any]]
+KILLS = 20
 FINISHED = ["config.toml", "log.csv", "loss_by_time.csv", "report.html", "tcd-lora.safetensors"]
 
 
@@ -69,17 +72,40 @@ def test_a_run_killed_while_it_writes_and_started_again_is_the_run_never_killed(
     assert child_runs.losses_of(values) == child_runs.losses_of(whole)
 
 
-def test_a_run_killed_at_any_moment_and_started_again_is_the_run_never_killed(whole: Values, tmp_path: Path) -> None:
-    values = elsewhere(whole, tmp_path / "out")
-    for _ in range(4):
-        moment = random.uniform(0.0, 0.6)
-        if child_runs.finish(values, str(moment)) == 0:
-            break  # it was faster than its death
-        kept = Path(values["output"]["folder"], "checkpoints")
-        assert len(list(kept.glob("step-*"))) <= 3, f"killed after {moment} s"
-    else:
-        assert child_runs.finish(values) == 0
-    assert_same(values, whole)
+def test_a_run_killed_at_any_moment_and_started_again_is_the_run_never_killed(values: Values, tmp_path: Path) -> None:
+    """At random moments since the process began: while it caches, draws previews, trains and writes."""
+    seed = int(os.environ.get("KILL_SEED", random.randrange(2**32)))
+    moments, deaths = random.Random(seed), 0
+    preview = {"prompts": ["a red circle"], "steps": [1], "every": 2}
+    values = {**values, "preview": preview, "data": {**values["data"], "cache": str(tmp_path / "cache")}}
+    never = elsewhere(values, tmp_path / "whole", steps=4)
+    killed = elsewhere(values, tmp_path / "killed", steps=4)
+    began = time.monotonic()
+    assert child_runs.finish(never) == 0
+    length = time.monotonic() - began
+
+    def assert_never_killed() -> None:
+        names = sorted(path.name for path in (tmp_path / "killed").iterdir() if not path.name.startswith("."))
+        assert names == sorted([*FINISHED, "previews"]), told
+        expected, got = lora(never), lora(killed)
+        assert all(torch.equal(expected[key], got[key]) for key in expected), told
+        assert [row.step for row in read_log(tmp_path / "killed")] == [1, 2, 3, 4], told
+
+    shutil.rmtree(tmp_path / "cache")
+    while deaths < KILLS:
+        process = child_runs.start(killed)
+        process.join(moments.uniform(0, length))
+        process.kill()
+        process.join()
+        told = f"KILL_SEED={seed}, after {deaths} kills"
+        assert process.exitcode in (0, -signal.SIGKILL), told
+        deaths += process.exitcode != 0
+        if process.exitcode == 0:  # it was faster than its death: the next begins with nothing
+            assert_never_killed()
+            shutil.rmtree(tmp_path / "killed")
+            shutil.rmtree(tmp_path / "cache")
+    assert child_runs.finish(killed) == 0, told
+    assert_never_killed()
 
 
 def test_whatever_stops_a_run_it_says_what_to_do_and_the_same_command_goes_on(
