@@ -3,17 +3,20 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+import tomli_w
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 import child_runs
-from tiny_base import write_inputs
+from tiny_base import network, random_dataset, small_config, write_inputs
+from trainer import adapter, loop
 from trainer.config import from_mapping
 from trainer.errors import UserError
 from trainer.processes import Processes
@@ -80,6 +83,39 @@ def test_previews_are_refused_where_no_process_has_the_whole_base(
         check(config)
 
 
+class Apart(Processes):
+    """One of several processes, whose sum is never added up: its own share is kept, and it ends there."""
+
+    shares: ClassVar[list[torch.Tensor]] = []
+
+    def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
+        self.shares.append(torch.cat([tensor.flatten() for tensor in tensors]))
+        raise InterruptedError
+
+
+def test_with_the_default_corner_of_huber_shares_differ_from_the_whole_by_rounding_alone(
+    values: Values, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64, as the gradient turns within errors of 0.001, and so by the rounding of float32 over that."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+    def share(rank: int, count: int, accumulate: int) -> torch.Tensor:
+        net = network(Path(values["base"]["path"]))
+        net.unet.double()
+        parameters = adapter.add_adapter(net.unet, rank=4, alpha=2.0, seed=0)
+        config = small_config({**values, "method": {}}, accumulate=accumulate)
+        assert config.method.huber_c == 0.001
+        training = loop.Training(net, parameters, random_dataset(), config, Apart(rank, count))
+        with pytest.raises(InterruptedError):
+            training.advance()
+        return Apart.shares.pop()
+
+    whole = share(0, 1, 1)
+    assert whole.dtype == torch.float64
+    shared = share(0, 2, 2) + share(1, 2, 2)
+    assert ((shared - whole).norm() / whole.norm()).item() < 1e-12
+
+
 def test_what_stops_a_run_at_its_start_stops_all_of_its_processes(values: Values, tmp_path: Path) -> None:
     assert child_runs.finish_together(elsewhere(values, tmp_path / "out", batch=4, accumulate=3)) == [1, 1]
     assert not (tmp_path / "out").exists()
@@ -139,3 +175,35 @@ def test_accelerate_launches_two_processes_of_which_one_writes_and_speaks(values
     assert (tmp_path / "out" / "tcd-lora.safetensors").exists() and not (tmp_path / "out" / "checkpoints").exists()
     assert done.stderr.count("wrote ") == 1 and done.stderr.count("1 steps of 4 pictures") == 1
     assert done.stderr.count("distilling: 100%") in (1, 2)  # a bar is drawn once more when it is closed
+
+
+SPREAD = """
+import sys
+from torch.distributed.tensor import DTensor
+from trainer import sharding
+from trainer.cli import main
+shard = sharding.shard
+def shard_and_tell(unet, *arguments):
+    shard(unet, *arguments)
+    print("spread:", sum(isinstance(weight, DTensor) for weight in unet.parameters()) > 100, flush=True)
+sharding.shard = shard_and_tell
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+def test_accelerate_launches_fsdp_on_a_cpu_too(values: Values, tmp_path: Path) -> None:
+    values = elsewhere(values, tmp_path / "out", steps=1)
+    (tmp_path / "config.toml").write_text(tomli_w.dumps(values), encoding="utf-8")
+    (tmp_path / "spread.py").write_text(SPREAD, encoding="utf-8")
+    launch = ["accelerate.commands.launch", "--config_file", str(LAUNCH / "fsdp.yaml")]
+    done = subprocess.run(
+        [sys.executable, "-m", *launch, "--main_process_port", "0", "spread.py", "run", "config.toml"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("spread: True") == 2 and done.stderr.count("wrote ") == 1
+    assert (tmp_path / "out" / "tcd-lora.safetensors").exists()
