@@ -62,6 +62,20 @@ def test_the_student_heeds_s_and_the_teacher_does_not(base: Path) -> None:
         x0(net, None)
 
 
+def test_an_adapter_that_is_told_and_one_that_is_not_share_a_unet(base: Path, tmp_path: Path) -> None:
+    expected = {}
+    for name, told in (("told", "s"), ("untold", None)):
+        net = student(base, told)
+        save_file(adapter.file_tensors(net.unet, 2.0), tmp_path / f"{name}.safetensors", {"tcd.target_time": "s"})
+        expected[name] = x0(net, FAR)
+    both = network(base)
+    for name in expected:
+        adapter.load_adapter(both.unet, tmp_path / f"{name}.safetensors", name)
+    for name in ("told", "untold", "told"):
+        adapter.use_adapter(both.unet, name)
+        assert torch.allclose(x0(both, FAR), expected[name], atol=1e-5), name
+
+
 def test_a_unet_without_adapters_is_the_teacher_as_it_is(base: Path) -> None:
     net = network(base)
     with adapter.adapters_off(net.unet):

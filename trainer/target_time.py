@@ -23,7 +23,9 @@ class TargetTimes(nn.ModuleDict):
     """Whether they are trained while the LoRA stays as it is."""
 
     def forward(self, times: Tensor) -> Tensor:
-        """Embed (t, s), timesteps [B, 2], as [B, width]."""
+        """Embed (t, s), timesteps [B, 2], as [B, width]; of an adapter that is not told, a zero to add: [1]."""
+        if self.used not in self:
+            return times.new_zeros(1, dtype=torch.float32)
         embedded: Tensor = self[self.used](*times.unbind(-1))
         return embedded
 
