@@ -1,6 +1,7 @@
 """Ways to train with less memory or more speed: each gives what the plain way gives."""
 
 import logging
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -168,6 +169,25 @@ def test_a_compiled_unet_is_student_teacher_and_average_in_turn(monkeypatch: pyt
     student, teacher, average, again, _ = compiled
     assert torch.equal(student, again) and not torch.allclose(student, teacher, atol=1e-3)
     assert not torch.allclose(student, average, atol=1e-3) and not torch.equal(teacher, average)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler for what inductor writes")
+def test_a_run_through_the_compilers_own_code_has_the_losses_of_one_without(checkpoint: Path, values: Values) -> None:
+    def few() -> tuple[Network, list[torch.nn.Parameter]]:
+        net = network(checkpoint)  # with an adapter on few modules, of which each is much to compile
+        parameters = adapter.add_adapter(net.unet, rank=4, alpha=2.0, seed=0, targets=("to_q", "conv2"))
+        shake(parameters)
+        return net, parameters
+
+    plain = records(*few(), small_config(values, steps=2, batch=2))
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compiled = records(*few(), small_config(values, steps=2, batch=2, compile=True))
+    assert counters["stats"]["unique_graphs"] >= 3, "the student with a gradient and without, and the teacher"
+    for expected, got in zip(plain, compiled, strict=True):
+        assert got.loss == pytest.approx(expected.loss, rel=1e-4) and got.norm == pytest.approx(expected.norm, rel=1e-3)
 
 
 @pytest.mark.parametrize(("targets", "kinds"), [(["attention"], GROUPS["attention"]), (["conv1", "to_q"], None)])
