@@ -164,6 +164,17 @@ def test_a_written_file_is_not_blamed_for_the_rounding_of_a_half_precision_base(
     write(net, values, tmp_path / "lora.safetensors")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_too_a_file_with_another_effect_does_not_get_its_name(
+    net: Network, values: dict[str, dict[str, object]], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    net.unet.to(dtype)
+    shake(adapter.add_adapter(net.unet, rank=4, alpha=2.0, seed=0))
+    values["adapter"]["alpha"] = 4.0
+    with pytest.raises(ExportError, match="away from the trained one"):
+        write(net, values, tmp_path / "lora.safetensors")
+
+
 def test_every_tensor_of_the_file_has_a_kohya_name_that_fits_the_model(
     net: Network, values: dict[str, dict[str, object]], tmp_path: Path
 ) -> None:

@@ -55,8 +55,7 @@ def write_lora(
     state = {key: value.to("cpu", dtype).contiguous() for key, value in state.items()}
     with whole_file(path) as unfinished:
         save_file(state, unfinished, metadata=metadata)
-        # A base in bfloat16 answers the least change of an adapter with as much as the rounding of its own dtype.
-        effect = _verify(unfinished, network, cond, max(TOLERANCE[dtype], TOLERANCE.get(network.unet.dtype, 0)))
+        effect = _verify(unfinished, network, cond, max(TOLERANCE[dtype], _rounding(network, cond)))
         if effect == 0 and final:
             raise ExportError(
                 "the written LoRA changes nothing: its prediction is the base model's; use a larger training.lr, or "
@@ -85,10 +84,24 @@ def _verify(path: Path, network: Network, cond: Conditioning, tolerance: float) 
     return effect
 
 
-def _probe(network: Network, cond: Conditioning) -> Tensor:
-    """One prediction, always at the same noise and timesteps."""
+@torch.no_grad()
+def _rounding(network: Network, cond: Conditioning) -> float:
+    """What a change that means nothing may do to a prediction, relative to it: nothing in a base of float32.
+
+    In half precision the least change of an adapter, or of x_t, is answered with as much as the rounding of all layers
+    together, which is more the deeper the network is.
+    """
+    dtype = network.unet.dtype
+    if dtype not in TOLERANCE:
+        return 0.0
+    plain, nudged = _probe(network, cond), _probe(network, cond, scale=1 + torch.finfo(dtype).eps / 8)
+    return max(TOLERANCE[dtype], 2 * ((nudged - plain).norm() / plain.norm()).item())
+
+
+def _probe(network: Network, cond: Conditioning, scale: float = 1.0) -> Tensor:
+    """One prediction, always at the same noise, times `scale`, and timesteps."""
     device = cond.context.device
-    x_t = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(0)).to(device)  # small proves as much
+    x_t = scale * torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(0)).to(device)  # proves as much
     t, s = torch.tensor([[499], [259]], device=device)
     return network.x0(x_t, t, cond, s)
 
