@@ -51,6 +51,18 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(inputs: Path, capsys: 
     assert files(inputs.parent) == before
 
 
+def test_a_dry_run_of_a_run_that_is_done_says_so(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = ["run", str(inputs), "training.steps=1"]
+    assert main([*told, "--dry-run"]) == 0 and "the run is done" not in capsys.readouterr().out
+    assert main(told) == 0
+    before = files(inputs.parent)
+    assert main([*told, "--dry-run"]) == 0
+    assert "1 steps of 3 pictures" in (printed := capsys.readouterr().out) and printed.endswith("the run is done\n")
+    assert main([*told, "training.lr=1e-5", "--dry-run"]) == 2
+    assert "exists: choose another output.folder" in capsys.readouterr().err
+    assert files(inputs.parent) == before
+
+
 @pytest.mark.parametrize("flags_at", [0, 1, 2, 3])
 def test_flags_stand_anywhere_among_overrides(inputs: Path, flags_at: int, capsys: pytest.CaptureFixture[str]) -> None:
     told, other = [str(inputs), "training.steps=7", "adapter.rank=5"], inputs.parent / "other"
@@ -83,6 +95,9 @@ def test_a_check_of_a_run_that_is_there_tells_all_and_that_it_is_there(
         printed = said(*overrides)
         assert re.search(rf"not free for a new run: .*{reason}.*: choose another output.folder", printed), printed
         assert "6 captioned pictures" in printed and "lora_unet_" in printed and "memory    about" in printed
+        assert re.search(
+            r"memory    about .* at the most: .* in training \(.*\), no previews, .* while caching", printed
+        )
     assert main(["check", str(inputs), "data.folder=/none"]) == 2
     assert "there is no data folder at /none" in capsys.readouterr().err
     assert files(inputs.parent) == before

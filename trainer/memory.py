@@ -198,7 +198,8 @@ def _predict(unet: UNet2DConditionModel, inputs: dict[str, Any], calls: int) -> 
 def _without_data(settings: Settings) -> tuple[UNet2DConditionModel, list[nn.Parameter]]:
     """The UNet of a family with its adapter, on the meta device."""
     with torch.device("meta"):
-        unet = bases.empty_unet(settings.family).requires_grad_(False).eval().to(settings.dtype)
+        unet = bases.empty_unet(settings.family).requires_grad_(False).eval()
+        nn.Module.to(unet, settings.dtype)  # diffusers' own `to` warns of modules that stay float32, and has none
         parameters = add_adapter(
             unet,
             rank=settings.rank,

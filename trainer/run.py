@@ -55,8 +55,17 @@ def check(config: Config, processes: Processes = ALONE) -> Inputs:
 
     Raises UserError for whatever would stop the run.
     """
+    if why := taken(config):
+        raise UserError(why)
+    inputs = look(config, processes)
     _, dtype = placed(config)
-    _check_free(config)
+    _checkpoints(config, dtype).refuse_others()
+    return inputs
+
+
+def look(config: Config, processes: Processes = ALONE) -> Inputs:
+    """The same but for what is in the output folder."""
+    _, dtype = placed(config)
     _check_writable("output.folder", config.output_folder)
     optimizer_class(config.training)
     _check_rates(config)
@@ -71,7 +80,6 @@ def check(config: Config, processes: Processes = ALONE) -> Inputs:
     identity = identify(base.path, prediction=base.prediction, zero_snr=base.zero_snr, vae=base.vae)
     if config.adapter.start_from:
         _check_start(config, identity)
-    _checkpoints(config, dtype).refuse_others()
     cached = open_cached(config, dtype)
     if cached is None:
         _check_writable("data.cache", config.cache_folder)
@@ -204,7 +212,7 @@ def _going_on(config: Config, dtype: torch.dtype) -> Checkpoints:
 
 def _finish(config: Config) -> bool:
     """Whether a run of these settings is finished; what it was killed before, if it was, is done now."""
-    if not _is_finished(config):
+    if not is_finished(config):
         return False
     report = write_report(config.output_folder)
     Checkpoints(config.output_folder / CHECKPOINTS, 1, 1).clear()
@@ -212,7 +220,7 @@ def _finish(config: Config) -> bool:
     return True
 
 
-def _is_finished(config: Config) -> bool:
+def is_finished(config: Config) -> bool:
     """Whether the LoRA is there, and is of the run that the output folder is of, which has settings equal to these."""
     saved = Checkpoints(config.output_folder / CHECKPOINTS, 1, 1).steps()
     if not config.lora_path.is_file() or (saved and saved[0] < config.training.steps):
@@ -261,24 +269,26 @@ def _check_rates(config: Config) -> None:
     raise UserError(f"{rates}{frozen}, so that nothing would be trained: use more than 0, such as 1e-4")
 
 
-def _check_free(config: Config) -> None:
-    """Refuse an output folder that holds another run: a finished one, or one of settings that give another LoRA."""
+def taken(config: Config) -> str:
+    """Why the output folder is not free: it holds a finished run, or one that gives another LoRA; empty when it is."""
     folder = config.output_folder
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"output.folder is {folder}, which is a file: choose another")
+        return f"output.folder is {folder}, which is a file: choose another"
     if config.lora_path.exists():
-        raise UserError(f"{config.lora_path} exists: choose another output.folder or output.name, or remove it")
+        return f"{config.lora_path} exists: choose another output.folder or output.name, or remove it"
     other = folder / FILE_NAME
     if not other.exists():
-        if Checkpoints(folder / CHECKPOINTS, 1, 1).steps():
-            raise UserError(f"{folder} has checkpoints but no {FILE_NAME}: choose another output.folder")
-        return
+        left = Checkpoints(folder / CHECKPOINTS, 1, 1).steps()
+        return f"{folder} has checkpoints but no {FILE_NAME}: choose another output.folder" if left else ""
     try:
         changed = changes(load(other), config)
     except UserError:
         changed = [f"{other} is not a configuration that this version can read"]
-    if changed:
-        raise UserError(f"{folder} is of a run with other settings, {'; '.join(changed)}: choose another output.folder")
+    return (
+        f"{folder} is of a run with other settings, {'; '.join(changed)}: choose another output.folder"
+        if changed
+        else ""
+    )
 
 
 def _claim(config: Config) -> None:

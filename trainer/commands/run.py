@@ -36,10 +36,13 @@ def execute(options: argparse.Namespace) -> int:
     """Run, or say what a run would do."""
     resolved = resolve(options)
 
-    from trainer.run import check, plan, run
+    from trainer.run import check, is_finished, look, plan, run
 
     if options.dry_run:
-        sys.stdout.write(f"{resolved.to_toml()}\n{plan(resolved, check(resolved))}\n")
+        done = is_finished(resolved)
+        sys.stdout.write(f"{resolved.to_toml()}\n{plan(resolved, look(resolved) if done else check(resolved))}\n")
+        if done:
+            sys.stdout.write("          which is there: the run is done\n")
     else:
         run(resolved)
     return 0
