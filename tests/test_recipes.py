@@ -36,6 +36,7 @@ def test_what_the_recipes_are_named_for() -> None:
     assert loaded["lcm-baseline"].method.law == "zero" and loaded["lcm-baseline"].output.eta == 1
     told = {name for name, each in loaded.items() if each.method.target_time}
     assert told == loaded.keys() - {"lcm-baseline"} and {each.method.ema_decay for each in loaded.values()} == {0.95}
+    assert {name for name, each in loaded.items() if each.method.weighting == "x0"} == told
     assert {loaded[name].data.resolution for name in ("sdxl-16gb", "sdxl-24gb")} == {1024}
 
 
