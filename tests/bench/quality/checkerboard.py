@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from measures import Reference, energy_distance
+from measures import Points, energy_distance
 from methods import METHODS, PLAIN, SEEDS, STEPS, TUNED_AT, VARIATIONS, Method, cells
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -265,22 +265,24 @@ def trajectory_errors(denoiser: Denoiser, seed: int) -> dict[str, float]:
 def measure_points(points: Tensor, seed: int) -> dict[str, float]:
     """What is reported of points [N, 2]."""
     squares, strays = coverage(points)
-    return {"distance": energy_distance(points, _reference(seed)), "covered": squares, "strays": strays}
+    return {"distance": energy_distance(Points(points), _reference(seed)), "covered": squares, "strays": strays}
 
 
 @cache
-def _reference(seed: int) -> Reference:
-    return Reference(data(POINTS, torch.Generator().manual_seed(10_000 + seed)).flatten(1))
+def _reference(seed: int) -> Points:
+    return Points(data(POINTS, torch.Generator().manual_seed(10_000 + seed)).flatten(1))
 
 
-def try_out(denoiser: Denoiser, method: Method, seed: int, folder: Path) -> list[float]:
+def try_out(method: Method, lr: float, seed: int, folder: Path) -> list[float]:
     """The distances by which learning rates are chosen."""
+    denoiser = distill(method, lr, seed, folder)
     drawn = [sample(denoiser, steps, method.gamma, 20_000 + seed) for steps in TUNED_AT]
     return [measure_points(points, seed)["distance"] for points in drawn]
 
 
-def measure(denoiser: Denoiser, method: Method, seed: int, folder: Path) -> dict[str, Any]:
+def measure(method: Method, lr: float, seed: int, folder: Path) -> dict[str, Any]:
     """Everything that is reported of a student: of its samples by "steps gamma", and of its jumps by "t s"."""
+    denoiser = distill(method, lr, seed, folder)
     return {
         "samples": {
             f"{steps} {gamma:g}": measure_points(sample(denoiser, steps, gamma, 20_000 + seed), seed)
@@ -291,9 +293,9 @@ def measure(denoiser: Denoiser, method: Method, seed: int, folder: Path) -> dict
 
 
 def measure_references(seed: int, folder: Path) -> dict[str, dict[str, float]]:
-    """The same of fresh data, and of the teacher by two solvers."""
+    """The same of fresh data, and of the teacher by two solvers; its jumps are "DDIM"."""
     fresh = data(POINTS, torch.Generator().manual_seed(40_000 + seed)).flatten(1)
-    found = {"fresh data": measure_points(fresh, seed)}
+    found = {"fresh data": measure_points(fresh, seed), "DDIM": trajectory_errors(teacher, 30_000 + seed)}
     for steps in (*STEPS, 50):
         found[f"DDIM {steps}"] = measure_points(sample(teacher, steps, 0.0, 20_000 + seed), seed)
         found[f"DPM-Solver++(2M) {steps}"] = measure_points(solve(steps, 20_000 + seed), seed)

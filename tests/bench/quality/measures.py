@@ -8,27 +8,34 @@ import torch
 from torch import Tensor
 
 
-class Reference:
-    """Points [M, D] that others are measured against."""
+class Points:
+    """Points [N, D], each of a kind [N]; without kinds, each is a kind of its own.
 
-    def __init__(self, points: Tensor) -> None:
-        self.points = points
+    Where two samples hold all kinds alike, as one picture of each caption, only points of different kinds are
+    compared, so that the kinds that chance would have picked are no part of the noise.
+    """
+
+    def __init__(self, at: Tensor, kinds: Tensor | None = None) -> None:
+        self.at, self.kinds = at, kinds
 
     @cached_property
     def within(self) -> float:
         """The mean distance of two of them."""
-        return _within(self.points)
+        kinds = torch.arange(len(self.at)) if self.kinds is None else self.kinds
+        distances = torch.cdist(self.at, self.at)
+        return distances[kinds[:, None] != kinds].mean(dtype=torch.float64).item()
+
+    def to(self, other: Points) -> float:
+        """The mean distance of one of them and one of the others."""
+        distances = torch.cdist(self.at, other.at)
+        if self.kinds is not None and other.kinds is not None:
+            distances = distances[self.kinds[:, None] != other.kinds]
+        return distances.mean(dtype=torch.float64).item()
 
 
-def energy_distance(points: Tensor, reference: Reference) -> float:
-    """2 E|X - Y| - E|X - X'| - E|Y - Y'| of points [N, D]; unbiased, so around 0 for equal laws."""
-    across = torch.cdist(points, reference.points).mean(dtype=torch.float64).item()
-    return 2 * across - _within(points) - reference.within
-
-
-def _within(x: Tensor) -> float:
-    distances = torch.cdist(x, x).fill_diagonal_(0)
-    return distances.sum(dtype=torch.float64).item() / (len(x) * (len(x) - 1))
+def energy_distance(points: Points, reference: Points) -> float:
+    """2 E|X - Y| - E|X - X'| - E|Y - Y'|; unbiased, so around 0 for equal laws."""
+    return 2 * points.to(reference) - points.within - reference.within
 
 
 def coverage(points: Tensor, reference: Tensor, neighbors: int = 5) -> float:

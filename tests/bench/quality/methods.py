@@ -43,8 +43,11 @@ class Method:
 
 
 def cells(method: Method) -> list[tuple[int, float]]:
-    """The numbers of steps and gammas at which a method is measured: its own gamma, and others up to 8 steps."""
-    return [(steps, gamma) for steps in STEPS for gamma in GAMMAS if gamma == method.gamma or steps <= TUNED_AT[-1]]
+    """The numbers of steps and gammas at which a method is measured.
+
+    A single step has no noise to add, and so is the same at every gamma.
+    """
+    return [(steps, gamma) for steps in STEPS for gamma in GAMMAS if steps > 1 or gamma == method.gamma]
 
 
 def _by_name(*methods: Method) -> dict[str, Method]:
@@ -71,6 +74,7 @@ def _changed(of: str, name: str, **changed: Any) -> Method:
 PLAIN = _by_name(*(_changed(name, "plain", ema_decay=0.0) for name in ("LCM", "TCD", "TCD S+")))
 """The target is the student itself, with a learning rate found for that."""
 VARIATIONS = _by_name(
+    _changed("TCD", "weighting x0", weighting="x0"),
     _changed("TCD S+", "told t - s", told="t-s"),
     _changed("TCD S+", "weighting gap", weighting="gap"),
     _changed("TCD S+", "weighting x0", weighting="x0"),

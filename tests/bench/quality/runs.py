@@ -63,18 +63,14 @@ def try_out(name: str, folder: Path, method: str, lr: float) -> float:
     world, tried = WORLDS[name], ALL[method]
     distances = done(
         folder / f"try-{method}-{lr:g}.json",
-        lambda: world.try_out(world.distill(tried, lr, TUNING_SEED, folder), tried, TUNING_SEED, folder),
+        lambda: world.try_out(tried, lr, TUNING_SEED, folder),
     )
     return math.exp(sum(math.log(max(each, 1e-4)) for each in distances) / len(distances))
 
 
 def measure(name: str, folder: Path, method: str, lr: float, seed: int) -> Any:
     """All that is reported of a run."""
-    world = WORLDS[name]
-    return done(
-        folder / f"{method}-{lr:g}-{seed}.json",
-        lambda: world.measure(world.distill(ALL[method], lr, seed, folder), ALL[method], seed, folder),
-    )
+    return done(folder / f"{method}-{lr:g}-{seed}.json", lambda: WORLDS[name].measure(ALL[method], lr, seed, folder))
 
 
 def measure_references(name: str, folder: Path, seed: int) -> Any:

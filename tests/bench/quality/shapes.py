@@ -1,19 +1,20 @@
 """The second world: the demo's captioned shapes, with its tiny text-to-image model as the teacher.
 
 Each student is a LoRA, distilled by `tcd-train run`'s own code from the same pictures. What is measured is measured in
-the features of the demo's classifier, between pictures of random captions and pictures that the world itself drew.
+the features of the demo's classifier, between what a student draws and pictures that the world itself drew.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from measures import Reference, coverage, energy_distance
-from methods import METHODS, SEEDS, STEPS, TUNED_AT, Method, cells
+from measures import Points, coverage, energy_distance
+from methods import METHODS, SEEDS, STEPS, TUNED_AT, VARIATIONS, Method, cells
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -32,13 +33,24 @@ from trainer.tiny import world
 
 NAME = "shapes"
 TUNED: Mapping[str, Method] = METHODS
-OTHERS: Mapping[str, Method] = {}
+OTHERS: Mapping[str, Method] = {name: VARIATIONS[name] for name in ("TCD, weighting x0", "TCD S+, weighting x0")}
 LEARNING_RATES = (3e-4, 1e-3)
-ITERATIONS, BATCH = 350, 32
-PICTURES, TEACHERS, FOLLOWED = 256, 512, 32
-"""Of each cell of the tables and of a try, by the teacher to compare with, and of each start of a trajectory."""
+ITERATIONS, TRY_ITERATIONS, BATCH = 1000, 350, 32
+SCENES = world.all_scenes()
+CAPTIONS = [scene.caption for scene in SCENES]
+PICTURES = len(SCENES)
+"""Of each cell of the tables: one for each thing that a caption can say, so that chance has no hand in the captions."""
+REFERENCES, TEACHERS, FOLLOWED = 6, 2, 32
+"""Pictures of each caption by the world and by the teacher, and of each start of a trajectory."""
 COLUMNS, DRAWN = 10, (1, 2, 4, 32)
-"""Captions, and numbers of steps, of the pictures that are shown."""
+"""Pictures in a row, and numbers of steps, of what is shown."""
+
+
+class Measured(NamedTuple):
+    """What pictures of the world and of the teacher are in the classifier's features."""
+
+    reference: Points
+    teacher: Points
 
 
 def prepare(folder: Path) -> None:
@@ -46,24 +58,12 @@ def prepare(folder: Path) -> None:
     if not (folder / "pictures").exists():
         world.write_folder(folder / "pictures.unfinished", 1024, seed=0)
         (folder / "pictures.unfinished").rename(folder / "pictures")
-    for seed in SEEDS:
-        teacher_features(seed, folder)
+    teacher_features(folder)
     trajectories(folder)
 
 
-@cache
-def classifier(folder: Path) -> Classifier:
-    path = folder / "classifier.safetensors"
-    if not path.exists():
-        with whole_file(path) as unfinished:
-            save_file(train_classifier(0).state_dict(), unfinished)
-    made = Classifier().eval().requires_grad_(False)
-    made.load_state_dict(load_file(path))
-    return made
-
-
-def distill(method: Method, lr: float, seed: int, folder: Path) -> Path:
-    """Train a student by a method, and return its LoRA file."""
+def distill(method: Method, lr: float, seed: int, folder: Path, iterations: int = ITERATIONS) -> Path:
+    """Train a student by a method, or have it as it was trained before, and return its LoRA file."""
     settings = config.from_mapping(
         {
             "base": {"path": "tiny"},
@@ -78,102 +78,99 @@ def distill(method: Method, lr: float, seed: int, folder: Path) -> Path:
                 "guidance_max": demo.TEACHER_GUIDANCE,
             },
             "adapter": {"rank": 32, "alpha": 32.0},
-            "training": {"steps": ITERATIONS, "batch": BATCH, "lr": lr, "warmup_steps": 10, "seed": seed},
-            "output": {"folder": str(folder / f"{method.name}-{lr:g}-{seed}"), "name": "lora"},
+            "training": {"steps": iterations, "batch": BATCH, "lr": lr, "warmup_steps": 10, "seed": seed},
+            "output": {"folder": str(folder / f"{method.name}-{lr:g}-{seed}-{iterations}"), "name": "lora"},
         }
     )
     return settings.lora_path if settings.lora_path.exists() else run(settings)
 
 
-class Measured(NamedTuple):
-    """Captions, and what pictures of the world and of the teacher are in the classifier's features."""
-
-    scenes: list[world.Scene]
-    reference: Reference
-    teacher: Reference
-
-    @property
-    def captions(self) -> list[str]:
-        return [scene.caption for scene in self.scenes]
-
-
 @cache
-def measured(seed: int, folder: Path) -> Measured:
-    reference, _ = world_sample(4096, purpose="reference", seed=seed)
-    features, teacher = classifier(folder).features(reference), teacher_features(seed, folder)
-    return Measured(world.random_scenes(PICTURES, 10_000 + seed), Reference(features), Reference(teacher))
+def measured(folder: Path) -> Measured:
+    features = classifier(folder).features(pictures_of(SCENES * REFERENCES, "reference"))
+    return Measured(
+        Points(features, kinds(REFERENCES)),
+        Points(teacher_features(folder), kinds(TEACHERS)),
+    )
 
 
-@cache
-def teacher_features(seed: int, folder: Path) -> Tensor:
-    """Features of what the teacher draws in 50 steps of other captions."""
-    path = folder / f"teacher-{seed}.safetensors"
+def kinds(rounds: int) -> Tensor:
+    """Which caption each picture of `rounds` times all is of."""
+    return torch.arange(PICTURES).repeat(rounds)
+
+
+def teacher_features(folder: Path) -> Tensor:
+    """Features of what the teacher draws in 50 steps."""
+    path = folder / "teacher.safetensors"
     if not path.exists():
-        captions = [scene.caption for scene in world.random_scenes(TEACHERS, 40_000 + seed)]
         row = demo.Method("teacher", None, 50, 0.0)
-        pictures = demo.Studio({}, captions).pictures(row, TEACHERS, 40_000 + seed)
+        drawn = demo.Studio({}, CAPTIONS * TEACHERS).pictures(row, PICTURES * TEACHERS, 40_000)
         with whole_file(path) as unfinished:
-            save_file({"features": classifier(folder).features(pictures)}, unfinished)
+            save_file({"features": classifier(folder).features(drawn)}, unfinished)
     return load_file(path)["features"]
 
 
-def measure_pictures(pictures: Tensor, against: Measured, folder: Path) -> dict[str, float]:
+def measure_pictures(pictures: Tensor, folder: Path) -> dict[str, float]:
     """What is reported of pictures [N, 3, H, W], one for each caption."""
-    features = classifier(folder).features(pictures)
+    against, features = measured(folder), classifier(folder).features(pictures)
+    points = Points(features, kinds(1))
     return {
-        "distance": energy_distance(features, against.reference),
-        "from_teacher": energy_distance(features, against.teacher),
-        "covered": coverage(features, against.reference.points[: len(features)]),
-        "right": caption_accuracy(classifier(folder), features, against.scenes)[0],
+        "distance": energy_distance(points, against.reference),
+        "from_teacher": energy_distance(points, against.teacher),
+        "covered": coverage(features, against.reference.at),
+        "right": caption_accuracy(classifier(folder), features, SCENES)[0],
     }
 
 
-def try_out(lora: Path, method: Method, seed: int, folder: Path) -> list[float]:
-    """The distances by which learning rates are chosen."""
-    against = measured(seed, folder)
-    studio = demo.Studio({"student": lora}, against.captions)
-    rows = [demo.Method(f"{steps} steps", "student", steps, method.gamma) for steps in TUNED_AT]
-    return [
-        measure_pictures(studio.pictures(row, PICTURES, 20_000 + seed), against, folder)["distance"] for row in rows
-    ]
+def try_out(method: Method, lr: float, seed: int, folder: Path) -> list[float]:
+    """The distances by which learning rates are chosen, after a shorter training."""
+    lora = distill(method, lr, seed, folder, TRY_ITERATIONS)
+    found = measure_cells(lora, [(steps, method.gamma) for steps in TUNED_AT], seed, folder)
+    return [each["distance"] for each in found.values()]
 
 
-def measure(lora: Path, method: Method, seed: int, folder: Path) -> dict[str, Any]:
+def measure(method: Method, lr: float, seed: int, folder: Path) -> dict[str, Any]:
     """Everything that is reported of a student: of its samples by "steps gamma", and of its jumps by "t s"."""
-    against = measured(seed, folder)
-    studio = demo.Studio({"student": lora}, against.captions)
-    samples = {}
-    for steps, gamma in cells(method):
+    lora = distill(method, lr, seed, folder)
+    return {
+        "samples": measure_cells(lora, cells(method), seed, folder),
+        "trajectory": trajectory_errors(lora, folder),
+    }
+
+
+def measure_cells(lora: Path, wanted: list[tuple[int, float]], seed: int, folder: Path) -> dict[str, dict[str, float]]:
+    """What is reported of a student's samples, by "steps gamma"."""
+    studio, found = demo.Studio({"student": lora}, CAPTIONS), {}
+    for steps, gamma in wanted:
         row = demo.Method(f"{steps} steps", "student", steps, gamma)
-        pictures = studio.pictures(row, PICTURES, 20_000 + seed)
-        samples[f"{steps} {gamma:g}"] = measure_pictures(pictures, against, folder)
-    return {"samples": samples, "trajectory": trajectory_errors(lora, folder)}
+        pictures = studio.pictures(row, PICTURES, 20_000 + 1000 * seed)
+        found[f"{steps} {gamma:g}"] = measure_pictures(pictures, folder)
+    return found
 
 
 def measure_references(seed: int, folder: Path) -> dict[str, dict[str, float]]:
-    """The same of fresh pictures, and of the teacher by two solvers."""
-    against = measured(seed, folder)
-    fresh, scenes = world_sample(PICTURES, purpose="fresh", seed=seed)
-    found = {"fresh data": measure_pictures(fresh, against._replace(scenes=scenes), folder)}
-    studio = demo.Studio({}, against.captions)
+    """The same of fresh pictures, and of the teacher by two solvers; its jumps are "DDIM"."""
+    found = {"fresh data": measure_pictures(pictures_of(SCENES, f"fresh {seed}"), folder)}
+    found["DDIM"] = trajectory_errors(None, folder)
+    studio, start = demo.Studio({}, CAPTIONS), 20_000 + 1000 * seed
     for steps in (*STEPS, 50):
         row = demo.Method(f"DDIM {steps}", None, steps, 0.0)
-        found[row.label] = measure_pictures(studio.pictures(row, PICTURES, 20_000 + seed), against, folder)
+        found[row.label] = measure_pictures(studio.pictures(row, PICTURES, start), folder)
         if steps > TUNED_AT[-1]:
             continue  # where it is DDIM's own distance
         latents = draw_latents(
             studio.network,
             studio.cond,
             studio.guidance.uncond,
-            demo.noise_for(20_000 + seed, PICTURES),
+            demo.noise_for(start, PICTURES),
             steps=steps,
             guidance=studio.guidance.scale,
         )
-        found[f"DPM-Solver++(2M) {steps}"] = measure_pictures(decode(studio.vae, latents), against, folder)
+        found[f"DPM-Solver++(2M) {steps}"] = measure_pictures(decode(studio.vae, latents), folder)
     return found
 
 
-def _followed(folder: Path) -> tuple[demo.Studio, Tensor]:
+def _followed() -> tuple[demo.Studio, Tensor]:
     """What trajectories are followed of: captions, encoded, and the latents of pictures of them."""
     pictures, scenes = world_sample(FOLLOWED, purpose="trajectories", seed=0)
     studio = demo.Studio({}, [scene.caption for scene in scenes])
@@ -185,10 +182,10 @@ def _followed(folder: Path) -> tuple[demo.Studio, Tensor]:
 
 @torch.no_grad()
 def trajectories(folder: Path) -> dict[str, Tensor]:
-    """Where the guided teacher leads, in steps of one timestep, from each time of four to each later one: by "t s"."""
+    """Where the guided teacher leads in steps of one timestep, from each of four times to each later one: "t s"."""
     path = folder / "trajectories.safetensors"
     if not path.exists():
-        studio, x0 = _followed(folder)
+        studio, x0 = _followed()
         network, grid, found = studio.network, timestep_grid(4), {}
         scale = torch.full((FOLLOWED,), studio.guidance.scale)
         for t in grid:
@@ -206,26 +203,35 @@ def trajectories(folder: Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def trajectory_errors(lora: Path, folder: Path) -> dict[str, float]:
-    """The root mean square of f(x_t, t -> s) minus where the teacher's trajectory leads, by "t s"."""
-    studio, _ = _followed(folder)
+def trajectory_errors(lora: Path | None, folder: Path) -> dict[str, float]:
+    """The root mean square of f(x_t, t -> s) minus where the teacher's trajectory leads, by "t s".
+
+    Without a LoRA, of the teacher's own jump, which is one step of DDIM.
+    """
+    studio, _ = _followed()
     network, found, errors = studio.network, trajectories(folder), {}
-    load_adapter(network.unet, lora, "student")
+    scale = torch.full((FOLLOWED,), studio.guidance.scale)
+    if lora:
+        load_adapter(network.unet, lora, "student")
     for key in sorted(found, key=lambda key: [-int(time) for time in key.split()]):
         t, s = (torch.full((FOLLOWED,), int(time)) for time in key.split())
         if t[0] == s[0]:
             continue
         x_t = found[f"{t[0]} {t[0]}"]
-        end = jump(x_t, network.x0(x_t, t, studio.cond, s), network.level(t), network.level(s))
+        if lora:
+            clean = network.x0(x_t, t, studio.cond, s)
+        else:
+            clean = network.guided_x0(x_t, t, studio.cond, studio.guidance.uncond, scale)
+        end = jump(x_t, clean, network.level(t), network.level(s))
         errors[key] = (end - found[key]).square().mean().sqrt().item()
     return errors
 
 
 def draw(lr: Mapping[str, float], folder: Path, path: Path) -> None:
     """Draw some captions by each method, by its learning rate, in rows of numbers of steps, under the teacher's."""
-    scenes = world.random_scenes(COLUMNS, 1)
+    captions = [scene.caption for scene in world.random_scenes(COLUMNS, 1)]
     loras = {name: distill(METHODS[name], rate, SEEDS[0], folder) for name, rate in lr.items()}
-    studio = demo.Studio(loras, [scene.caption for scene in scenes])
+    studio = demo.Studio(loras, captions)
     rows = [demo.Method("Teacher", None, steps, 0.0) for steps in (50, 4)]
     rows += [demo.Method(name, name, steps, METHODS[name].gamma) for name in lr for steps in DRAWN]
     grid = [
@@ -235,6 +241,20 @@ def draw(lr: Mapping[str, float], folder: Path, path: Path) -> None:
         )
         for row in rows
     ]
-    draw_grid(
-        grid, [scene.caption for scene in scenes], "One caption and one starting noise to a column", scale=1
-    ).save(path)
+    draw_grid(grid, captions, "One caption and one starting noise to a column", scale=1).save(path)
+
+
+@cache
+def classifier(folder: Path) -> Classifier:
+    path = folder / "classifier.safetensors"
+    if not path.exists():
+        with whole_file(path) as unfinished:
+            save_file(train_classifier(0).state_dict(), unfinished)
+    made = Classifier().eval().requires_grad_(False)
+    made.load_state_dict(load_file(path))
+    return made
+
+
+def pictures_of(scenes: list[world.Scene], purpose: str) -> Tensor:
+    """Pictures of scenes by the world itself, apart from those of any other purpose."""
+    return world.draw_pictures(scenes, random.Random(purpose))
