@@ -42,12 +42,12 @@ class Method:
         return MethodConfig(**{**self.settings, "phases": tuple(self.settings["phases"])})
 
 
-def cells(method: Method) -> list[tuple[int, float]]:
-    """The numbers of steps and gammas at which a method is measured.
+def cells(method: Method, most: int = STEPS[-1]) -> list[tuple[int, float]]:
+    """The numbers of steps and gammas at which a method is measured, and of gammas not its own up to `most` steps.
 
     A single step has no noise to add, and so is the same at every gamma.
     """
-    return [(steps, gamma) for steps in STEPS for gamma in GAMMAS if steps > 1 or gamma == method.gamma]
+    return [(steps, gamma) for steps in STEPS for gamma in GAMMAS if gamma == method.gamma or 1 < steps <= most]
 
 
 def _by_name(*methods: Method) -> dict[str, Method]:

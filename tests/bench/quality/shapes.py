@@ -42,7 +42,7 @@ PICTURES = len(SCENES)
 """Of each cell of the tables: one for each thing that a caption can say, so that chance has no hand in the captions."""
 REFERENCES, TEACHERS, FOLLOWED = 6, 2, 32
 """Pictures of each caption by the world and by the teacher, and of each start of a trajectory."""
-COLUMNS, DRAWN = 10, (1, 2, 4, 32)
+COLUMNS, DRAWN = 8, (1, 2, 4, 32)
 """Pictures in a row, and numbers of steps, of what is shown."""
 
 
@@ -133,7 +133,7 @@ def measure(method: Method, lr: float, seed: int, folder: Path) -> dict[str, Any
     """Everything that is reported of a student: of its samples by "steps gamma", and of its jumps by "t s"."""
     lora = distill(method, lr, seed, folder)
     return {
-        "samples": measure_cells(lora, cells(method), seed, folder),
+        "samples": measure_cells(lora, cells(method, most=TUNED_AT[-1]), seed, folder),
         "trajectory": trajectory_errors(lora, folder),
     }
 
@@ -241,7 +241,7 @@ def draw(lr: Mapping[str, float], folder: Path, path: Path) -> None:
         )
         for row in rows
     ]
-    draw_grid(grid, captions, "One caption and one starting noise to a column", scale=1).save(path)
+    draw_grid(grid, captions, "One caption and one starting noise to a column").save(path)
 
 
 @cache
