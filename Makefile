@@ -33,7 +33,7 @@ bench: $(INSTALLED)
 	$(BIN)/python tests/bench/peers.py --out bench-out/peers.md $(PEERS)
 	$(BIN)/python tests/bench/training_step.py --out bench-out/training.md
 
-# Takes one or two hours on two cores; what is done already is in bench-out/quality, and is not done again.
+# Takes two to three hours on two cores; what is done already is in bench-out/quality, and is not done again.
 bench-quality: $(INSTALLED)
 	$(BIN)/pip install -e '.[bench]' -c constraints.txt
 	$(BIN)/python tests/bench/quality --results bench-out/quality --write
