@@ -55,17 +55,22 @@ def check(config: Config, processes: Processes = ALONE) -> Inputs:
 
     Raises UserError for whatever would stop the run.
     """
+    _, dtype = placed(config)
     if why := taken(config):
         raise UserError(why)
-    inputs = look(config, processes)
-    _, dtype = placed(config)
+    base = _check_base(config, processes)
     _checkpoints(config, dtype).refuse_others()
-    return inputs
+    return Inputs(base, _find(config, dtype))
 
 
-def look(config: Config, processes: Processes = ALONE) -> Inputs:
-    """The same but for what is in the output folder."""
+def look(config: Config) -> Inputs:
+    """The same of one process, but for what is in the output folder, which may be of another run."""
     _, dtype = placed(config)
+    return Inputs(_check_base(config, ALONE), _find(config, dtype))
+
+
+def _check_base(config: Config, processes: Processes) -> Identity:
+    """Refuse settings, and a base, by which nothing could be trained; what the base is."""
     _check_writable("output.folder", config.output_folder)
     optimizer_class(config.training)
     _check_rates(config)
@@ -80,10 +85,15 @@ def look(config: Config, processes: Processes = ALONE) -> Inputs:
     identity = identify(base.path, prediction=base.prediction, zero_snr=base.zero_snr, vae=base.vae)
     if config.adapter.start_from:
         _check_start(config, identity)
+    return identity
+
+
+def _find(config: Config, dtype: torch.dtype) -> Survey:
+    """The pictures and captions that there are, in the cache or where they come from."""
     cached = open_cached(config, dtype)
     if cached is None:
         _check_writable("data.cache", config.cache_folder)
-    return Inputs(identity, cached.found if cached else survey(config))
+    return cached.found if cached else survey(config)
 
 
 def plan(config: Config, inputs: Inputs) -> str:
@@ -284,11 +294,9 @@ def taken(config: Config) -> str:
         changed = changes(load(other), config)
     except UserError:
         changed = [f"{other} is not a configuration that this version can read"]
-    return (
-        f"{folder} is of a run with other settings, {'; '.join(changed)}: choose another output.folder"
-        if changed
-        else ""
-    )
+    if not changed:
+        return ""
+    return f"{folder} is of a run with other settings, {'; '.join(changed)}: choose another output.folder"
 
 
 def _claim(config: Config) -> None:
