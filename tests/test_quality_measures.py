@@ -46,6 +46,6 @@ def test_the_distance_is_that_of_its_definition() -> None:
 
 def test_coverage_is_the_share_of_a_reference_that_is_reached() -> None:
     reference = torch.cat([torch.arange(10.0), 100 + torch.arange(10.0)]).unsqueeze(1)
-    assert coverage(reference, reference) == 1.0
-    assert coverage(reference[:10], reference) == 0.5
-    assert coverage(reference[:10] + 1000, reference) == 0.0
+    assert coverage(Points(reference), Points(reference)) == 1.0
+    assert coverage(Points(reference[:10]), Points(reference)) == 0.5
+    assert coverage(Points(reference[:10] + 1000), Points(reference)) == 0.0

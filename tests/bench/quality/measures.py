@@ -22,15 +22,18 @@ class Points:
     def within(self) -> float:
         """The mean distance of two of them."""
         kinds = torch.arange(len(self.at)) if self.kinds is None else self.kinds
-        distances = torch.cdist(self.at, self.at)
-        return distances[kinds[:, None] != kinds].mean(dtype=torch.float64).item()
+        return _mean_distance(self.at, self.at, kinds[:, None] == kinds)
 
     def to(self, other: Points) -> float:
         """The mean distance of one of them and one of the others."""
-        distances = torch.cdist(self.at, other.at)
-        if self.kinds is not None and other.kinds is not None:
-            distances = distances[self.kinds[:, None] != other.kinds]
-        return distances.mean(dtype=torch.float64).item()
+        if self.kinds is None or other.kinds is None:
+            return torch.cdist(self.at, other.at).mean(dtype=torch.float64).item()
+        return _mean_distance(self.at, other.at, self.kinds[:, None] == other.kinds)
+
+    @cached_property
+    def radius(self) -> Tensor:
+        """How far each is from the fifth nearest of the others, [N]."""
+        return torch.cdist(self.at, self.at).kthvalue(6, dim=1).values  # the nearest is itself
 
 
 def energy_distance(points: Points, reference: Points) -> float:
@@ -38,7 +41,12 @@ def energy_distance(points: Points, reference: Points) -> float:
     return 2 * points.to(reference) - points.within - reference.within
 
 
-def coverage(points: Tensor, reference: Tensor, neighbors: int = 5) -> float:
-    """The share of the reference [M, D] that has a point [N, D] as near as its own neighbors (arXiv 2002.09797)."""
-    radius = torch.cdist(reference, reference).kthvalue(neighbors + 1, dim=1).values  # the nearest is itself
-    return (torch.cdist(reference, points).min(1).values <= radius).double().mean().item()
+def coverage(points: Points, reference: Points) -> float:
+    """The share of the reference that has one of the points as near as its own five nearest (arXiv 2002.09797)."""
+    return (torch.cdist(reference.at, points.at).min(1).values <= reference.radius).double().mean().item()
+
+
+def _mean_distance(x: Tensor, y: Tensor, apart: Tensor) -> float:
+    """That of points [N, D] and [M, D] but for those pairs, [N, M], that are set apart."""
+    distances = torch.cdist(x, y).masked_fill_(apart, 0)
+    return distances.sum(dtype=torch.float64).item() / (~apart).sum().item()

@@ -117,7 +117,7 @@ def measure_pictures(pictures: Tensor, folder: Path) -> dict[str, float]:
     return {
         "distance": energy_distance(points, against.reference),
         "from_teacher": energy_distance(points, against.teacher),
-        "covered": coverage(features, against.reference.at),
+        "covered": coverage(points, against.reference),
         "right": caption_accuracy(classifier(folder), features, SCENES)[0],
     }
 
@@ -210,7 +210,7 @@ def trajectory_errors(lora: Path | None, folder: Path) -> dict[str, float]:
     """
     studio, _ = _followed()
     network, found, errors = studio.network, trajectories(folder), {}
-    scale = torch.full((FOLLOWED,), studio.guidance.scale)
+    scale = torch.full((FOLLOWED,), 1.0 if lora else studio.guidance.scale)  # a student has learned the guidance
     if lora:
         load_adapter(network.unet, lora, "student")
     for key in sorted(found, key=lambda key: [-int(time) for time in key.split()]):
@@ -218,10 +218,7 @@ def trajectory_errors(lora: Path | None, folder: Path) -> dict[str, float]:
         if t[0] == s[0]:
             continue
         x_t = found[f"{t[0]} {t[0]}"]
-        if lora:
-            clean = network.x0(x_t, t, studio.cond, s)
-        else:
-            clean = network.guided_x0(x_t, t, studio.cond, studio.guidance.uncond, scale)
+        clean = network.guided_x0(x_t, t, studio.cond, studio.guidance.uncond, scale, s)
         end = jump(x_t, clean, network.level(t), network.level(s))
         errors[key] = (end - found[key]).square().mean().sqrt().item()
     return errors
