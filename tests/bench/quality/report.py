@@ -36,11 +36,20 @@ class Results(NamedTuple):
 ALL = METHODS | PLAIN | VARIATIONS
 
 
+class Measure(NamedTuple):
+    """How a table of something measured is written."""
+
+    title: str
+    scale: float
+    form: str
+    note: str = ""
+
+
 class About(NamedTuple):
-    """What a world measures: the distance, and others, each by its title and how its numbers are written."""
+    """What a world measures: the distance, and others by the names that they have in the results."""
 
     distance_is: str
-    others: Mapping[str, tuple[str, float, str]]
+    others: Mapping[str, Measure]
     goals: Mapping[str, str]
     """What the goals are asked of, and how it is called."""
 
@@ -49,8 +58,8 @@ ABOUT = {
     checkerboard.NAME: About(
         f"Energy distance to the data, times 1000, of {checkerboard.POINTS} points. Fresh data have {{fresh}}.",
         {
-            "covered": ("Squares with at least half of their points, in %", 100, "{:.0f}"),
-            "strays": ("Points on no square, in %", 100, "{:.1f}"),
+            "covered": Measure("Squares with at least half of their points, in %", 100, "{:.0f}"),
+            "strays": Measure("Points on no square, in %", 100, "{:.1f}"),
         },
         {"distance": "distance to the data"},
     ),
@@ -59,19 +68,21 @@ ABOUT = {
         f"unit variance: of {shapes.PICTURES} pictures, one of each caption that there is, to {shapes.REFERENCES} of "
         "each; pictures of the same caption are not compared. Fresh pictures have {fresh}.",
         {
-            "from_teacher": (
-                "Energy distance to the teacher's pictures in 50 steps, times 1000\n\nThe same, but to "
-                f"{shapes.TEACHERS} of each caption by the teacher, from other noise: how much the distillation lost",
+            "from_teacher": Measure(
+                "Energy distance to the teacher's pictures in 50 steps, times 1000",
                 1e3,
                 "{:.1f}",
+                f"The same, but to {shapes.TEACHERS} of each caption by the teacher, from other noise: how much the "
+                "distillation lost.",
             ),
-            "covered": (
-                "Coverage, in %\n\nOf the world's pictures, those with a drawn one as near as their own five nearest: "
-                "whether what a caption leaves open is drawn in all its ways",
+            "covered": Measure(
+                "Coverage, in %",
                 100,
                 "{:.0f}",
+                "Of the world's pictures, those with a drawn one as near as their own five nearest: whether what a "
+                "caption leaves open is drawn in all its ways.",
             ),
-            "right": ("Captions that are right in all four parts, in %", 100, "{:.0f}"),
+            "right": Measure("Captions that are right in all four parts, in %", 100, "{:.0f}"),
         },
         {"distance": "distance to the world", "from_teacher": "distance to the teacher"},
     ),
@@ -109,20 +120,22 @@ def part(name: str, results: Results) -> str:
             distance_is=about.distance_is.format(fresh=_reference(results, "fresh data", "distance", 1e3, "{:.1f}")),
             distances=_table(results, results.lr, "distance", 1e3, "{:.1f}"),
             by_gamma="\n\n".join(
-                f"{title[0].upper()}{title[1:]}:\n\n{_by_gamma(results, measure)}"
-                for measure, title in about.goals.items()
+                f"{title.capitalize()}:\n\n{_by_gamma(results, measure)}" for measure, title in about.goals.items()
             ),
             goals="\n".join(f"* {line}" for line in _goals(results, about.goals)),
             trajectories=_trajectories(results),
-            others="\n\n".join(
-                f"### {title}{'.' if chr(10) in title else ''}\n\n{_table(results, results.lr, key, scale, form)}"
-                for key, (title, scale, form) in about.others.items()
-            ),
+            others="\n\n".join(_other(results, key, measure) for key, measure in about.others.items()),
             variations=_variations(results, about.goals),
             tries=_tries(results),
         )
         .strip()
     )
+
+
+def _other(results: Results, key: str, measure: Measure) -> str:
+    """The section of something measured besides the distance."""
+    table = _table(results, results.lr, key, measure.scale, measure.form)
+    return "\n\n".join(filter(None, (f"### {measure.title}", measure.note, table)))
 
 
 def write(found: Mapping[str, Results], made: Path) -> None:
@@ -185,7 +198,7 @@ def _variations(results: Results, measures: Mapping[str, str]) -> str:
     others = [name for name in results.runs if name not in results.lr]
     names = [*dict.fromkeys(ALL[name].of for name in others), *others]
     tables = (
-        f"{title[0].upper()}{title[1:]}:\n\n{_table(results, names, measure, 1e3, '{:.1f}')}"
+        f"{title.capitalize()}:\n\n{_table(results, names, measure, 1e3, '{:.1f}')}"
         for measure, title in measures.items()
     )
     return "\n\n".join(["### Variations", *tables]) + "\n"
