@@ -3,7 +3,7 @@
 # On Windows type instead, in this folder:
 #   py -m venv .venv
 #   .venv\Scripts\pip install -e .[trainer,dev] -c constraints.txt
-#   .venv\Scripts\python -m trainer.demo --out demo-out     (for make demo)
+#   .venv\Scripts\python -m trajectory_consistency.trainer.demo --out demo-out     (for make demo)
 #   .venv\Scripts\pytest                                    (for make test)
 
 PYTHON ?= python3
@@ -13,12 +13,12 @@ INSTALLED := .venv/.installed
 .PHONY: demo test lint bench bench-quality
 
 demo: $(INSTALLED)
-	$(BIN)/python -m trainer.demo --out demo-out
+	$(BIN)/python -m trajectory_consistency.trainer.demo --out demo-out
 
 # The host and the demo work on all cores, and so by themselves.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --ignore tests/host --ignore tests/test_demo.py
-	$(BIN)/pytest tests/host tests/test_demo.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --ignore tests/host --ignore tests/demo/test_demo.py
+	$(BIN)/pytest tests/host tests/demo/test_demo.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

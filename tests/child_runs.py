@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from trainer import checkpoint, export, loop, run
-from trainer.config import from_mapping
+from trajectory_consistency.trainer import run
+from trajectory_consistency.trainer.config.settings import from_mapping
+from trajectory_consistency.trainer.files import export
+from trajectory_consistency.trainer.training import checkpoint, loop
 
 _CONTEXT = get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["trainer.run", "child_runs"])
+_CONTEXT.set_forkserver_preload(["trajectory_consistency.trainer.run", "child_runs"])
 
 
 def start(

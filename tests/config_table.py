@@ -5,7 +5,7 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from trainer import config
+from trajectory_consistency.trainer.config import settings as config
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs" / "training.md"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.demo.comfy_server import Host, HostNotFoundError, find_host
+from trajectory_consistency.trainer.demo.comfy_server import Host, HostNotFoundError, find_host
 
 
 @cache

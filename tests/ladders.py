@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tcd import (
+from trajectory_consistency.tcd import (
     ContinuousSchedule,
     DiscreteSchedule,
     FlowSchedule,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tcd import Level
+from trajectory_consistency.tcd import Level
 
 MEAN, STD = 0.7, 0.4
 

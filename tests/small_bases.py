@@ -11,9 +11,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trainer import bases, ldm
-from trainer.bases import Family, Layout
-from trainer.text import CLIPS, TextEncoder, clip_tokenizer
+from trajectory_consistency.trainer.models.unet import families as bases
+from trajectory_consistency.trainer.models.unet import ldm
+from trajectory_consistency.trainer.models.unet.families import Family, Layout
+from trajectory_consistency.trainer.models.unet.text import CLIPS, TextEncoder, clip_tokenizer
 
 UNET = {
     "sd15": {"block_out_channels": [16, 32, 32, 32], "cross_attention_dim": 8, "attention_head_dim": 2},

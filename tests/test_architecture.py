@@ -20,6 +20,13 @@ MODULES = [
 ]
 FUNCTION_LINES, FILE_LINES = 60, 350
 
+# The rooms of trainer/, and the modules that stand in none; each may import those before it, and itself.
+ROOMS = (
+    *("errors", "atomic", "randomness", "format_bytes"),
+    *("config", "models", "data", "files", "training", "views"),
+    *("run", "commands", "cli", "__main__", "tiny", "demo"),
+)
+
 each_module = pytest.mark.parametrize("module", MODULES, ids=str)
 
 
@@ -35,10 +42,13 @@ def imported(source: str, package: tuple[str, ...]) -> Iterator[str]:
             yield from (".".join([*stem, alias.name]) for alias in node.names)
 
 
+def imports_of(module: Path) -> set[str]:
+    return {name for name in imported((ROOT / module).read_text(encoding="utf-8"), module.parent.parts) if name}
+
+
 def roots(module: Path) -> set[str]:
     """The top-level names that a module of this project imports, itself and the standard library aside."""
-    found = imported((ROOT / module).read_text(encoding="utf-8"), module.parent.parts)
-    return {name.split(".")[0] for name in found if name} - set(sys.stdlib_module_names) - {module.parts[0]}
+    return {name.split(".")[0] for name in imports_of(module)} - set(sys.stdlib_module_names) - {module.parts[0]}
 
 
 def allowed(module: Path) -> set[str]:
@@ -47,6 +57,11 @@ def allowed(module: Path) -> set[str]:
     if module.parts[:2] == ("nodes", "host"):
         return {"safetensors", "torch", "tqdm", "tcd", "comfy_api"} | HOST_MODULES
     return {"torch", "tcd", "comfy_api"}
+
+
+def room(parts: tuple[str, ...]) -> str | None:
+    """The room of trainer/ in which a module stands, or the module itself where it stands in none."""
+    return parts[1] if len(parts) > 1 and parts[0] == "trainer" else None
 
 
 def test_the_walk_sees_every_form_of_import() -> None:
@@ -74,6 +89,16 @@ def test_imports_follow_the_dependency_rule(module: Path) -> None:
         assert roots(module) <= allowed(module)
 
 
+@each_module
+def test_rooms_of_the_trainer_import_only_those_before_them(module: Path) -> None:
+    here = room(module.with_suffix("").parts)
+    if here is None or here == "__init__":
+        return
+    used = {room(tuple(name.split("."))) for name in imports_of(module)} - {None}
+    later = used - set(ROOMS[: ROOMS.index(here) + 1])
+    assert not later, f"{here} comes before {', '.join(map(str, later))}"
+
+
 def test_the_entry_point_imports_only_the_nodes() -> None:
     found = set(imported((ROOT / "__init__.py").read_text(encoding="utf-8"), ()))
     assert {name.split(".")[0] for name in found} <= {"logging", "typing", "nodes"}
@@ -96,15 +121,18 @@ def test_importing_the_core_loads_torch_and_nothing_heavier() -> None:
     program = """
 import sys, torch
 before = set(sys.modules)
-import tcd
+import trajectory_consistency.tcd
 loaded = {name.split(".")[0] for name in set(sys.modules) - before}
 print(sorted(loaded - set(sys.stdlib_module_names)))
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parent)
-    assert run.stdout.strip() == "['tcd']", run.stderr
+    assert run.stdout.strip() == "['trajectory_consistency']", run.stderr
 
 
-def test_the_installed_project_does_not_hide_the_nodes_module_of_the_host() -> None:
-    program = "import importlib.util, tcd, trainer; print(importlib.util.find_spec('nodes'))"
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parent)
-    assert run.stdout.strip() == "None", run.stderr
+def test_nothing_but_the_one_package_becomes_importable(tmp_path: Path) -> None:
+    program = """
+import importlib.util, trajectory_consistency.trainer
+print([name for name in ("nodes", "tcd", "trainer") if importlib.util.find_spec(name)])
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert run.stdout.strip() == "[]", run.stderr

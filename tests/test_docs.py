@@ -3,8 +3,8 @@
 import re
 
 import config_table
-from trainer import recipes
-from trainer.commands import COMMANDS
+from trajectory_consistency.trainer.commands import COMMANDS
+from trajectory_consistency.trainer.config import recipes
 
 
 def page() -> str:

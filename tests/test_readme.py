@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from trainer.cli import main
-from trainer.tiny import world
+from trajectory_consistency.trainer.cli import main
+from trajectory_consistency.trainer.tiny import world
 
 README = Path(__file__).parents[1] / "README.md"
 SMALL = ["data.resolution=64", "training.steps=6", "training.batch=2", "training.checkpoint_every=2"]
@@ -21,7 +21,8 @@ SMALL += ["training.device=cpu", "preview.steps=[1, 4]", "preview.every=3"]
 # The command line in a process of its own, which dies by SIGKILL in its fourth step.
 KILLED = """
 import os, signal, sys, torch
-from trainer import cli, loop
+from trajectory_consistency.trainer.training import loop
+from trajectory_consistency.trainer import cli
 advance = loop.Training.advance
 def dying(training, *arguments):
     if training.step == 3:

@@ -28,5 +28,5 @@ def test_a_wheel_has_every_file_of_the_packages_and_none_of_the_nodes(tmp_path: 
     with zipfile.ZipFile(wheel) as archive:
         found = {name for name in archive.namelist() if ".dist-info/" not in name}
         (points,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
-        assert "tcd-train = trainer.cli:main" in archive.read(points).decode()
+        assert "tcd-train = trajectory_consistency.trainer.cli:main" in archive.read(points).decode()
     assert found == wanted and any(name.endswith("sdxl-16gb.toml") for name in found)

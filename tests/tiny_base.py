@@ -4,13 +4,14 @@ from pathlib import Path
 
 import torch
 
-from trainer import bases, config
-from trainer.buckets import Size
-from trainer.dataset import Dataset, Table, caption_of
-from trainer.network import Network
-from trainer.order import Group
-from trainer.teacher import load_base
-from trainer.tiny import teach, world
+from trajectory_consistency.trainer.config import settings as config
+from trajectory_consistency.trainer.data.buckets import Size
+from trajectory_consistency.trainer.data.dataset import Dataset, Table, caption_of
+from trajectory_consistency.trainer.data.order import Group
+from trajectory_consistency.trainer.models.unet import families as bases
+from trajectory_consistency.trainer.models.unet.network import Network
+from trajectory_consistency.trainer.models.unet.teacher import load_base
+from trajectory_consistency.trainer.tiny import teach, world
 
 
 def write_base(path: Path, seed: int = 0) -> Path:

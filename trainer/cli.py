@@ -8,8 +8,8 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from trainer.commands import COMMANDS, LASTING
-from trainer.errors import RunError, UserError
+from .commands import COMMANDS, LASTING
+from .errors import RunError, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,7 +33,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tcd-train", description="Distill a diffusion model into a TCD LoRA.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name in COMMANDS:
-        module = importlib.import_module(f"trainer.commands.{name}")
+        module = importlib.import_module(f"{__package__}.commands.{name}")
         command = commands.add_parser(name, help=module.HELP, description=module.__doc__)
         module.add_arguments(command)
         command.set_defaults(execute=module.execute, command=name)

@@ -14,30 +14,31 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from trainer import bases, sharding
-from trainer.adapter import adapter_tensors, add_adapter, freeze_lora, load_adapter_tensors, start_from
-from trainer.atomic import whole_file
-from trainer.buckets import Size
-from trainer.cache import made_from, open_cached
-from trainer.checkpoint import Checkpoints
-from trainer.config import FILE_NAME, Config, changes, load
-from trainer.encode import prepare
-from trainer.errors import UserError
-from trainer.export import CONFIG_DIGEST, config_digest, describe, write_lora
-from trainer.full_memory import memory_advice, when_loading, when_previewing
-from trainer.history import History
-from trainer.loop import Observer, StepRecord, train
-from trainer.network import Network
-from trainer.optimizer import optimizer_class
-from trainer.placement import placed
-from trainer.preview import Previews
-from trainer.processes import ALONE, Processes, join
-from trainer.report import write_report
-from trainer.scenes import Scenes, encode_scenes
-from trainer.single_file import SingleFile
-from trainer.survey import Survey, survey
-from trainer.teacher import Identity, identify, load_base, locate
-from trainer.trackers import require, trackers
+from .atomic import whole_file
+from .config.device import placed
+from .config.memory_advice import memory_advice, when_loading, when_previewing
+from .config.settings import FILE_NAME, Config, changes, load
+from .data.buckets import Size
+from .data.cache import made_from, open_cached
+from .data.encode import prepare
+from .data.survey import Survey, survey
+from .errors import UserError
+from .files.export import CONFIG_DIGEST, config_digest, describe, write_lora
+from .models.unet import families as bases
+from .models.unet.adapter import adapter_tensors, add_adapter, freeze_lora, load_adapter_tensors, start_from
+from .models.unet.network import Network
+from .models.unet.single_file import SingleFile
+from .models.unet.teacher import Identity, identify, load_base, locate
+from .training import sharding
+from .training.checkpoint import Checkpoints
+from .training.loop import Observer, StepRecord, train
+from .training.optimizer import optimizer_class
+from .training.processes import ALONE, Processes, join
+from .views.history import History
+from .views.preview import Previews
+from .views.preview_prompts import Scenes, encode_scenes
+from .views.report import write_report
+from .views.trackers import require, trackers
 
 CHECKPOINTS = "checkpoints"
 log = logging.getLogger("trajectory-consistency")

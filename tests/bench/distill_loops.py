@@ -19,16 +19,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tcd import add_noise, jump
-from trainer import config as configuration
-from trainer.adapter import add_adapter
-from trainer.conditioning import Conditioning
-from trainer.dataset import Batch
-from trainer.loop import Training
-from trainer.network import Network
-from trainer.objective import huber
-from trainer.step import draw
-from trainer.teacher import load_base, load_encoders
+from trajectory_consistency.tcd import add_noise, jump
+from trajectory_consistency.tcd.objective import huber
+from trajectory_consistency.trainer.config import settings as configuration
+from trajectory_consistency.trainer.data.dataset import Batch
+from trajectory_consistency.trainer.models.conditioning import Conditioning
+from trajectory_consistency.trainer.models.unet.adapter import add_adapter
+from trajectory_consistency.trainer.models.unet.network import Network
+from trajectory_consistency.trainer.models.unet.teacher import load_base, load_encoders
+from trajectory_consistency.trainer.training.loop import Training
+from trajectory_consistency.trainer.training.step import draw
 
 CAPTIONS = (
     "a lighthouse on a cliff above a calm sea",

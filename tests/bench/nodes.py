@@ -27,9 +27,9 @@ from full_size import full_size_sd15  # noqa: E402
 from graphs import Graph, host_noise, latents, relative_error, salt  # noqa: E402
 from reference import tcd_scheduler_sample  # noqa: E402
 
-from tcd import timestep_grid  # noqa: E402
-from trainer.demo.comfy_server import PACK, ComfyServer, find_host  # noqa: E402
-from trainer.teacher import load_base  # noqa: E402
+from trajectory_consistency.tcd import timestep_grid  # noqa: E402
+from trajectory_consistency.trainer.demo.comfy_server import PACK, ComfyServer, find_host  # noqa: E402
+from trajectory_consistency.trainer.models.unet.teacher import load_base  # noqa: E402
 
 GAMMAS, STEPS = (0.0, 0.3, 1.0), (1, 2, 4, 8)
 CHECKPOINT = "sd15-random.safetensors"

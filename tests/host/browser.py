@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 from playwright.sync_api import ConsoleMessage, Locator, Page, sync_playwright
 
-from trainer.demo.comfy_server import PACK_NAME
+from trajectory_consistency.trainer.demo.comfy_server import PACK_NAME
 
 OPTIONS = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),

@@ -16,7 +16,7 @@ from diffusers.loaders.single_file_utils import (
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trainer.ldm import UNET_PREFIX, unet_to_ldm
+from trajectory_consistency.trainer.models.unet.ldm import UNET_PREFIX, unet_to_ldm
 
 MINI_SDXL = "mini-sdxl.safetensors"
 MINI_SD3 = "mini-sd3.safetensors"

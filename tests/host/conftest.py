@@ -22,7 +22,7 @@ from diffusers import SD3Transformer2DModel, UNet2DConditionModel, WanTransforme
 from graphs import MINI
 from stand_ins import StandIns
 
-from trainer.demo.comfy_server import PACK, ComfyServer, Host
+from trajectory_consistency.trainer.demo.comfy_server import PACK, ComfyServer, Host
 
 HERE = Path(__file__).parent
 

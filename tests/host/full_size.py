@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from trainer import bases, ldm
+from trajectory_consistency.trainer.models.unet import families as bases
+from trajectory_consistency.trainer.models.unet import ldm
 
 
 def full_size_sd15() -> Path:

@@ -7,7 +7,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from trainer.demo.comfy_server import ComfyServer
+from trajectory_consistency.trainer.demo.comfy_server import ComfyServer
 
 MINI = "mini-sd15.safetensors"
 LATENT_SCALE = 0.18215  # SD 1.5's: the host divides by it when a latent leaves the sampler

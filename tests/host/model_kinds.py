@@ -8,7 +8,7 @@ import pytest
 from checkpoints import MINI_SD3
 from graphs import MINI, Graph
 
-from trainer.demo.comfy_server import ComfyServer
+from trajectory_consistency.trainer.demo.comfy_server import ComfyServer
 
 Patch = tuple[str, Mapping[str, Any]]
 """A node from MODEL to MODEL, and its other inputs."""

@@ -7,7 +7,7 @@ import torch
 from diffusers import TCDScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from tcd import DiscreteSchedule, scaled_linear_alpha_bar, seeded_noise, zero_terminal_snr
+from trajectory_consistency.tcd import DiscreteSchedule, scaled_linear_alpha_bar, seeded_noise, zero_terminal_snr
 
 
 def condition(seed: int = 0) -> Tensor:

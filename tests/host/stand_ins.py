@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from trainer import bases, ldm
+from trajectory_consistency.trainer.models.unet import families as bases
+from trajectory_consistency.trainer.models.unet import ldm
 
 HUB = "https://huggingface.co/"
 RECOMMENDED_STEPS = 2

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from stand_ins import StandIns
 from test_host_workflows import NAMES, api_prompt
 
-from trainer.demo.comfy_server import PACK, ComfyServer
+from trajectory_consistency.trainer.demo.comfy_server import PACK, ComfyServer
 
 pytestmark = [pytest.mark.host, pytest.mark.browser]
 

@@ -8,8 +8,16 @@ from typing import Any
 
 import pytest
 
-from trainer.demo import comfy_server
-from trainer.demo.comfy_server import PACK, PACK_NAME, ComfyError, ComfyServer, Host, HostNotFoundError, find_host
+from trajectory_consistency.trainer.demo import comfy_server
+from trajectory_consistency.trainer.demo.comfy_server import (
+    PACK,
+    PACK_NAME,
+    ComfyError,
+    ComfyServer,
+    Host,
+    HostNotFoundError,
+    find_host,
+)
 
 STAND_IN = """
 import http.server, json, os, signal, sys

@@ -20,14 +20,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tcd import TargetTime, timestep_grid
-from tcd.target_time import PREFIX
-from trainer.adapter import load_adapter
-from trainer.demo.comfy_server import ComfyServer
-from trainer.network import Network
-from trainer.sample import initial_noise, sample_latents
-from trainer.teacher import load_base, load_encoders
-from trainer.tiny import world
+from trajectory_consistency.tcd import TargetTime, timestep_grid
+from trajectory_consistency.tcd.target_time import PREFIX
+from trajectory_consistency.trainer.demo.comfy_server import ComfyServer
+from trajectory_consistency.trainer.models.sampling import initial_noise, sample_latents
+from trajectory_consistency.trainer.models.unet.adapter import load_adapter
+from trajectory_consistency.trainer.models.unet.network import Network
+from trajectory_consistency.trainer.models.unet.teacher import load_base, load_encoders
+from trajectory_consistency.trainer.tiny import world
 
 pytestmark = [pytest.mark.host, pytest.mark.slow]
 
@@ -66,7 +66,9 @@ def lora(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         encoding="utf-8",
     )
     done = subprocess.run(
-        [sys.executable, "-m", "trainer", "run", str(folder / "run.toml")], capture_output=True, text=True
+        [sys.executable, "-m", "trajectory_consistency.trainer", "run", str(folder / "run.toml")],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     return folder / "out" / "tcd-lora.safetensors"

@@ -15,17 +15,18 @@ from stand_ins import CLIP_G, CLIP_L, clip, open_clip, save_with_holes, vae
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from tcd import timestep_grid
-from trainer import bases, ldm
-from trainer.adapter import load_adapter
-from trainer.conditioning import Conditioning
-from trainer.config import from_mapping
-from trainer.demo.comfy_server import ComfyServer
-from trainer.network import Network
-from trainer.run import run
-from trainer.sample import initial_noise, sample_latents
-from trainer.teacher import load_base, load_encoders
-from trainer.tiny import world
+from trajectory_consistency.tcd import timestep_grid
+from trajectory_consistency.trainer.config.settings import from_mapping
+from trajectory_consistency.trainer.demo.comfy_server import ComfyServer
+from trajectory_consistency.trainer.models.conditioning import Conditioning
+from trajectory_consistency.trainer.models.sampling import initial_noise, sample_latents
+from trajectory_consistency.trainer.models.unet import families as bases
+from trajectory_consistency.trainer.models.unet import ldm
+from trajectory_consistency.trainer.models.unet.adapter import load_adapter
+from trajectory_consistency.trainer.models.unet.network import Network
+from trajectory_consistency.trainer.models.unet.teacher import load_base, load_encoders
+from trajectory_consistency.trainer.run import run
+from trajectory_consistency.trainer.tiny import world
 
 pytestmark = pytest.mark.host
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trainer.demo.comfy_server import PACK, Host
+from trajectory_consistency.trainer.demo.comfy_server import PACK, Host
 
 pytestmark = pytest.mark.host
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from trainer.demo.comfy_server import PACK, PACK_NAME, ComfyServer
+from trajectory_consistency.trainer.demo.comfy_server import PACK, PACK_NAME, ComfyServer
 
 LANGUAGES = ("zh", "ja")  # English is what the nodes say themselves: the browser shows that where it has no other text
 DOCS = PACK / "nodes" / "web" / "docs"

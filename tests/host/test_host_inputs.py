@@ -12,8 +12,8 @@ from graphs import Graph, Node, host_noise, host_version, latents, relative_erro
 from reference import condition, tcd_scheduler_sample
 from torch import Tensor
 
-from tcd import timestep_grid
-from trainer.demo.comfy_server import ComfyServer
+from trajectory_consistency.tcd import timestep_grid
+from trajectory_consistency.trainer.demo.comfy_server import ComfyServer
 
 pytestmark = pytest.mark.host
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from trainer.demo.comfy_server import PACK, Host
+from trajectory_consistency.trainer.demo.comfy_server import PACK, Host
 
 pytestmark = pytest.mark.host
 

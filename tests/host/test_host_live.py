@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from graphs import Graph, sampled
 
-from trainer.demo.comfy_server import ComfyServer
+from trajectory_consistency.trainer.demo.comfy_server import ComfyServer
 
 pytestmark = pytest.mark.host
 

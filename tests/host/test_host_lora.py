@@ -16,8 +16,8 @@ from reference import tcd_scheduler_sample
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tcd import kohya_name, timestep_grid
-from trainer.demo.comfy_server import ComfyError, ComfyServer
+from trajectory_consistency.tcd import kohya_name, timestep_grid
+from trajectory_consistency.trainer.demo.comfy_server import ComfyError, ComfyServer
 
 pytestmark = pytest.mark.host
 

@@ -19,8 +19,8 @@ from graphs import LATENT_SCALE, MINI, Graph, Node, latents, relative_error, sav
 from reference import condition, sigma_table, tcd_scheduler_sample
 from torch import Tensor
 
-from tcd import seeded_noise, timestep_grid
-from trainer.demo.comfy_server import ComfyServer
+from trajectory_consistency.tcd import seeded_noise, timestep_grid
+from trajectory_consistency.trainer.demo.comfy_server import ComfyServer
 
 pytestmark = pytest.mark.host
 

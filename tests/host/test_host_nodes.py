@@ -10,7 +10,7 @@ import torch
 from graphs import Graph, shown
 from reference import sigma_table
 
-from trainer.demo.comfy_server import PACK, ComfyError, ComfyServer
+from trajectory_consistency.trainer.demo.comfy_server import PACK, ComfyError, ComfyServer
 
 # Renaming, reordering or narrowing any of this breaks the workflows that people saved: add to it only.
 CONTRACT = {

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from trainer.demo.comfy_server import PACK, PACK_NAME, PACK_PARTS, ComfyServer, Host
+from trajectory_consistency.trainer.demo.comfy_server import PACK, PACK_NAME, PACK_PARTS, ComfyServer, Host
 
 FORBIDDEN = ("S102", "S307", "E702")  # to ruff they are: exec, eval, and statements on one line with a semicolon
 READ_BY_PEOPLE = {"CHANGELOG.md", "LICENSE", "README.md"}

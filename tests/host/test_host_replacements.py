@@ -8,7 +8,7 @@ import pytest
 import torch
 from graphs import MINI, Graph, host_version, latents, sampled
 
-from trainer.demo.comfy_server import ComfyError, ComfyServer
+from trajectory_consistency.trainer.demo.comfy_server import ComfyError, ComfyServer
 
 DATA = Path(__file__).parent / "data" / "older_nodes"  # a workflow made with each, as the browser saves it
 

@@ -6,8 +6,8 @@ from diffusers import UNet2DConditionModel
 from graphs import Graph, host_noise, latents, relative_error, sampled, saved
 from reference import condition, sigma_table, tcd_scheduler_sample
 
-from tcd import FlowSchedule, sample_tcd, seeded_noise, timestep_grid, to_x0
-from trainer.demo.comfy_server import ComfyServer
+from trajectory_consistency.tcd import FlowSchedule, sample_tcd, seeded_noise, timestep_grid, to_x0
+from trajectory_consistency.trainer.demo.comfy_server import ComfyServer
 
 pytestmark = pytest.mark.host
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from graphs import Graph, Node, latents, shown
 
-from trainer.demo.comfy_server import ComfyError, ComfyServer
+from trajectory_consistency.trainer.demo.comfy_server import ComfyError, ComfyServer
 
 pytestmark = pytest.mark.host
 

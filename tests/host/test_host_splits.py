@@ -7,7 +7,7 @@ import torch
 from graphs import Graph, Node, latents, relative_error
 from model_kinds import KINDS
 
-from trainer.demo.comfy_server import ComfyServer
+from trajectory_consistency.trainer.demo.comfy_server import ComfyServer
 
 pytestmark = pytest.mark.host
 

@@ -16,12 +16,19 @@ from safetensors.torch import load_file, save_file
 from test_host_inputs import left_half
 from torch import Tensor, nn
 
-from tcd import TargetTime, Told, seeded_noise, sigma_to_alpha_bar, split_target_time, timestep_grid
-from trainer.adapter import load_adapter
-from trainer.conditioning import Conditioning
-from trainer.demo.comfy_server import ComfyError, ComfyServer
-from trainer.network import Network
-from trainer.sample import Guidance, sample_latents
+from trajectory_consistency.tcd import (
+    TargetTime,
+    Told,
+    seeded_noise,
+    sigma_to_alpha_bar,
+    split_target_time,
+    timestep_grid,
+)
+from trajectory_consistency.trainer.demo.comfy_server import ComfyError, ComfyServer
+from trajectory_consistency.trainer.models.conditioning import Conditioning
+from trajectory_consistency.trainer.models.sampling import Guidance, sample_latents
+from trajectory_consistency.trainer.models.unet.adapter import load_adapter
+from trajectory_consistency.trainer.models.unet.network import Network
 
 pytestmark = pytest.mark.host
 

@@ -10,10 +10,11 @@ from reference import tcd_scheduler_sample
 from safetensors.torch import save_file
 from transformers import CLIPTextModel
 
-from tcd import timestep_grid
-from trainer import bases, ldm
-from trainer.demo.comfy_server import ComfyServer
-from trainer.text import TextEncoder
+from trajectory_consistency.tcd import timestep_grid
+from trajectory_consistency.trainer.demo.comfy_server import ComfyServer
+from trajectory_consistency.trainer.models.unet import families as bases
+from trajectory_consistency.trainer.models.unet import ldm
+from trajectory_consistency.trainer.models.unet.text import TextEncoder
 
 pytestmark = pytest.mark.host
 

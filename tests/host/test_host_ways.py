@@ -12,8 +12,8 @@ from model_kinds import KINDS
 from reference import tcd_scheduler_sample
 from safetensors.torch import save_file
 
-from tcd import timestep_grid
-from trainer.demo.comfy_server import ComfyError, ComfyServer
+from trajectory_consistency.tcd import timestep_grid
+from trajectory_consistency.trainer.demo.comfy_server import ComfyError, ComfyServer
 
 pytestmark = pytest.mark.host
 

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from stand_ins import RECOMMENDED_STEPS, StandIns
 
-from trainer.demo.comfy_server import PACK, PACK_NAME, ComfyError, ComfyServer
+from trajectory_consistency.trainer.demo.comfy_server import PACK, PACK_NAME, ComfyError, ComfyServer
 
 NAMES = [
     "tcd-sd15-text-to-image",

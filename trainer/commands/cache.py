@@ -6,12 +6,12 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from trainer.commands.run import add_config, resolve
-from trainer.config import Config
-from trainer.errors import UserError
+from ..config.settings import Config
+from ..errors import UserError
+from .run import add_config, resolve
 
 if TYPE_CHECKING:
-    from trainer.survey import Survey
+    from ..data.survey import Survey
 
 HELP = "encode pictures and captions, and check what is encoded already"
 
@@ -29,10 +29,10 @@ def execute(options: argparse.Namespace) -> int:
     config = resolve(options)
     part, parts = _part(options.part)
 
-    from trainer.cache import merge_parts, open_cached
-    from trainer.encode import fill
-    from trainer.placement import placed
-    from trainer.survey import survey
+    from ..config.device import placed
+    from ..data.cache import merge_parts, open_cached
+    from ..data.encode import fill
+    from ..data.survey import survey
 
     device, dtype = placed(config)
     merge_parts(config, dtype)
@@ -51,7 +51,7 @@ def execute(options: argparse.Namespace) -> int:
 
 
 def _report(config: Config, found: Survey) -> None:
-    from trainer.survey import bucket_table, data_report
+    from ..data.survey import bucket_table, data_report
 
     sys.stdout.write(f"{data_report(found, config)}\n\n{bucket_table(found, config, config.training.batch)}\n\n")
 

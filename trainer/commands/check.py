@@ -6,13 +6,13 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from trainer.commands.run import add_config, resolve
-from trainer.config import Config
+from ..config.settings import Config
+from .run import add_config, resolve
 
 if TYPE_CHECKING:
     import torch
 
-    from trainer.bases import Family
+    from ..models.unet.families import Family
 
 HELP = "say what a run would do, read and need, before it does"
 
@@ -26,10 +26,10 @@ def execute(options: argparse.Namespace) -> int:
     """Print the plan, the data report, the bucket table, the LoRA's keys and the memory; write nothing."""
     config = resolve(options)
 
-    from trainer.lora_keys import describe_keys
-    from trainer.placement import placed
-    from trainer.run import check, look, plan, taken
-    from trainer.survey import bucket_table, data_report
+    from ..config.device import placed
+    from ..data.survey import bucket_table, data_report
+    from ..files.lora_keys import describe_keys
+    from ..run import check, look, plan, taken
 
     why = taken(config)
     inputs = look(config) if why else check(config)
@@ -47,7 +47,7 @@ def execute(options: argparse.Namespace) -> int:
 
 def _memory(config: Config, family: Family, dtype: torch.dtype) -> str:
     """What a run takes, in words."""
-    from trainer.memory import Settings, estimate
+    from ..training.memory import Settings, estimate
 
     memory = estimate(Settings.of(config, family, dtype))
     return f"memory    about {memory}\n          of each process; on a GPU, CUDA itself takes about half a GiB more"

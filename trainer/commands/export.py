@@ -25,7 +25,7 @@ def execute(options: argparse.Namespace) -> int:
     """Write the file and say so."""
     import torch
 
-    from trainer.lora_file import export, merge
+    from ..files.lora_file import export, merge
 
     dtype = getattr(torch, options.dtype) if options.dtype else None
     if options.into:

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     """Print the description."""
-    from trainer.lora_file import describe
+    from ..files.lora_file import describe
 
     sys.stdout.write(f"{describe(options.file)}\n")
     return 0

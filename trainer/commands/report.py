@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     """Write it and say where it is."""
-    from trainer.report import write_report
+    from ..views.report import write_report
 
     sys.stdout.write(f"wrote {write_report(options.folder)}\n")
     return 0

@@ -6,7 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from trainer import config, recipes
+from ..config import recipes
+from ..config import settings as config
 
 HELP = "distill as a configuration file says"
 
@@ -36,7 +37,7 @@ def execute(options: argparse.Namespace) -> int:
     """Run, or say what a run would do."""
     resolved = resolve(options)
 
-    from trainer.run import check, is_finished, look, plan, run
+    from ..run import check, is_finished, look, plan, run
 
     if options.dry_run:
         done = is_finished(resolved)

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from trainer import config
-from trainer.errors import UserError
-from trainer.schema import build
+from ..config import settings as config
+from ..config.schema import build
+from ..errors import UserError
 
 HELP = "draw pictures with a LoRA, as the nodes would"
 
@@ -36,9 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     """Draw, and say where the grid is."""
-    from trainer.gallery import draw_gallery
-    from trainer.lora_file import read_lora
-    from trainer.placement import device_of
+    from ..config.device import device_of
+    from ..files.lora_file import read_lora
+    from ..views.gallery import draw_gallery
 
     metadata = read_lora(options.file).metadata
     base = _base(options)

@@ -1,6 +1,6 @@
 """The main job on the embedded tiny model: distill a LoRA, draw with it, measure, and show it in a grid.
 
-    python -m trainer.demo --out demo-out
+    python -m trajectory_consistency.trainer.demo --out demo-out
 
 Needs no download and no GPU.  Where a ComfyUI is found, it draws a row too, from the same files.
 """
@@ -19,16 +19,16 @@ from typing import Any
 
 from torch import Tensor
 
-from trainer import config
-from trainer.demo.classifier import train_classifier, world_sample
-from trainer.demo.comfy_row import draw_in_comfy
-from trainer.demo.comfy_server import Host, HostNotFoundError, find_host
-from trainer.demo.methods import IN_COMFY, METHODS, TEACHER_GUIDANCE, Method, Studio
-from trainer.demo.metrics import evaluate, noise_floor
-from trainer.errors import UserError
-from trainer.grid import Row, draw_grid
-from trainer.run import run
-from trainer.tiny import world
+from ..config import settings as config
+from ..errors import UserError
+from ..run import run
+from ..tiny import world
+from ..views.grid import Row, draw_grid
+from .classifier import train_classifier, world_sample
+from .comfy_row import draw_in_comfy
+from .comfy_server import Host, HostNotFoundError, find_host
+from .methods import IN_COMFY, METHODS, TEACHER_GUIDANCE, Method, Studio
+from .metrics import evaluate, noise_floor
 
 COLUMNS = 8
 LORA = "tcd-lora.safetensors"
@@ -52,7 +52,9 @@ class DemoError(RuntimeError):
 
 def main() -> int:
     """Run the demo; return 0, 1 when something came out wrong, 2 for a folder that is not the demo's."""
-    parser = argparse.ArgumentParser(prog="python -m trainer.demo", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m trajectory_consistency.trainer.demo", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the grid, the LoRA and the metrics")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=350, help="training steps of each LoRA")

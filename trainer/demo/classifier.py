@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from trainer.tiny.world import LABELS, SIZE_PX, Scene, all_scenes, draw_pictures
+from ..tiny.world import LABELS, SIZE_PX, Scene, all_scenes, draw_pictures
 
 NUM_FEATURES = 64
 LOWEST_ACCURACY = 0.97

@@ -18,10 +18,10 @@ from PIL import Image
 from safetensors.torch import load
 from torch import Tensor
 
-from trainer import tiny
-from trainer.bases import config
-from trainer.demo.comfy_server import ComfyServer, Host
-from trainer.tiny.world import SIZE_PX
+from .. import tiny
+from ..models.unet.families import config
+from ..tiny.world import SIZE_PX
+from .comfy_server import ComfyServer, Host
 
 _TINY_PACK = Path(__file__).parent / "tiny_pack"
 _CHECKPOINT, _LORA = "tiny-sd.safetensors", "tcd-lora.safetensors"

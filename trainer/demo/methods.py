@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tcd import timestep_grid
-from trainer.adapter import adapters_off, load_adapter, use_adapter
-from trainer.network import Network
-from trainer.sample import Guidance, decode, initial_noise, sample_latents
-from trainer.teacher import load_base, load_encoders
-from trainer.tiny.world import SIZE_PX
+from ...tcd import timestep_grid
+from ..models.sampling import Guidance, decode, initial_noise, sample_latents
+from ..models.unet.adapter import adapters_off, load_adapter, use_adapter
+from ..models.unet.network import Network
+from ..models.unet.teacher import load_base, load_encoders
+from ..tiny.world import SIZE_PX
 
 TEACHER_GUIDANCE = 2.0
 _BATCH = 64

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainer.demo.classifier import NUM_FEATURES, Classifier, scene_labels
-from trainer.tiny.world import LABELS, Scene, draw_pictures
+from ..tiny.world import LABELS, Scene, draw_pictures
+from .classifier import NUM_FEATURES, Classifier, scene_labels
 
 FEATURE_SPACE = f"{NUM_FEATURES} features, each of about unit variance, of a classifier of the shapes world"
 

@@ -1,6 +1,6 @@
 """Train the embedded tiny teacher: a VAE, a text encoder and a UNet of SD1.5's architecture, scaled down.
 
-    python -m trainer.tiny.teach --out trainer/tiny/tiny-sd.safetensors
+    python -m trajectory_consistency.trainer.tiny.teach --out trainer/tiny/tiny-sd.safetensors
 
 Flows in: the shapes world.  Flows out: one single-file checkpoint in the names that ComfyUI and the trainer read.
 """
@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextModel
 
-from tcd import add_noise, scaled_linear_alpha_bar, vp_level
-from trainer import ldm
-from trainer.bases import empty_text_encoder, empty_unet, empty_vae
-from trainer.randomness import generator
-from trainer.teacher import load_base, load_encoders
-from trainer.text import tokenize
-from trainer.tiny import world
+from ...tcd import add_noise, scaled_linear_alpha_bar, vp_level
+from ..models.unet import ldm
+from ..models.unet.families import empty_text_encoder, empty_unet, empty_vae
+from ..models.unet.teacher import load_base, load_encoders
+from ..models.unet.text import tokenize
+from ..randomness import generator
+from . import world
 
 NUM_TIMESTEPS = 1000
 CAPTION_DROPOUT = 0.1

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tcd import (
+from trajectory_consistency.tcd import (
     DiscreteSchedule,
     Level,
     TargetTime,
@@ -37,11 +37,11 @@ from tcd import (
     to_x0,
     vp_level,
 )
-from tcd.target_time import sinusoid
-from trainer.atomic import whole_file
-from trainer.objective import Follow, distance_of, first_order, tcd_loss, weights
-from trainer.optimizer import lr_factor
-from trainer.times import sample_times
+from trajectory_consistency.tcd.objective import Follow, distance_of, first_order, tcd_loss, weights
+from trajectory_consistency.tcd.target_time import sinusoid
+from trajectory_consistency.tcd.times import sample_times
+from trajectory_consistency.trainer.atomic import whole_file
+from trajectory_consistency.trainer.training.optimizer import lr_factor
 
 NAME = "checkerboard"
 TUNED, OTHERS = METHODS | PLAIN, VARIATIONS

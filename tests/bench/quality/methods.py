@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from trainer.config import MethodConfig
+from trajectory_consistency.trainer.config.settings import MethodConfig
 
 STEPS = (1, 2, 4, 8, 16, 32)
 GAMMAS = (0.0, 0.3, 1.0)

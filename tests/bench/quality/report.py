@@ -15,8 +15,8 @@ import shapes
 import torch
 from methods import EMA_DECAY, GAMMAS, HUBER_C, METHODS, PLAIN, SEEDS, STEPS, VARIATIONS
 
-from trainer.demo.classifier import NUM_FEATURES
-from trainer.demo.methods import TEACHER_GUIDANCE
+from trajectory_consistency.trainer.demo.classifier import NUM_FEATURES
+from trajectory_consistency.trainer.demo.methods import TEACHER_GUIDANCE
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[2] / "docs"

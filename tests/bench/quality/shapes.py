@@ -18,18 +18,18 @@ from methods import METHODS, SEEDS, STEPS, TUNED_AT, VARIATIONS, Method, cells
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tcd import add_noise, jump, timestep_grid
-from trainer import config
-from trainer.adapter import load_adapter
-from trainer.atomic import whole_file
-from trainer.demo import methods as demo
-from trainer.demo.classifier import Classifier, train_classifier, world_sample
-from trainer.demo.metrics import caption_accuracy
-from trainer.grid import Row, draw_grid
-from trainer.run import run
-from trainer.sample import decode
-from trainer.synthesis import draw_latents
-from trainer.tiny import world
+from trajectory_consistency.tcd import add_noise, jump, timestep_grid
+from trajectory_consistency.trainer.atomic import whole_file
+from trajectory_consistency.trainer.config import settings as config
+from trajectory_consistency.trainer.demo import methods as demo
+from trajectory_consistency.trainer.demo.classifier import Classifier, train_classifier, world_sample
+from trajectory_consistency.trainer.demo.metrics import caption_accuracy
+from trajectory_consistency.trainer.models.sampling import decode
+from trajectory_consistency.trainer.models.solver import draw_latents
+from trajectory_consistency.trainer.models.unet.adapter import load_adapter
+from trajectory_consistency.trainer.run import run
+from trajectory_consistency.trainer.tiny import world
+from trajectory_consistency.trainer.views.grid import Row, draw_grid
 
 NAME = "shapes"
 TUNED: Mapping[str, Method] = METHODS

@@ -1,0 +1,110 @@
+"""Every way in which a configuration can be wrong, and that a right one survives being written."""
+
+from pathlib import Path
+
+import pytest
+
+from trajectory_consistency.trainer.config import settings as config
+from trajectory_consistency.trainer.errors import UserError
+
+RIGHT = {"base": {"path": "tiny"}, "data": {"folder": "pictures"}, "output": {"folder": "out"}}
+
+
+def with_value(section: str, key: str, value: object) -> dict[str, dict[str, object]]:
+    return {**RIGHT, section: {**RIGHT.get(section, {}), key: value}}
+
+
+def test_what_is_written_is_read_back_equal(tmp_path: Path) -> None:
+    original = config.from_mapping(with_value("training", "lr", 3e-4))
+    path = tmp_path / "config.toml"
+    path.write_text(original.to_toml(), encoding="utf-8")
+    assert config.load(path) == original
+    assert original.training.lr == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("training", "step", 5, "unknown key training.step: did you mean training.steps?"),
+        ("trainin", "steps", 5, "unknown key trainin: did you mean training?"),
+        ("method", "zzz", 5, "the keys here are law"),
+        ("training", "steps", "many", "training.steps is 'many', but must be a whole number"),
+        ("training", "steps", 2.5, "training.steps is 2.5, but must be a whole number"),
+        ("training", "steps", True, "training.steps is True, but must be a whole number"),
+        ("training", "steps", 0, "training.steps is 0, but must be at least 1"),
+        ("training", "lr", float("nan"), "training.lr is nan, but must be at least 0"),
+        ("training", "lr", float("inf"), "training.lr is inf, but must be at least 0"),
+        ("output", "eta", 1.5, "output.eta is 1.5, but must be at least 0 and at most 1"),
+        ("method", "law", "tcd", "method.law is 'tcd', but must be one of 'uniform', 'zero'"),
+        ("base", "path", 5, "base.path is 5, but must be a text"),
+        ("data", "resolution", 100, "data.resolution is 100: use a multiple of 8"),
+        ("method", "guidance_min", 9.0, "exchange them"),
+        ("method", "origin_steps", 7, "use a divisor of 1000"),
+        ("method", "order", True, "method.order is True, but must be one of 1, 2"),
+        ("method", "phases", 4, "method.phases is 4, but must be a list: write [4]"),
+        ("preview", "seeds", 3, "preview.seeds is 3, but must be a list: write [3]"),
+        ("preview", "prompts", 'a "fox"', r"""'a "fox"', but must be a list: write ["a \"fox\""]"""),
+        ("preview", "steps", 99, "preview.steps is 99, but must be a list, each item a whole number"),
+        ("data", "sources", {"path": "x"}, "but must be a list: write [[data.sources]] above the keys of each"),
+        ("method", "phases", ["x"], "method.phases[0] is 'x', but must be a whole number"),
+        ("output", "name", "a/b", "use a plain file name"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(section: str, key: str, value: object, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        config.from_mapping(with_value(section, key, value))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("section", ["base", "data", "output"])
+def test_a_required_key_that_is_missing_is_named(section: str) -> None:
+    with pytest.raises(UserError, match=rf"{section}\.(path|folder) is missing"):
+        config.from_mapping({key: value for key, value in RIGHT.items() if key != section})
+
+
+def test_a_section_that_is_no_section() -> None:
+    with pytest.raises(UserError, match=r"training is 5, but must be a section: write \[training\]"):
+        config.from_mapping({**RIGHT, "training": 5})
+
+
+@pytest.mark.parametrize("phases", [[], [0], [4, 51]])
+def test_phases_must_be_steps_of_a_sampler_where_the_law_has_them(phases: list[int]) -> None:
+    with pytest.raises(UserError, match=r"use numbers from 1 to method\.origin_steps, 50, such as \[8, 4, 2, 1\]"):
+        config.from_mapping({**RIGHT, "method": {"law": "phase", "phases": phases}})
+    config.from_mapping({**RIGHT, "method": {"law": "uniform", "phases": phases}})
+
+
+def test_a_whole_number_is_a_number() -> None:
+    lr = config.from_mapping(with_value("training", "lr", 1)).training.lr
+    assert lr == 1.0 and isinstance(lr, float)
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    path = tmp_path / "c.toml"
+    path.write_text(config.from_mapping(RIGHT).to_toml(), encoding="utf-8")
+    return path
+
+
+def test_overrides_take_precedence_and_may_be_bare_text(written: Path) -> None:
+    loaded = config.load(written, ["training.steps=7", "base.path=/models/my model.safetensors", 'output.name="x"'])
+    assert (loaded.training.steps, loaded.base.path, loaded.output.name) == (7, "/models/my model.safetensors", "x")
+
+
+@pytest.mark.parametrize("override", ["training.steps", "steps=5", "=5", "training.=5"])
+def test_an_override_that_is_none(written: Path, override: str) -> None:
+    with pytest.raises(UserError, match="is not an override"):
+        config.load(written, [override])
+
+
+def test_an_override_is_validated_too(written: Path) -> None:
+    with pytest.raises(UserError, match=r"did you mean training\.batch"):
+        config.load(written, ["training.batches=5"])
+
+
+def test_no_file_and_no_toml(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no configuration file at"):
+        config.load(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("steps = = 5", encoding="utf-8")
+    with pytest.raises(UserError, match="is not a TOML file"):
+        config.load(tmp_path / "bad.toml")

@@ -1,0 +1,367 @@
+"""The cache: equal to what is computed directly, whatever happens to it, and enough to train without encoders."""
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import tomli_w
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from tiny_base import write_base
+from trajectory_consistency.trainer.cli import main
+from trajectory_consistency.trainer.config import settings as config
+from trajectory_consistency.trainer.data import encode, store
+from trajectory_consistency.trainer.data.buckets import Buckets, Size
+from trajectory_consistency.trainer.data.cache import merge_parts, open_cached
+from trajectory_consistency.trainer.data.dataset import Dataset
+from trajectory_consistency.trainer.data.pictures import decode, pixels, size_of, to_signal
+from trajectory_consistency.trainer.errors import UserError
+from trajectory_consistency.trainer.models.unet.teacher import load_encoders
+from trajectory_consistency.trainer.tiny import world
+
+CPU, FLOAT = torch.device("cpu"), torch.float32
+Rows = dict[tuple[float, ...], tuple[torch.Tensor, ...]]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("base") / "base.safetensors")
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Five squares and three wide pictures, two of them with one caption."""
+    folder = tmp_path / "pictures"
+    world.write_folder(folder, 5, seed=0)
+    for k, color in enumerate(("red", "lime", "blue")):
+        Image.new("RGB", (140 + 70 * k, 70), color).save(folder / f"wide{k}.png")
+        (folder / f"wide{k}.txt").write_text("just a color" if k else "red", encoding="utf-8")
+    return folder
+
+
+def values(checkpoint: Path, tmp_path: Path, **data: object) -> dict[str, dict[str, object]]:
+    return {
+        "base": {"path": str(checkpoint)},
+        "data": {"resolution": 96, "bucket_step": 32, "cache": str(tmp_path / "cache"), **data},
+        "output": {"folder": str(tmp_path / "out")},
+    }
+
+
+def configured(checkpoint: Path, tmp_path: Path, **data: object) -> config.Config:
+    return config.from_mapping(values(checkpoint, tmp_path, **data))
+
+
+def filled(settings: config.Config) -> Dataset:
+    encode.fill(settings, CPU, FLOAT)
+    cached = open_cached(settings, FLOAT)
+    assert cached is not None
+    return cached.dataset
+
+
+def rows(dataset: Dataset) -> list[tuple[torch.Tensor, ...]]:
+    """Mean, std, time_ids and context of every picture, in the order of the data."""
+    found = []
+    for table in dataset.tables:
+        for shard, row, captions, caption in table.index.tolist():
+            latent = table.latents[shard]
+            std = latent["std"][row] if "std" in latent else torch.zeros(())
+            found.append(
+                (latent["mean"][row], std, latent["time_ids"][row], table.captions[captions]["context"][caption])
+            )
+    return found
+
+
+def same(one: Dataset, other: Dataset) -> bool:
+    return one.groups == other.groups and all(
+        torch.equal(a, b) for pair in zip(rows(one), rows(other), strict=True) for a, b in zip(*pair, strict=True)
+    )
+
+
+def shard_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*.safetensors") if not path.name.startswith("index"))
+
+
+class Loads:
+    """Counts the loading of encoders."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        monkeypatch.setattr(encode, "load_encoders", self.load)
+
+    def load(self, *arguments: object, **options: object) -> object:
+        self.count += 1
+        return load_encoders(*arguments, **options)  # type: ignore[arg-type]
+
+
+def test_what_is_cached_is_what_is_computed(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
+    dataset = filled(configured(checkpoint, tmp_path, folder=str(pictures)))
+    encoders, scale = load_encoders(str(checkpoint)), 0.18215
+    assert len({tuple(row[2].tolist()) for row in rows(dataset)}) == 4
+    expected = []
+    for path in sorted(pictures.glob("*.png")):
+        image = decode(path.read_bytes())
+        fit = Buckets(96, 32).fit(size_of(image))
+        assert fit is not None
+        with torch.no_grad():
+            posterior = encoders.vae.encode(to_signal(pixels(image, fit)[None])).latent_dist
+            context = encoders.encode([path.with_suffix(".txt").read_text(encoding="utf-8").strip()]).context
+        expected.append((posterior.mean[0] * scale, posterior.std[0] * scale, fit.time_ids, context[0]))
+    assert len(dataset) == len(expected) == 8
+    for mean, std, time_ids, context in rows(dataset):
+        nearest = min(
+            expected, key=lambda row: 9e9 if row[0].shape != mean.shape else (row[0] - mean).abs().max().item()
+        )
+        torch.testing.assert_close(mean.float(), nearest[0], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(std.float(), nearest[1], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(context.float(), nearest[3], rtol=1e-3, atol=1e-3)
+        assert tuple(time_ids.tolist()) == nearest[2]
+    assert {group.bucket for group in dataset.groups} == {Size(64, 64), Size(64, 128)}
+
+
+def test_a_call_of_the_vae_has_a_bounded_number_of_pixels(
+    checkpoint: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = torch.device("cuda")
+    sides = {64: 512, 512: 8, 768: 3, 1024: 2, 2048: 1, 4096: 1}
+    assert {side: encode.pictures_together(Size(side, side), gpu) for side in sides} == sides
+    assert encode.pictures_together(Size(256, 1024), gpu) == 8 and encode.pictures_together(Size(64, 64), CPU) == 1
+    monkeypatch.setattr(encode, "_PIXELS", 3 * 64 * 64)
+    together = encode.pictures_together
+    monkeypatch.setattr(encode, "pictures_together", lambda bucket, _: together(bucket, gpu))
+    shapes = []
+    monkeypatch.setattr(encode, "to_signal", lambda images: shapes.append(tuple(images.shape)) or to_signal(images))
+    filled(configured(checkpoint, tmp_path, folder=str(pictures)))
+    assert sorted(shapes) == [(1, 3, 64, 128)] * 3 + [(2, 3, 64, 64), (3, 3, 64, 64)]
+
+
+def test_float16_rounds_the_cache_eight_times_finer_than_bfloat16(checkpoint: Path) -> None:
+    encoders = load_encoders(str(checkpoint))
+    images = world.draw_pictures(world.random_scenes(8, 0), random.Random(0))
+    with torch.no_grad():
+        mean = encoders.vae.encode(to_signal(images)).latent_dist.mean * 0.18215
+        context = encoders.encode([scene.caption for scene in world.random_scenes(8, 0)]).context
+    for exact in (mean, context):
+        half, brain = (
+            (exact.to(dtype).float() - exact).norm() / exact.norm() for dtype in (torch.half, torch.bfloat16)
+        )
+        assert half < 3e-4 and 6 < brain / half < 10
+    assert torch.float16 == encode.CACHED_DTYPE
+
+
+def test_a_distinct_caption_and_a_picture_that_is_there_twice_are_encoded_once(
+    checkpoint: Path, pictures: Path, tmp_path: Path
+) -> None:
+    shutil.copy(pictures / "00000.png", pictures / "again.png")
+    (pictures / "again.txt").write_text("just a color", encoding="utf-8")
+    dataset = filled(configured(checkpoint, tmp_path, folder=str(pictures)))
+    count: Counter[str] = Counter()
+    for path in shard_files(tmp_path / "cache"):
+        with safe_open(path, "pt") as file:
+            count[path.parent.name.partition("-")[0]] += file.get_slice("digest").get_shape()[0]
+    captions = {path.read_text(encoding="utf-8").strip() for path in pictures.glob("*.txt")}
+    assert len(dataset) == 9 and count == {"latents": 8, "captions": len(captions) + 1}
+
+
+def test_a_complete_cache_needs_no_encoders_and_a_change_only_what_changed(
+    checkpoint: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, loads = configured(checkpoint, tmp_path, folder=str(pictures)), Loads(monkeypatch)
+    first = encode.prepare(settings, CPU, FLOAT)
+    assert loads.count == 1
+    assert same(encode.prepare(settings, CPU, FLOAT), first) and loads.count == 1
+    before = {path: path.stat().st_mtime_ns for path in shard_files(tmp_path / "cache")}
+    os.utime(pictures / "00000.png")  # touched, and not changed
+    assert open_cached(settings, FLOAT) is None
+    assert same(encode.prepare(settings, CPU, FLOAT), first) and loads.count == 1
+    (pictures / "00000.txt").write_text("another caption", encoding="utf-8")
+    changed = encode.prepare(settings, CPU, FLOAT)
+    assert loads.count == 2 and not same(changed, first)
+    new = set(shard_files(tmp_path / "cache")) - set(before)
+    assert [path.parent.name.partition("-")[0] for path in new] == ["captions"]
+    assert all(path.stat().st_mtime_ns == at for path, at in before.items())
+
+
+@pytest.mark.parametrize(
+    "change", [{"resolution": 64}, {"bucket_step": 64}, {"buckets": False}, {"upscale": True}], ids=str
+)
+def test_other_settings_have_other_rows(
+    checkpoint: Path, pictures: Path, tmp_path: Path, change: dict[str, object]
+) -> None:
+    filled(configured(checkpoint, tmp_path, folder=str(pictures)))
+    other = configured(checkpoint, tmp_path, **{"folder": str(pictures), **change})
+    assert open_cached(other, FLOAT) is None
+    sizes = {tuple(row[2][4:].tolist()) for row in rows(filled(other))}
+    rule = Buckets(
+        *(getattr(other.data, key) for key in ("resolution", "bucket_step")), not other.data.buckets, other.data.upscale
+    )
+    fits = [rule.fit(size_of(decode(path.read_bytes()))) for path in pictures.glob("*.png")]
+    assert sizes == {tuple(fit.bucket) for fit in fits if fit}
+
+
+def test_another_model_has_other_rows(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
+    filled(configured(checkpoint, tmp_path, folder=str(pictures)))
+    other = tmp_path / "other.safetensors"
+    content = bytearray(checkpoint.read_bytes())
+    content[-1] ^= 1
+    other.write_bytes(content)
+    assert open_cached(configured(other, tmp_path, folder=str(pictures)), FLOAT) is None
+    copy = shutil.copy(checkpoint, tmp_path / "copy.safetensors")
+    assert open_cached(configured(Path(copy), tmp_path, folder=str(pictures)), FLOAT) is not None
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "empty", "garbage"])
+def test_a_damaged_shard_is_computed_anew(checkpoint: Path, pictures: Path, tmp_path: Path, damage: str) -> None:
+    settings = configured(checkpoint, tmp_path, folder=str(pictures))
+    first = [tuple(tensor.clone() for tensor in row) for row in rows(filled(settings))]
+    for shard in shard_files(tmp_path / "cache"):
+        whole = shard.read_bytes()
+        shard.unlink()
+        if damage != "gone":
+            shard.write_bytes({"cut": whole[:-10], "empty": b"", "garbage": b"x" * len(whole)}[damage])
+        assert open_cached(settings, FLOAT) is None
+        again = rows(filled(settings))
+        assert all(torch.equal(a, b) for pair in zip(first, again, strict=True) for a, b in zip(*pair, strict=True))
+
+
+def test_a_changed_bit_is_found_by_the_cache_command(
+    checkpoint: Path, pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = configured(checkpoint, tmp_path, folder=str(pictures))
+    first = [tuple(tensor.clone() for tensor in row) for row in rows(filled(settings))]
+    (shard, *_) = (path for path in shard_files(tmp_path / "cache") if "latents" in path.parent.name)
+    content = bytearray(shard.read_bytes())
+    content[-40] ^= 4
+    shard.unlink()
+    shard.write_bytes(content)
+    assert open_cached(settings, FLOAT) is not None  # lengths and header are right
+    encode.fill(settings, CPU, FLOAT, thorough=True)
+    assert "is damaged (its checksum is another)" in caplog.text
+    cached = open_cached(settings, FLOAT)
+    assert cached is not None
+    assert all(
+        torch.equal(a, b) for pair in zip(first, rows(cached.dataset), strict=True) for a, b in zip(*pair, strict=True)
+    )
+
+
+def test_parts_of_several_processes_are_the_whole(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
+    alone = filled(configured(checkpoint, tmp_path / "alone", folder=str(pictures)))
+    settings = configured(checkpoint, tmp_path / "parts", folder=str(pictures))
+    for part in (2, 0, 1):
+        assert open_cached(settings, FLOAT) is None
+        encode.fill(settings, CPU, FLOAT, part=part, parts=3)
+        merge_parts(settings, FLOAT)
+    cached = open_cached(settings, FLOAT)
+    assert cached is not None and cached.found.seen == cached.found.pictures == 8
+    assert same(cached.dataset, alone)
+
+
+def test_data_that_cannot_be_used_is_told_or_skipped(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
+    (pictures / "broken.png").write_bytes(b"no picture")
+    (pictures / "wide0.txt").unlink()
+    with pytest.raises(UserError, match=r"1 of 9 pictures do not decode: broken\.png; 2 of 9 pictures have no caption"):
+        encode.fill(configured(checkpoint, tmp_path, folder=str(pictures)), CPU, FLOAT)
+    settings = configured(checkpoint, tmp_path, folder=str(pictures), skip_bad=True)
+    assert len(filled(settings)) == 7
+    cached = open_cached(settings, FLOAT)
+    assert cached is not None and "1 of 9 pictures do not decode: broken.png" in cached.found.complaints()
+    assert open_cached(configured(checkpoint, tmp_path, folder=str(pictures)), FLOAT) is None
+    for path in pictures.glob("*.txt"):
+        path.unlink()
+    with pytest.raises(UserError, match="no picture is left to train on: 1 of 9 pictures do not decode"):
+        filled(settings)
+
+
+def test_a_full_store_writes_its_largest_kind_and_memory_stays_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "SHARD_BYTES", 1000)
+    found = store.Store(tmp_path / "rows")
+    for k in range(60):
+        found.add("ab"[k % 3 == 0], store.digest(b"%d" % k), {"x": torch.full((25,), float(k))})
+        assert sum(len(each) for each in found._pending.values()) < 10
+    found.flush()
+    again = store.Store(tmp_path / "rows")
+    for k in range(60):
+        shard, row = again.places[store.digest(b"%d" % k)]
+        assert (store.open_shard(tmp_path / "rows" / shard)["x"][row] == k).all()
+        assert again.kind(store.digest(b"%d" % k)) == "ab"[k % 3 == 0]
+    assert len(list((tmp_path / "rows").iterdir())) >= 6
+
+
+def test_rows_that_are_long_in_coming_are_written_before_the_shard_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = store.Store(tmp_path / "rows")
+    found.add("a", store.digest(b"1"), {"x": torch.zeros(1)})
+    assert list((tmp_path / "rows").iterdir()) == []
+    monkeypatch.setattr(store, "SHARD_SECONDS", 0.0)
+    found.add("a", store.digest(b"2"), {"x": torch.zeros(1)})
+    assert len(store.Store(tmp_path / "rows").places) == 2
+
+
+KILLED = """
+import os, signal, sys, time, torch
+from pathlib import Path
+from trajectory_consistency.trainer.config import settings as config
+from trajectory_consistency.trainer.data import encode
+from trajectory_consistency.trainer.data import store
+store.SHARD_BYTES = 10_000  # many shards, so that many moments are between two
+path = Path(sys.argv[1])
+settings = config.load(path)
+def shards():
+    return len([p for p in settings.cache_folder.rglob("*.safetensors") if not p.name.startswith(".")])
+for wanted in (1, 3, 4, 9):  # each time killed when that many are there
+    child = os.fork()
+    if not child:
+        encode.fill(settings, torch.device("cpu"), torch.float32)
+        os._exit(0)
+    while shards() < wanted:
+        time.sleep(0.001)
+    os.kill(child, signal.SIGKILL)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes to be killed are forked")
+def test_killed_at_any_moment_and_started_again_it_ends_as_one_never_killed(
+    checkpoint: Path, pictures: Path, tmp_path: Path
+) -> None:
+    for k in range(16):
+        Image.new("RGB", (64, 64), (10 * k, 0, 255 - 10 * k)).save(pictures / f"more{k}.png")
+        (pictures / f"more{k}.txt").write_text(f"number {k}", encoding="utf-8")
+    expected = filled(configured(checkpoint, tmp_path / "whole", folder=str(pictures)))
+    path = tmp_path / "config.toml"
+    path.write_text(tomli_w.dumps(values(checkpoint, tmp_path, folder=str(pictures))), encoding="utf-8")
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(path)], capture_output=True, text=True)
+    assert killed.stdout.split() == ["-9"] * 4, killed.stderr
+    settings = config.load(path)
+    assert open_cached(settings, FLOAT) is None
+    assert same(filled(settings), expected)
+
+
+def test_the_cache_command_says_what_there_is_and_a_run_then_encodes_nothing(
+    checkpoint: Path,
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "config.toml"
+    settings = values(checkpoint, tmp_path, folder=str(pictures)) | {"training": {"batch": 4}}
+    path.write_text(tomli_w.dumps(settings), encoding="utf-8")
+    assert main(["cache", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "8 pictures" in printed and "64x64" in printed and f"cached in {tmp_path / 'cache'}" in printed
+    loads = Loads(monkeypatch)
+    encode.prepare(config.load(path), CPU, FLOAT)
+    assert loads.count == 0
+    for wrong in ("2/2", "x", "1", "-1/2"):
+        assert main(["cache", str(path), f"--part={wrong}"]) == 2
+        assert "write K/N" in capsys.readouterr().err

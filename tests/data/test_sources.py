@@ -1,0 +1,256 @@
+"""Where captioned pictures come from, and what is said of those that are not whole."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from trajectory_consistency.trainer.config import settings as config
+from trajectory_consistency.trainer.data.buckets import Size
+from trajectory_consistency.trainer.data.sources import Folder, Listed, Prompts, Sample, Shards, Source, open_sources
+from trajectory_consistency.trainer.data.survey import bucket_table, data_report, order_groups, survey
+from trajectory_consistency.trainer.errors import UserError
+
+
+def png(color: str = "red", size: tuple[int, int] = (64, 64)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, color).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write(folder: Path, name: str, caption: str | None = "a caption", data: bytes | None = None) -> None:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(png() if data is None else data)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def configured(tmp_path: Path, **data: object) -> config.Config:
+    values = {"resolution": 64, **data}
+    return config.from_mapping({"base": {"path": "tiny"}, "data": values, "output": {"folder": str(tmp_path / "out")}})
+
+
+def opened(**data: object) -> list[Source]:
+    return open_sources(config.from_mapping({"base": {"path": "tiny"}, "data": data, "output": {"folder": "out"}}).data)
+
+
+def told(samples: list[Sample]) -> list[tuple[str, str, str]]:
+    return [(sample.name, sample.caption, sample.problem) for sample in samples]
+
+
+def test_a_folder_is_read_with_those_within_it_and_hidden_files_are_not(tmp_path: Path) -> None:
+    write(tmp_path, "b.png", "  of b\n")
+    write(tmp_path, "within/deep/a.JPG", "\ufeffof a")
+    write(tmp_path, "._b.png", "what another system left")
+    write(tmp_path, "c.png", None)
+    write(tmp_path, "notes.pdf", None)
+    (source,) = opened(folder=str(tmp_path))
+    assert isinstance(source, Folder)
+    samples = list(source.samples())
+    assert told(samples) == [
+        ("b.png", "of b", ""),
+        ("c.png", "", "have no caption"),
+        ("within/deep/a.JPG", "of a", ""),
+    ]
+    assert samples[0].read() == png()
+
+
+def test_a_folder_with_metadata_is_read_by_it(tmp_path: Path) -> None:
+    for name in ("a.png", "more/b.png", "unlisted.png"):
+        write(tmp_path, name, None)
+    lines = [{"file_name": "more/b.png", "text": "of b", "score": 5}, {"file_name": "a.png"}, {"file_name": "no.png"}]
+    (tmp_path / "metadata.jsonl").write_text("\n\n".join(map(json.dumps, lines)), encoding="utf-8")
+    (source,) = opened(folder=str(tmp_path))
+    assert isinstance(source, Listed)
+    assert told(list(source.samples())) == [
+        ("more/b.png", "of b", ""),
+        ("a.png", "", "have no caption"),
+        ("no.png", "", "have no caption"),
+        ("unlisted.png", "", "have no caption"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[]", "5", '{"text": "x"}', '{"file_name": 5, "text": "x"}', '{"file_name": "a", "text": 5}']
+)
+def test_metadata_that_is_none_is_refused_with_its_line(tmp_path: Path, line: str) -> None:
+    write(tmp_path, "a.png", None)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n' + line, encoding="utf-8")
+    with pytest.raises(UserError, match=r"metadata\.jsonl, line 2: "):
+        list(opened(folder=str(tmp_path))[0].samples())  # type: ignore[union-attr]
+
+
+def test_shards_are_read_in_their_order_by_the_names_of_webdataset(tmp_path: Path) -> None:
+    one = {
+        "x/1.jpg": b"one",
+        "x/1.txt": b" of one ",
+        "x/1.json": b"{}",
+        "2.txt": b"two",
+        "2.Seg.png": b"",
+        "2.PNG": b"2",
+    }
+    write_tar(tmp_path / "s-0.tar", one)
+    write_tar(tmp_path / "s-1.tar", {"3.webp": b"three", "4.txt": b"alone", "5.png": b"five", "5.txt": b"\xff"})
+    write_tar(tmp_path / "other.tar", {"9.png": b"nine"})
+    (source,) = opened(folder=str(tmp_path / "s-*.tar"))
+    assert isinstance(source, Shards)
+    samples = list(source.samples())
+    assert told(samples) == [
+        ("s-0.tar/x/1.jpg", "of one", ""),
+        ("s-0.tar/2.png", "two", ""),
+        ("s-1.tar/3.webp", "", "have no caption"),
+        ("s-1.tar/4.txt", "", "have a caption but no picture"),
+        ("s-1.tar/5.png", "", "have a caption that is not UTF-8"),
+    ]
+    assert [sample.read() for sample in samples[:3]] == [b"one", b"2", b"three"]
+
+
+@pytest.mark.parametrize("keep", [100, 700, 1700, 2500])
+def test_of_a_shard_that_breaks_off_what_is_whole_is_read_and_the_rest_is_told(tmp_path: Path, keep: int) -> None:
+    write_tar(tmp_path / "s.tar", {"1.png": b"x" * 600, "1.txt": b"one", "2.png": b"y" * 600, "2.txt": b"two"})
+    whole = (tmp_path / "s.tar").read_bytes()
+    (tmp_path / "s.tar").write_bytes(whole[:keep])
+    (source,) = opened(folder=str(tmp_path / "s.tar"))
+    samples = list(source.samples())  # type: ignore[union-attr]
+    assert samples[-1].problem == "are tar files that end or break off early"
+    assert all(sample.read() in (b"x" * 600, b"y" * 600) for sample in samples[:-1])
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+def test_parts_are_disjoint_and_together_complete(tmp_path: Path, parts: int) -> None:
+    for k in range(5):
+        write(tmp_path / "folder", f"{k}.png")
+        write(tmp_path / "listed", f"{k}.png", None)
+        write_tar(tmp_path / "tars" / f"{k}.tar", {f"{k}{each}.png": b"" for each in "abc"})
+    lines = (json.dumps({"file_name": f"{k}.png", "text": "x"}) for k in range(4))
+    (tmp_path / "listed" / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    for path in ("folder", "listed", "tars/*.tar"):
+        (source,) = opened(folder=str(tmp_path / path))
+        assert not isinstance(source, Prompts)
+        names = [sample.name for part in range(parts) for sample in source.samples(part, parts)]
+        assert sorted(names) == sorted(sample.name for sample in source.samples()) and len(names) in (5, 15)
+
+
+def test_prompts_are_the_lines_that_are_not_blank(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("\ufeffone\n\n  two # not a comment  \r\n", encoding="utf-8")
+    (source,) = opened(prompts=str(tmp_path / "p.txt"))
+    assert isinstance(source, Prompts) and source.captions() == ["one", "two # not a comment"]
+    for content, message in ((b" \n", "has no prompts"), (b"\xff\xfe", "is not UTF-8")):
+        (tmp_path / "p.txt").write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            source.captions()
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (
+            "none",
+            r"there is no data folder at .*none \(data.sources\[1\].path may be a folder of pictures, .tar shards",
+        ),
+        ("none.tar", r"data.sources\[1\].path is '.*none.tar', but no such .tar file is there"),
+        ("*.tar", r"data.sources\[1\].path is .*no such .tar file"),
+        ("none.txt", r"there is no data folder at"),
+        ("empty", r"\(data.sources\[1\].path\) has no pictures in it"),
+    ],
+)
+def test_a_source_that_is_not_there_is_named_by_its_key(tmp_path: Path, path: str, message: str) -> None:
+    write(tmp_path / "good", "a.png")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=message):
+        opened(sources=[{"path": str(tmp_path / "good")}, {"path": str(tmp_path / path)}])
+
+
+def bad(tmp_path: Path) -> None:
+    """Four pictures of which one is good, and a shard with a good one and a damaged one."""
+    write(tmp_path / "f", "good.png")
+    write(tmp_path / "f", "cut.png", data=png()[:60])
+    write(tmp_path / "f", "small.png", data=png(size=(20, 64)))
+    write(tmp_path / "f", "bare.png", None, data=b"")
+    write_tar(tmp_path / "t.tar", {"1.png": png(), "1.txt": b"x", "2.png": b"no picture", "2.txt": b"x"})
+
+
+def test_everything_that_is_wrong_is_said_together_with_counts_and_names(tmp_path: Path) -> None:
+    bad(tmp_path)
+    sources = [{"path": str(tmp_path / "f")}, {"path": str(tmp_path / "t.tar")}]
+    with pytest.raises(UserError) as error:
+        survey(configured(tmp_path, sources=sources))
+    assert str(error.value).startswith(
+        "1 of 6 pictures are smaller than every bucket: small.png; "
+        "2 of 6 pictures do not decode: cut.png, t.tar/2.png; 1 of 6 pictures have no caption: bare.png. Repair them"
+    )
+    found = survey(configured(tmp_path, sources=sources, skip_bad=True))
+    assert found.groups == {(0, Size(64, 64)): 1, (1, Size(64, 64)): 1} and found.pictures == 2
+    report = data_report(found, configured(tmp_path, sources=sources))
+    assert "left out: 1 of 6 pictures are smaller" in report and "1 pictures" in report
+
+
+@pytest.mark.parametrize("empty", ["", " \n", "\ufeff"])
+def test_a_caption_that_says_nothing_is_a_missing_one(tmp_path: Path, empty: str) -> None:
+    write(tmp_path / "folder", "a.png", empty)
+    write(tmp_path / "listed", "b.png", None)
+    (tmp_path / "listed" / "metadata.jsonl").write_text(
+        json.dumps({"file_name": "b.png", "text": empty.strip("\ufeff")}), encoding="utf-8"
+    )
+    write_tar(tmp_path / "t.tar", {"c.png": png(), "c.txt": empty.encode()})
+    paths = (tmp_path / "folder", tmp_path / "listed", tmp_path / "t.tar")
+    sources = [{"path": str(path)} for path in paths]
+    with pytest.raises(UserError, match=r"3 of 3 pictures have no caption: a\.png, b\.png, t\.tar/c\.png"):
+        survey(configured(tmp_path, sources=sources))
+    found = survey(configured(tmp_path, sources=[*sources, {"path": str(good(tmp_path))}], skip_bad=True))
+    assert found.pictures == 1
+
+
+def good(tmp_path: Path) -> Path:
+    """A folder with one picture that can be used."""
+    write(tmp_path / "good", "good.png")
+    return tmp_path / "good"
+
+
+def test_a_file_that_cannot_be_read_is_said_so(tmp_path: Path) -> None:
+    write(tmp_path, "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "x"}', encoding="utf-8")
+    with pytest.raises(UserError, match=r"1 of 2 pictures cannot be read: gone\.png"):
+        survey(configured(tmp_path, folder=str(tmp_path)))
+
+
+def test_names_are_a_few_and_the_rest_a_number(tmp_path: Path) -> None:
+    for k in range(8):
+        write(tmp_path, f"{k}.png", None)
+    with pytest.raises(UserError, match=r"8 of 8 pictures have no caption: 0.png, 1.png, .* 4.png and 3 more"):
+        survey(configured(tmp_path, folder=str(tmp_path)))
+
+
+def test_the_bucket_table_counts_what_an_epoch_shows(tmp_path: Path) -> None:
+    for k in range(5):
+        write(tmp_path / "a", f"{k}.png", data=png(size=(300, 80)))
+        write(tmp_path / "b", f"{k}.png", data=png(size=(200, 200)))
+    sources = [{"path": str(tmp_path / "a"), "repeats": 2}, {"path": str(tmp_path / "b")}]
+    settings = configured(tmp_path, sources=sources, resolution=128)
+    lines = [line.split() for line in bucket_table(survey(settings), settings, 4).splitlines()]
+    assert lines[1:] == [["128x128", "5", "5", "2", "3"], ["256x64", "5", "10", "3", "2"]]
+
+
+def test_weights_are_shares_of_an_epoch(tmp_path: Path) -> None:
+    for name, count in (("a", 2), ("b", 10)):
+        for k in range(count):
+            write(tmp_path / name, f"{k}.png")
+    sources = [{"path": str(tmp_path / "a"), "weight": 1}, {"path": str(tmp_path / "b"), "weight": 3}]
+    settings = configured(tmp_path, sources=sources)
+    lines = bucket_table(survey(settings), settings, 1).splitlines()
+    assert lines[1].split() == ["64x64", "12", "12", "12", "0"]
+    groups = order_groups(settings.data, survey(settings).groups.items())
+    assert [group.shown(1) for group in groups] == [3, 9]

@@ -1,0 +1,118 @@
+"""The demo, as a person runs it: what it writes, what it claims, and what it does when it is not good enough."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from safetensors import safe_open
+
+from trajectory_consistency.trainer import tiny
+from trajectory_consistency.trainer.demo import __main__ as demo_main
+from trajectory_consistency.trainer.demo.methods import METHODS
+
+pytestmark = pytest.mark.slow
+
+LABELS = [method.label for method in METHODS]
+
+
+def run_demo(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "trajectory_consistency.trainer.demo", "--out", str(out), *options]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("demo") / "demo-out"
+    done = run_demo(out)
+    assert done.returncode == 0, done.stderr
+    assert "distilling" in done.stderr and "img/s" in done.stderr
+    return out
+
+
+def test_it_writes_the_grid_the_lora_and_the_metrics(result: Path) -> None:
+    with Image.open(result / "grid.png") as grid:
+        assert grid.width > 8 * 64 and grid.height > len(LABELS) * 64
+    with safe_open(result / "tcd-lora.safetensors", "pt") as lora:
+        assert lora.metadata()["tcd.target_time"] == "s"
+    assert not result.with_name("demo-out.unfinished").exists()
+    metrics = read_metrics(result)
+    assert set(LABELS) | {"Fresh data"} <= set(metrics)
+    assert all({"frechet", "accuracy", "samples", "feature_space"} <= set(metrics[label]) for label in LABELS)
+
+
+@pytest.mark.parametrize("name", ["TCD", "TCD S+"])
+def test_it_draws_its_captions_in_four_steps_and_closer_to_the_world_than_its_teacher(result: Path, name: str) -> None:
+    metrics = read_metrics(result)
+    assert metrics[f"{name}, 4 steps"]["accuracy"] >= 0.9
+    assert metrics[f"{name}, 4 steps"]["frechet"] < metrics["Teacher, 4 steps"]["frechet"]
+
+
+def test_told_where_to_go_it_draws_in_one_step(result: Path) -> None:
+    assert read_metrics(result)["TCD S+, 1 step"]["accuracy"] >= 0.9
+
+
+@pytest.mark.parametrize("name", ["TCD", "TCD S+"])
+def test_more_steps_do_not_make_it_worse(result: Path, name: str) -> None:
+    metrics = read_metrics(result)
+    assert metrics[f"{name}, 16 steps"]["frechet"] < 1.2 * metrics[f"{name}, 4 steps"]["frechet"]
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("steps", ["1 step", "2 steps", "4 steps"])
+def test_comfyui_draws_the_same(result: Path, steps: str) -> None:
+    assert read_metrics(result)[f"ComfyUI, TCD S+, {steps}"]["relative difference of latents"] <= 1e-4
+
+
+def test_the_embedded_teacher_is_small_enough_to_ship() -> None:
+    assert tiny.CHECKPOINT.stat().st_size <= 8e6
+
+
+def test_it_is_the_same_each_time_and_takes_the_place_of_the_last(tmp_path: Path) -> None:
+    out = tmp_path / "demo-out"
+    measured = []
+    for _ in range(2):
+        done = run_demo(out, "--steps", "2", "--samples", "8")
+        assert done.returncode == 0, done.stderr
+        measured.append(read_metrics(out))
+        (out / "metrics.json").write_text("{}", encoding="utf-8")
+    assert measured[0] == measured[1] != {}
+    assert [path.name for path in tmp_path.iterdir()] == ["demo-out"]
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "difference", "message"),
+    [(0.3, 1e-7, "draws 30% of its captions"), (0.9, 1e-3, "1.0e-03 from"), (0.9, float("nan"), "nan from")],
+)
+def test_one_that_is_not_good_enough_fails_and_keeps_the_old_result(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    accuracy: float,
+    difference: float,
+    message: str,
+) -> None:
+    metrics = {"TCD S+, 4 steps": {"accuracy": accuracy}, "ComfyUI": {"relative difference of latents": difference}}
+    out = tmp_path / "demo-out"
+    out.mkdir()
+    (out / "metrics.json").write_text("{}", encoding="utf-8")
+    monkeypatch.setattr(demo_main, "demo", lambda *_, **__: demo_main._check(metrics))
+    monkeypatch.setattr("sys.argv", ["demo", "--out", str(out)])
+    assert demo_main.main() == 1
+    assert message in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["metrics.json"]
+
+
+def test_a_folder_that_is_not_the_demos_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("mine", encoding="utf-8")
+    done = run_demo(tmp_path)
+    assert done.returncode == 2 and "choose another with --out" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]

@@ -1,0 +1,174 @@
+"""LoRA files told, spelled another way and merged: each gives the same picture as the one it was made of."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tiny_base import network, small_config, write_base, write_inputs
+from trajectory_consistency.trainer.cli import main
+from trajectory_consistency.trainer.errors import RunError, UserError
+from trajectory_consistency.trainer.files import lora_file
+from trajectory_consistency.trainer.files.export import write_lora
+from trajectory_consistency.trainer.files.lora_file import describe, export, merge
+from trajectory_consistency.trainer.models.conditioning import Conditioning
+from trajectory_consistency.trainer.models.sampling import initial_noise
+from trajectory_consistency.trainer.models.unet import adapter
+
+COND = Conditioning(torch.randn((1, 77, 32), generator=torch.Generator().manual_seed(5)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and a LoRA for it that does something, of rank 4 and alpha 2."""
+    folder = tmp_path_factory.mktemp("files")
+    values = write_inputs(folder, pictures=1)
+    net = network(folder / "base.safetensors")
+    generator = torch.Generator().manual_seed(9)
+    for parameter in adapter.add_adapter(net.unet, rank=4, alpha=2.0, seed=0):
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    write_lora(folder / "lora.safetensors", net, small_config(values), {"tcd.law": "uniform", "tcd.steps": "4"}, COND)
+    return folder
+
+
+def predicted(base: Path, lora: Path | None = None) -> torch.Tensor:
+    net = network(base)
+    if lora:
+        adapter.load_adapter(net.unet, lora)
+    with torch.no_grad():
+        return net.x0(initial_noise(0, (1, 4, 8, 8)), torch.tensor([499]), COND)
+
+
+def close(one: torch.Tensor, other: torch.Tensor, limit: float = 2e-3) -> bool:
+    return bool((one - other).norm() < limit * other.norm())
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("float16", 2e-3), ("bfloat16", 2e-2), ("float32", 1e-3)])
+def test_pefts_names_and_back_again_are_the_same_lora(folder: Path, tmp_path: Path, dtype: str, limit: float) -> None:
+    base, lora = folder / "base.safetensors", folder / "lora.safetensors"
+    peft, again = tmp_path / "peft.safetensors", tmp_path / "kohya.safetensors"
+    assert main(["export", str(lora), str(peft), "--names", "peft", "--dtype", dtype]) == 0
+    assert main(["export", str(peft), str(again), "--dtype", dtype]) == 0
+    assert not close(predicted(base), predicted(base, lora), 0.01)
+    for path in (peft, again):
+        assert close(predicted(base, path), predicted(base, lora), limit)
+    named = load_file(peft)
+    assert all(key.startswith("unet.") and key.endswith((".lora_A.weight", ".lora_B.weight")) for key in named)
+    assert {tensor.dtype for tensor in named.values()} == {getattr(torch, dtype)}
+    assert set(load_file(again)) == set(load_file(lora))
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_a_checkpoint_with_the_lora_in_it_is_the_base_with_the_lora(
+    folder: Path, tmp_path: Path, strength: float
+) -> None:
+    base, lora, merged = folder / "base.safetensors", folder / "lora.safetensors", tmp_path / "merged.safetensors"
+    merge(lora, base, merged, strength=strength, dtype=torch.float32)
+    scaled = load_file(lora)
+    scaled = {key: value * strength if key.endswith("lora_up.weight") else value for key, value in scaled.items()}
+    save_file(scaled, tmp_path / "scaled.safetensors")
+    assert close(predicted(merged), predicted(base, tmp_path / "scaled.safetensors"))
+    assert not close(predicted(merged), predicted(base), 0.01)
+    old, new = load_file(base), load_file(merged)
+    changed = {key for key in old if not torch.equal(old[key].float(), new[key])}
+    assert old.keys() == new.keys() and len(changed) == sum(key.endswith("alpha") for key in scaled)
+    assert all(key.startswith("model.diffusion_model.") for key in changed)
+
+
+def test_nothing_is_written_over_or_made_of_what_is_no_lora(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, lora = folder / "base.safetensors", folder / "lora.safetensors"
+    before = lora.read_bytes(), base.read_bytes()
+    assert main(["export", str(lora), str(base), "--into", str(base)]) == 2
+    assert main(["export", str(lora), str(lora)]) == 2
+    assert "exists: choose another name" in capsys.readouterr().err
+    assert (lora.read_bytes(), base.read_bytes()) == before
+    with pytest.raises(UserError, match="is not a LoRA that can be used|known here"):
+        export(base, tmp_path / "new.safetensors", spelling="peft", dtype=torch.float16)
+    with pytest.raises(UserError, match="there is no folder"):
+        export(lora, tmp_path / "none" / "new.safetensors", spelling="peft", dtype=torch.float16)
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="is not a tiny checkpoint"):
+        merge(lora, tmp_path / "other.safetensors", tmp_path / "new.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["other.safetensors"]
+
+
+@pytest.mark.parametrize("strength", ["nan", "inf", "-inf"])
+def test_a_strength_that_is_no_number_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], strength: str
+) -> None:
+    base, lora = folder / "base.safetensors", folder / "lora.safetensors"
+    with pytest.raises(UserError, match=f"the strength is {strength}.* use one such as 1"):
+        merge(lora, base, tmp_path / "new.safetensors", strength=float(strength))
+    assert (
+        main(["export", str(lora), str(tmp_path / "new.safetensors"), f"--into={base}", f"--strength={strength}"]) == 2
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_written_is_finite(folder: Path, tmp_path: Path) -> None:
+    base, lora = folder / "base.safetensors", folder / "lora.safetensors"
+    with pytest.raises(UserError, match="would have model.diffusion_model.* with numbers that are not finite: use"):
+        merge(lora, base, tmp_path / "new.safetensors", strength=1e9, dtype=torch.float16)
+    spoiled = load_file(lora)
+    spoiled["lora_unet_mid_block_resnets_0_conv1.lora_up.weight"][0] = float("nan")
+    save_file(spoiled, tmp_path / "spoiled.safetensors")
+    with pytest.raises(UserError, match="mid_block_resnets_0_conv1.lora_up.weight with numbers that are not finite"):
+        export(tmp_path / "spoiled.safetensors", tmp_path / "new.safetensors", spelling="kohya", dtype=torch.float16)
+    assert [path.name for path in tmp_path.iterdir()] == ["spoiled.safetensors"]
+
+
+@pytest.mark.parametrize("fault", ["a changed bit", "cut off"])
+def test_what_is_written_is_read_back_before_it_has_its_name(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    def faulty(tensors: dict[str, torch.Tensor], path: Path, **options: object) -> None:
+        save_file(tensors, path, **options)  # type: ignore[arg-type]
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content if fault == "a changed bit" else content[:-100])
+
+    monkeypatch.setattr(lora_file, "save_file", faulty)
+    base, lora, new = folder / "base.safetensors", folder / "lora.safetensors", tmp_path / "new.safetensors"
+    with pytest.raises(RunError, match="new.safetensors was written, and read back it is another: it was removed"):
+        merge(lora, base, new)
+    with pytest.raises(RunError, match="read back it is another"):
+        export(lora, new, spelling="peft", dtype=torch.bfloat16)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_told_in_words(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(folder / "lora.safetensors")]) == 0
+    said = capsys.readouterr().out
+    count = len(load_file(folder / "lora.safetensors")) // 3
+    assert "a LoRA for tiny" in said and f"rank      4 ({count} modules)" in said
+    assert f"scale     0.5 ({count} modules)" in said and "float16" in said and "tcd.law = uniform" in said
+    assert main(["inspect", str(folder / "none.safetensors")]) == 2
+    assert describe(folder / "lora.safetensors") + "\n" == said
+
+
+def test_pefts_settings_in_the_metadata_give_the_alpha(folder: Path, tmp_path: Path) -> None:
+    named = {
+        "unet.mid_block.resnets.0.conv1.lora_A.weight": torch.zeros(4, 64, 3, 3),
+        "unet.mid_block.resnets.0.conv1.lora_B.weight": torch.zeros(64, 4, 1, 1),
+    }
+    path = tmp_path / "peft.safetensors"
+    save_file(named, path, metadata={"lora_adapter_metadata": '{"unet.r": 4, "unet.lora_alpha": 12}'})
+    assert "scale     3 (1 modules)" in describe(path)
+    save_file(named, path)
+    assert "scale     1 (1 modules)" in describe(path)
+
+
+def test_a_lora_for_another_base_is_not_merged(tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    save_file(
+        {
+            "lora_unet_mid_block_resnets_0_conv1.lora_down.weight": torch.zeros(1, 7, 3, 3),
+            "lora_unet_mid_block_resnets_0_conv1.lora_up.weight": torch.zeros(7, 1, 1, 1),
+        },
+        path,
+    )
+    with pytest.raises(UserError, match="a LoRA for no family that is known here"):
+        merge(path, write_base(tmp_path / "base.safetensors"), tmp_path / "new.safetensors")

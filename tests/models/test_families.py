@@ -1,0 +1,229 @@
+"""SD1.5, SD2.x and SDXL from files and folders, against diffusers' own readers and pipelines."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
+from torch import Tensor
+
+from small_bases import Parts, random_parts, save_folder, shrink, to_state, write
+from trajectory_consistency.trainer.errors import UserError
+from trajectory_consistency.trainer.models.unet import families as bases
+from trajectory_consistency.trainer.models.unet import ldm
+from trajectory_consistency.trainer.models.unet.families import Family
+from trajectory_consistency.trainer.models.unet.teacher import identify, load_base, load_encoders
+from trajectory_consistency.trainer.models.unet.text import CLIPS, clip_tokenizer
+
+FAMILIES: list[Family] = ["sd15", "sd2", "sdxl"]
+CAPTIONS = ["", "a red circle left on a blue background", "word " * 100]
+REAL = bases.ROOT
+SD2_BIAS = ldm.UNET_PREFIX + "output_blocks.11.1.transformer_blocks.0.norm1.bias"
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shrink(monkeypatch, tmp_path / "bases")
+
+
+def load(path: Path) -> Parts:
+    encoders = load_encoders(str(path))
+    return Parts(load_base(str(path)).unet, encoders.vae, encoders.text_encoder)
+
+
+def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_from_file_to_folder_to_file_nothing_is_lost(family: Family, tmp_path: Path) -> None:
+    state = to_state(random_parts(family))
+    from_file = load(write(tmp_path / "a.safetensors", state))
+    from_folder = load(save_folder(from_file, tmp_path / "folder"))
+    assert all(same(a.state_dict(), b.state_dict()) for a, b in zip(from_file, from_folder, strict=True))
+    assert same(to_state(from_folder), state)
+    scale = {"sdxl": 0.13025}.get(family, 0.18215)
+    assert from_file.vae.config.scaling_factor == from_folder.vae.config.scaling_factor == scale
+    assert identify(str(tmp_path / "folder")).family == identify(str(tmp_path / "a.safetensors")).family == family
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_file_is_read_as_diffusers_reads_it(family: Family, tmp_path: Path) -> None:
+    state = to_state(random_parts(family))
+    parts = load(write(tmp_path / "a.safetensors", state))
+    for ours, kind, part in ((parts.unet, UNet2DConditionModel, "unet"), (parts.vae, AutoencoderKL, "vae")):
+        theirs = kind.from_single_file(
+            dict(state), config=str(bases.ROOT / family), subfolder=part, local_files_only=True
+        )
+        assert same(ours.state_dict(), theirs.state_dict())
+    if family != "sd15":
+        clip, model = CLIPS[family][-1], parts.text_encoder[-1]
+        theirs = convert_open_clip_checkpoint(model, dict(state), prefix=clip.prefixes[0])
+        names = {key.removeprefix("text_model."): value for key, value in theirs.items()}
+        ours = {key.removeprefix("text_model."): value for key, value in model.state_dict().items()}
+        assert all(torch.equal(ours[key], names[key]) for key in ours)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_captions_are_encoded_as_diffusers_pipelines_encode_them(family: Family) -> None:
+    parts = random_parts(family)
+    ours = parts.text_encoder.encode(CAPTIONS)
+    clip_tokenizer().model_max_length = 77  # the pipelines ask for it
+    kind = StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline
+    options = {"do_classifier_free_guidance": False, "num_images_per_prompt": 1, "device": "cpu"}
+    if family == "sdxl":
+        pipeline = kind(
+            None, parts.text_encoder[0], parts.text_encoder[1], clip_tokenizer(), zero_padding(), parts.unet, None
+        )
+        context, _, pooled, _ = pipeline.encode_prompt(CAPTIONS, **options)
+        assert ours.pooled is not None and pooled.shape == (3, 16)
+        torch.testing.assert_close(ours.pooled, pooled)
+        assert ours.context.shape == (3, 77, 8 + 16)
+    else:
+        tokenizer = zero_padding() if family == "sd2" else clip_tokenizer()
+        pipeline = kind(
+            None, parts.text_encoder[0], tokenizer, parts.unet, None, None, None, requires_safety_checker=False
+        )
+        context, _ = pipeline.encode_prompt(CAPTIONS, **options)
+        assert ours.pooled is None
+    torch.testing.assert_close(ours.context, context)
+
+
+def zero_padding() -> object:
+    tokenizer = type(clip_tokenizer())(
+        vocab=clip_tokenizer().get_vocab(),
+        merges=[tuple(line.split(" ")) for line in (REAL / "clip_merges.txt").read_text(encoding="utf-8").splitlines()],
+        pad_token="!",
+        model_max_length=77,
+    )
+    assert tokenizer.pad_token_id == 0
+    return tokenizer
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_fine_tune_in_half_precision_with_more_in_it_is_the_same_model(
+    family: Family, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    state = {name: tensor.to(dtype) for name, tensor in to_state(random_parts(family)).items()}
+    more = {
+        "alphas_cumprod": torch.ones(1000),
+        "model_ema.decay": torch.ones(()),
+        CLIPS[family][0].prefixes[0] + "embeddings.position_ids": torch.arange(77)[None],
+        "cond_stage_model.model.logit_scale": torch.ones(()),
+        "state_dict": torch.zeros(1),
+    }
+    plain, merged = (
+        load(write(tmp_path / "a.safetensors", state)),
+        load(write(tmp_path / "b.safetensors", state | more)),
+    )
+    assert all(same(a.state_dict(), b.state_dict()) for a, b in zip(plain, merged, strict=True))
+    assert same(to_state(plain), {name: tensor.float() for name, tensor in state.items()})
+
+
+def test_tensors_of_a_changed_unet_are_spoken_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    more = {ldm.UNET_PREFIX + "input_blocks.1.0.extra.weight": torch.ones(1)}
+    load_base(str(write(tmp_path / "a.safetensors", to_state(random_parts("sd15")) | more)))
+    assert "1 tensors of its UNet are not used, such as model.diffusion_model.input_blocks.1.0.extra" in caplog.text
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_vae_of_its_own_takes_the_place_of_the_models(family: Family, tmp_path: Path) -> None:
+    parts = random_parts(family)
+    state = to_state(parts)
+    rest = {name: tensor for name, tensor in state.items() if not name.startswith(ldm.VAE_PREFIX)}
+    without = str(write(tmp_path / "without.safetensors", rest))
+    bare = {name.removeprefix(ldm.VAE_PREFIX): state[name] for name in state.keys() - rest.keys()}
+    with pytest.raises(UserError, match=r"has no VAE .* set base\.vae"):
+        identify(without)
+    parts.vae.save_pretrained(tmp_path / "folder")
+    for vae in (
+        write(tmp_path / "vae.safetensors", bare),
+        write(tmp_path / "b.safetensors", state),
+        tmp_path / "folder",
+    ):
+        assert identify(without, vae=str(vae)).family == family
+        assert same(load_encoders(without, vae=str(vae)).vae.state_dict(), parts.vae.state_dict())
+    with pytest.raises(UserError, match="there is no model at"):
+        identify(without, vae=str(tmp_path / "none.safetensors"))
+
+
+def test_a_folder_that_has_its_weights_in_half_precision_alone(tmp_path: Path) -> None:
+    parts, folder = random_parts("sdxl"), tmp_path / "folder"
+    for part, model in (("unet", parts.unet), ("vae", parts.vae), ("text_encoder", parts.text_encoder[0])):
+        model.save_pretrained(folder / part, variant="fp16")
+    parts.text_encoder[1].save_pretrained(folder / "text_encoder_2", variant="fp16")
+    assert all(same(a.state_dict(), b.state_dict()) for a, b in zip(load(folder), parts, strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("marks", "metadata", "expected"),
+    [
+        ([], {}, ("eps", False)),
+        (["v_pred"], {}, ("v", False)),
+        (["v_pred", "ztsnr"], {}, ("v", True)),
+        ([], {"modelspec.prediction_type": "epsilon"}, ("eps", False)),
+        ([], {"modelspec.prediction_type": "v"}, ("v", False)),
+    ],
+)
+def test_a_file_says_what_it_predicts_and_from_which_noise(
+    family: Family, marks: list[str], metadata: dict[str, str], expected: tuple[str, bool], tmp_path: Path
+) -> None:
+    state = to_state(random_parts(family)) | {mark: torch.zeros(0) for mark in marks}
+    state[SD2_BIAS] = torch.zeros_like(state[SD2_BIAS]) if family == "sd2" else state.get(SD2_BIAS, torch.zeros(1))
+    path = str(write(tmp_path / "a.safetensors", state, metadata=metadata or None))
+    found, base = identify(path), load_base(path)
+    assert (found.prediction, found.zero_snr) == (base.prediction, base.alpha_bar[-1].item() == 0) == expected
+    assert ("eps is assumed" in " ".join(found.notes)) == (not marks and not metadata and family != "sd2")
+
+
+@pytest.mark.parametrize("spread", [0.05, 0.2])
+def test_of_sd2_the_weights_tell_what_it_predicts(spread: float, tmp_path: Path) -> None:
+    state = to_state(random_parts("sd2"))
+    bias = torch.linspace(-1, 1, len(state[SD2_BIAS]))
+    state[SD2_BIAS] = bias * spread / bias.std(unbiased=False)
+    path = str(write(tmp_path / "a.safetensors", state))
+    assert identify(path).prediction == ("v" if spread > 0.1 else "eps")
+    assert "according to its weights, as ComfyUI" in identify(path).notes[0]
+    assert identify(path, prediction="eps").prediction == "eps" and not identify(path, prediction="eps").notes
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "expected"),
+    [
+        ({"prediction_type": "epsilon"}, ("eps", False)),
+        ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, ("v", True)),
+        ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": False}, ("v", False)),
+        ({"prediction_type": "sample"}, ("x0", False)),
+        (None, ("eps", False)),
+    ],
+)
+def test_a_folder_says_it_in_its_scheduler(
+    scheduler: dict[str, object] | None, expected: tuple[str, bool], tmp_path: Path
+) -> None:
+    found = identify(str(save_folder(random_parts("sdxl"), tmp_path / "folder", scheduler)))
+    assert (found.prediction, found.zero_snr) == expected
+
+
+def test_its_owners_word_counts_more(tmp_path: Path) -> None:
+    path = str(write(tmp_path / "a.safetensors", to_state(random_parts("sdxl"))))
+    base = load_base(path, prediction="v", zero_snr="yes")
+    assert base.prediction == "v" and base.alpha_bar[-1].item() == 0 and base.alpha_bar[0].item() > 0.99
+    marked = str(write(tmp_path / "b.safetensors", to_state(random_parts("sdxl")) | {"ztsnr": torch.zeros(0)}))
+    for call in (identify, load_base):
+        with pytest.raises(UserError, match="to predict eps at zero terminal SNR"):
+            call(marked)
+        with pytest.raises(UserError, match="to predict eps at zero terminal SNR"):
+            call(path, zero_snr="yes")
+    assert identify(marked, zero_snr="no").prediction == "eps" and identify(marked, prediction="v").zero_snr
+
+
+@pytest.mark.parametrize("broken", ["conditioner.embedders.1.model.ln_final.weight", "conditioner.embedders.0."])
+def test_a_text_encoder_that_is_not_whole_is_told_by_its_name(broken: str, tmp_path: Path) -> None:
+    state = {name: each for name, each in to_state(random_parts("sdxl")).items() if not name.startswith(broken)}
+    path = str(write(tmp_path / "a.safetensors", state))
+    message = "does not hold a whole sdxl text_encoder_2: 1 of its" if "1." in broken else "has no text encoder"
+    with pytest.raises(UserError, match=message):
+        load_encoders(path)

@@ -1,0 +1,176 @@
+"""A checkpoint file comes back as the model that was written, and anything else is told what it is."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tiny_base import write_base
+from trajectory_consistency.trainer.errors import UserError
+from trajectory_consistency.trainer.models.unet import families as bases
+from trajectory_consistency.trainer.models.unet import ldm
+from trajectory_consistency.trainer.models.unet.teacher import identify, load_base, load_encoders
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("base") / "base.safetensors")
+
+
+def originals() -> tuple[torch.nn.Module, torch.nn.Module, torch.nn.Module]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return bases.empty_unet("tiny"), bases.empty_vae("tiny"), bases.empty_text_encoder("tiny")
+
+
+def test_a_single_file_gives_back_every_weight(checkpoint: Path) -> None:
+    base, encoders = load_base(str(checkpoint)), load_encoders(str(checkpoint))
+    for loaded, original in zip((base.unet, encoders.vae, encoders.text_encoder[0]), originals(), strict=True):
+        ours, theirs = loaded.state_dict(), original.state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key].half().float()) for key in theirs)
+    assert (base.family, base.prediction, len(base.alpha_bar)) == ("tiny", "eps", 1000)
+
+
+def test_a_loaded_base_is_frozen_and_in_evaluation(checkpoint: Path) -> None:
+    unet = load_base(str(checkpoint), dtype=torch.bfloat16).unet
+    encoders = load_encoders(str(checkpoint), dtype=torch.bfloat16)
+    models = (unet, encoders.text_encoder[0], encoders.vae)
+    for model in models:
+        assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
+    assert [model.dtype for model in models] == [torch.bfloat16, torch.bfloat16, torch.float32]
+
+
+def test_what_the_unet_predicts_is_read_or_set(checkpoint: Path, tmp_path: Path) -> None:
+    marked = {**load_file(checkpoint), "v_pred": torch.zeros(0)}
+    save_file(marked, tmp_path / "v.safetensors")
+    assert load_base(str(tmp_path / "v.safetensors")).prediction == "v"
+    assert load_base(str(checkpoint), prediction="v").prediction == "v"
+
+
+@pytest.mark.parametrize("family", ["sd15", "tiny"])
+def test_every_weight_of_a_family_has_one_name_in_the_file(family: bases.Family) -> None:
+    with torch.device("meta"):
+        unet, vae, text = bases.empty_unet(family), bases.empty_vae(family), bases.empty_text_encoder(family)
+    state = ldm.unet_to_ldm(unet.state_dict(), unet.config) | ldm.vae_to_ldm(vae.state_dict(), vae.config)
+    state |= ldm.text_to_ldm(text.state_dict())
+    assert len(state) == sum(len(model.state_dict()) for model in (unet, vae, text))
+    assert state["first_stage_model.decoder.mid.attn_1.q.weight"].ndim == 4
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    for call in (identify, load_base, load_encoders):
+        with pytest.raises(UserError, match="there is no model at"):
+            call(str(tmp_path / "none.safetensors"))
+
+
+@pytest.mark.parametrize("size", [0, 5, 1000, -1000])
+def test_a_truncated_file(checkpoint: Path, tmp_path: Path, size: int) -> None:
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes(checkpoint.read_bytes()[:size])
+    with pytest.raises(UserError, match="is not a whole safetensors file"):
+        identify(str(path))
+
+
+CONV_IN, LABEL = "input_blocks.0.0.weight", "label_emb.0.0.weight"
+CONTEXT = "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
+
+
+def unet_of(inputs: int, width: int, label: int = 0, channels: int = 320) -> dict[str, tuple[int, ...]]:
+    """The shapes by which a UNet is recognized."""
+    shapes = {CONV_IN: (channels, inputs, 3, 3), CONTEXT: (8, width)} | ({LABEL: (8, label)} if label else {})
+    return {ldm.UNET_PREFIX + name: shape for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "name"),
+    [
+        (unet_of(9, 768), "an inpainting model"),
+        (unet_of(9, 1024), "an inpainting model"),
+        (unet_of(9, 2048, 2816), "an inpainting model"),
+        (unet_of(8, 768), "a model that edits or animates a picture"),
+        (unet_of(5, 1024), "a depth-to-image model"),
+        (unet_of(4, 1280, 2560, 384), "an SDXL refiner"),
+        (unet_of(4, 1024, 2048), "an SD2.1 unCLIP model"),
+        (unet_of(4, 99, channels=64), r"of an unknown architecture \(64 channels, text width 99\)"),
+        ({"model.diffusion_model.joint_blocks.0.x": (1,)}, "an SD3 model"),
+        ({"model.diffusion_model.double_blocks.0.x": (1,)}, "a Flux model"),
+        ({"double_blocks.0.x": (1,)}, "a Flux model"),
+        (unet_of(4, 2048, 2816) | {"edm_mean": (1,)}, "Playground v2.5"),
+        (unet_of(4, 2048, 2816) | {"edm_vpred.sigma_max": (1,)}, "a CosXL model"),
+        ({"control_model.x": (1,)}, "a ControlNet"),
+        ({"lora_unet_x.lora_down.weight": (4, 4)}, "a LoRA"),
+        ({"x": (1,)}, "no checkpoint of Stable Diffusion"),
+    ],
+)
+def test_a_file_of_another_kind_is_named(tmp_path: Path, shapes: dict[str, tuple[int, ...]], name: str) -> None:
+    path = tmp_path / "other.safetensors"
+    save_file({key: torch.zeros(shape) for key, shape in shapes.items()}, path)
+    with pytest.raises(UserError, match=f"is {name}.*SD1.5, SD2.x and SDXL models"):
+        identify(str(path))
+
+
+def test_a_file_of_another_format(tmp_path: Path) -> None:
+    torch.save({"state_dict": {}}, tmp_path / "old.ckpt")
+    with pytest.raises(UserError, match="or of another format"):
+        identify(str(tmp_path / "old.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("dropped", "message"),
+    [
+        ("first_stage_model.", "has no VAE .* set base.vae to the file of one, or use a full checkpoint"),
+        ("cond_stage_model.", "has no text encoder .* use a full checkpoint"),
+        ("first_stage_model.decoder.conv_out", "does not hold a whole tiny vae"),
+        ("model.diffusion_model.middle_block.2.in_layers.2", "does not hold a whole tiny unet"),
+        (
+            "cond_stage_model.transformer.text_model.encoder.layers.1.mlp",
+            "not hold a whole tiny text_encoder: 4 of its",
+        ),
+    ],
+)
+def test_a_checkpoint_that_lacks_a_part(checkpoint: Path, tmp_path: Path, dropped: str, message: str) -> None:
+    path = tmp_path / "part.safetensors"
+    save_file({key: value for key, value in load_file(checkpoint).items() if not key.startswith(dropped)}, path)
+    if "whole" not in message:  # a part that is missing altogether is missed at once
+        with pytest.raises(UserError, match=message):
+            identify(str(path))
+    with pytest.raises(UserError, match=message):
+        load_base(str(path))
+        load_encoders(str(path))
+
+
+SDXL_FOLDER = {"in_channels": 4, "block_out_channels": [320], "cross_attention_dim": 2048}
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, r"there is no unet/config\.json in it"),
+        ({"transformer/config.json": {"_class_name": "SD3Transformer2DModel"}}, "a SD3Transformer2DModel, not a UNet"),
+        ({"unet/config.json": SDXL_FOLDER | {"in_channels": 9}}, "an inpainting model"),
+        (
+            {
+                "unet/config.json": SDXL_FOLDER | {"projection_class_embeddings_input_dim": 2816},
+                "scheduler/scheduler_config.json": {"_class_name": "EDMDPMSolverMultistepScheduler"},
+            },
+            "another noise schedule than Stable Diffusion's",
+        ),
+        (
+            {
+                "unet/config.json": SDXL_FOLDER | {"projection_class_embeddings_input_dim": 2816},
+                "scheduler/scheduler_config.json": {"beta_schedule": "linear"},
+            },
+            "another noise schedule than Stable Diffusion's",
+        ),
+        ({"unet/config.json": SDXL_FOLDER | {"projection_class_embeddings_input_dim": 2816}}, "has no text_encoder/"),
+    ],
+)
+def test_a_folder_of_another_kind_is_named(tmp_path: Path, files: dict[str, dict[str, object]], message: str) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        identify(str(tmp_path))

@@ -1,0 +1,47 @@
+"""The replacements of other packs' nodes, on a host that knows of no such thing and on one that does."""
+
+import asyncio
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _register(monkeypatch: pytest.MonkeyPatch, **latest: Any) -> None:
+    """Import the module as a host with this comfy_api.latest does, and register."""
+    for name in ("comfy_api", "comfy_api.latest"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    vars(sys.modules["comfy_api.latest"]).update(latest)
+    spec = importlib.util.spec_from_file_location("replacements", ROOT / "nodes" / "replacements.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    asyncio.run(module.register_replacements())
+
+
+def test_an_older_host_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_api() -> None:
+        pytest.fail("the API was asked for")
+
+    _register(monkeypatch, io=SimpleNamespace(), ComfyAPI=no_api)
+
+
+def test_each_older_node_is_replaced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Any] = []
+
+    async def register(replacement: Any) -> None:
+        found.append(replacement)
+
+    api = SimpleNamespace(node_replacement=SimpleNamespace(register=register))
+    _register(monkeypatch, io=SimpleNamespace(NodeReplace=SimpleNamespace), ComfyAPI=lambda: api)
+    assert sorted(each.old_node_id for each in found) == [
+        "SamplerTCD",
+        "SamplerTCD EulerA",
+        "TCDModelSamplingDiscrete",
+        "TCDScheduler",
+    ]

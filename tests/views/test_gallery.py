@@ -1,0 +1,126 @@
+"""`tcd-train sample`: the pictures that a person gets who loads the base and the file, and nothing written over."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from tiny_base import network, small_config, write_base, write_inputs
+from trajectory_consistency.tcd import timestep_grid
+from trajectory_consistency.trainer import run
+from trajectory_consistency.trainer.cli import main
+from trajectory_consistency.trainer.config.settings import Config
+from trajectory_consistency.trainer.models.sampling import Guidance, decode, initial_noise, sample_latents
+from trajectory_consistency.trainer.models.unet.adapter import load_adapter
+from trajectory_consistency.trainer.models.unet.teacher import load_encoders
+from trajectory_consistency.trainer.views.gallery import GRID
+from trajectory_consistency.trainer.views.preview_prompts import load_picture, scene_names
+
+PROMPTS = ["a red circle", "a blue square"]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A run whose LoRA was trained enough to be seen, and recommends two steps and an eta of 0.7."""
+    values = write_inputs(tmp_path_factory.mktemp("sampled"))
+    values["output"] |= {"steps": 2, "eta": 0.7}
+    config = small_config(values, steps=2, lr=1e-2)
+    run.run(config)
+    return config
+
+
+def by_hand(
+    config: Config, prompt: str, seed: int, *, steps: int, eta: float, cfg: float, side: int, vae: str = ""
+) -> torch.Tensor:
+    net, encoders = network(Path(config.base.path)), load_encoders(config.base.path, vae=vae)
+    load_adapter(net.unet, config.lora_path)
+    latents = sample_latents(
+        net,
+        encoders.encode([prompt]),
+        timesteps=timestep_grid(steps),
+        gamma=eta,
+        noise=initial_noise(seed, (1, 4, side // 8, side // 8)),
+        seed=seed,
+        guidance=None if cfg == 1 else Guidance(encoders.encode([""]), cfg),
+    )
+    return decode(encoders.vae, latents)[0]
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and bool((one.int() - other.int()).abs().max() <= 1)
+
+
+def test_a_run_s_lora_needs_no_more_than_a_prompt(
+    done: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["sample", str(done.lora_path), "--prompt", PROMPTS[0]]) == 0
+    assert capsys.readouterr().out == f"look at {Path('samples') / GRID}\n"
+    (name,) = scene_names(PROMPTS[:1], [0])
+    picture = load_picture(tmp_path / "samples" / f"{name}-steps-2.png")
+    assert same(picture, by_hand(done, PROMPTS[0], 0, steps=2, eta=0.7, cfg=1.0, side=64))
+    assert not same(picture, by_hand(done, PROMPTS[0], 0, steps=2, eta=0.0, cfg=1.0, side=64))
+
+
+def test_all_that_can_be_said_is_heeded(done: Config, tmp_path: Path) -> None:
+    lora = tmp_path / "elsewhere.safetensors"
+    save_file(load_file(done.lora_path), lora)  # without metadata, and with no configuration beside it
+    vae = str(write_base(tmp_path / "other.safetensors", seed=1))
+    told = ["sample", str(lora), "--base", done.base.path, "--out", str(tmp_path / "out"), "--width", "80"]
+    told += ["--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--seed", "3", "4", "--steps", "1", "4"]
+    assert main([*told, "--height", "80", "--eta", "1", "--cfg", "3", "--device", "cpu", "--vae", vae]) == 0
+    names = scene_names(PROMPTS, [3, 4])
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {f"{name}-steps-{steps}.png" for name in names for steps in (1, 4)} | {GRID}
+    picture = load_picture(tmp_path / "out" / f"{names[3]}-steps-4.png")
+    assert same(picture, by_hand(done, PROMPTS[1], 4, steps=4, eta=1.0, cfg=3.0, side=80, vae=vae))
+    with Image.open(tmp_path / "out" / GRID) as grid:
+        assert grid.width > 4 * 160 and grid.height > 2 * 160
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "there is nothing to draw: give --prompt"),
+        (["--prompt", "x", "--steps", "0"], "steps[0] is 0, but must be at least 1"),
+        (["--prompt", "x", "--eta", "nan"], "eta is nan, but must be at least 0"),
+        (["--prompt", "x", "--width", "63"], "width is 63: use a multiple of 8"),
+        (["--prompt", "x", "--device", "warp"], "'warp', which cannot be used here"),
+        (["--prompt", "x", "--base", "/none"], "there is no model at /none"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said(
+    done: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], complaint: str
+) -> None:
+    assert main(["sample", str(done.lora_path), "--out", str(tmp_path / "out"), *arguments]) == 2
+    assert complaint in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_files_that_cannot_be_used_are_said(done: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(name: str, *arguments: str) -> str:
+        assert main(["sample", str(tmp_path / name), "--prompt", "x", "--out", str(tmp_path / "out"), *arguments]) == 2
+        return capsys.readouterr().err
+
+    tensors = load_file(done.lora_path)
+    save_file(tensors, tmp_path / "alone.safetensors")
+    assert "to tell the base of alone.safetensors: name it with --base" in refused("alone.safetensors")
+    save_file({f"other_{key}": value for key, value in tensors.items()}, tmp_path / "other.safetensors")
+    (tmp_path / "torn.safetensors").write_bytes(done.lora_path.read_bytes()[:-10])
+    base = "--base", done.base.path
+    assert "for no family that is known here" in refused("other.safetensors", *base)
+    assert "is not a whole safetensors file" in refused("torn.safetensors", *base)
+    save_file(tensors, tmp_path / "wrong.safetensors", metadata={"tcd.steps": "few"})
+    assert "tcd.steps in the metadata is 'few', but must be a number: give --steps" in refused(
+        "wrong.safetensors", *base
+    )
+
+
+def test_a_picture_is_never_written_over(done: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (name,) = scene_names(PROMPTS[:1], [0])
+    precious = tmp_path / f"{name}-steps-2.png"
+    precious.write_bytes(b"precious")
+    assert main(["sample", str(done.lora_path), "--prompt", PROMPTS[0], "--out", str(tmp_path)]) == 2
+    assert f"{precious} exists" in capsys.readouterr().err and precious.read_bytes() == b"precious"
+    assert [path.name for path in tmp_path.iterdir()] == [precious.name]

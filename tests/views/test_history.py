@@ -1,0 +1,123 @@
+"""The numbers of a run: one row to a step in files that go on with a run, and losses by t and by t - s."""
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tiny_base import small_config, write_inputs
+from trajectory_consistency.trainer.config.settings import LogConfig
+from trajectory_consistency.trainer.errors import RunError, UserError
+from trajectory_consistency.trainer.training.loop import StepRecord
+from trajectory_consistency.trainer.views import trackers
+from trajectory_consistency.trainer.views.history import BIN, BINS, History, cells, read_log, read_loss_by_time
+
+
+def record(step: int, loss: float = 1.0) -> StepRecord:
+    """Four pictures of which two are in one bin of t and of t - s."""
+    t, s = torch.tensor([999, 979, 499, 19]), torch.tensor([0, 19, 399, 0])
+    losses = torch.tensor([1.0, 3.0, 5.0, 7.0]) * loss
+    return StepRecord(step, loss, 1e-4 / step, 0.5, t, s, losses, 4, 2.0)
+
+
+def test_each_step_is_a_row_with_every_number(tmp_path: Path) -> None:
+    history = History(tmp_path)
+    for step in (1, 2, 3):
+        history(record(step, loss=1 / step))
+    with open(tmp_path / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["1", "2", "3"]
+    assert [float(row["loss"]) for row in rows] == pytest.approx([1, 1 / 2, 1 / 3], rel=1e-8)
+    assert [float(row["lr"]) for row in rows] == pytest.approx([1e-4, 5e-5, 1e-4 / 3], rel=1e-8)
+    assert {(row["norm"], row["images_per_second"]) for row in rows} == {("0.5", "2")}
+
+
+def test_rows_of_steps_that_are_done_again_are_dropped(tmp_path: Path) -> None:
+    first = History(tmp_path)
+    for step in range(1, 6):
+        first(record(step, loss=9.0))
+    with open(tmp_path / "log.csv", "a") as file:
+        file.write("6,9.0,0.0")  # it was killed while it wrote
+    again = History(tmp_path)
+    for step in (4, 5):
+        again(record(step, loss=1.0))
+    assert [(row.step, row.loss) for row in read_log(tmp_path)] == [(1, 9), (2, 9), (3, 9), (4, 1), (5, 1)]
+    loss, count = read_loss_by_time(tmp_path)
+    assert count.sum() == 5 * 4 and loss[4, 1] == pytest.approx(5 * (3 * 9 + 2 * 1) / 5)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+@pytest.mark.parametrize("name", ["log.csv", "loss_by_time.csv"])
+def test_a_full_disk_is_an_error_that_names_the_file_and_the_remedy(tmp_path: Path, name: str) -> None:
+    history = History(tmp_path)
+    history(record(1))
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("/dev/full")
+    with pytest.raises(RunError, match=rf"{name} could not be written: .*No space left.*; make room on the disk, then"):
+        history(record(2))
+
+
+def test_losses_are_means_by_t_and_by_the_length_of_the_jump(tmp_path: Path) -> None:
+    history = History(tmp_path)
+    history(record(1))
+    history(record(2, loss=3.0))
+    loss, count = read_loss_by_time(tmp_path)
+    assert loss.shape == count.shape == (BINS, BINS)
+    found = {tuple(place): (loss[*place].item(), count[*place].item()) for place in count.nonzero().tolist()}
+    assert found == {(9, 9): (4.0, 4.0), (4, 1): (10.0, 2.0), (0, 0): (14.0, 2.0)}
+    late, _ = read_loss_by_time(tmp_path, since=1)
+    assert late[9, 9] == 6.0 and late[1, 1].isnan()
+    assert [(cell.t, cell.gap, cell.pictures) for cell in cells(record(1))] == [(0, 0, 1), (400, 100, 1), (900, 900, 2)]
+
+
+def test_a_folder_without_files_has_no_rows(tmp_path: Path) -> None:
+    assert read_log(tmp_path) == [] and read_loss_by_time(tmp_path)[1].sum() == 0
+
+
+def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = small_config(write_inputs(tmp_path))
+    board = trackers.TensorBoard(config.output_folder / "tensorboard")
+    for step in (1, 2):
+        board(record(step, loss=1 / step))
+    board.writer.close()
+    events = reader.EventAccumulator(str(config.output_folder / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 0.5)]
+    named = {f"loss by t/{low:03}-{low + BIN - 1}" for low in (0, 400, 900)}
+    named |= {f"loss by t - s/{low:03}-{low + BIN - 1}" for low in (0, 100, 900)}
+    assert set(events.Tags()["scalars"]) == named | {"loss", "learning rate", "gradient norm", "images per second"}
+
+
+def test_what_is_asked_for_and_not_installed_is_said_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trackers, "find_spec", lambda package: None)
+    trackers.require(LogConfig())
+    with pytest.raises(UserError, match=r"log\.tensorboard is set, but tensorboard is not installed: pip install"):
+        trackers.require(LogConfig(tensorboard=True))
+    with pytest.raises(UserError, match=r"log\.wandb_project is set, but wandb is not installed: pip install wandb"):
+        trackers.require(LogConfig(wandb_project="mine"))
+
+
+def test_weights_and_biases_is_told_every_number_under_a_name_that_lasts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Wandb:
+        started: list[dict[str, object]] = []
+        logged: list[tuple[dict[str, float], int]] = []
+
+        def init(self, **settings: object) -> "Wandb":
+            self.started.append(settings)
+            return self
+
+        def log(self, numbers: dict[str, float], step: int) -> None:
+            self.logged.append((numbers, step))
+
+    monkeypatch.setitem(sys.modules, "wandb", Wandb())  # type: ignore[arg-type]
+    values = {**write_inputs(tmp_path), "log": {"wandb_project": "mine"}}
+    for _ in range(2):
+        (observer,) = trackers.trackers(small_config(values))
+        observer(record(3))
+    first, second = Wandb.started
+    assert first["project"] == "mine" and first["resume"] == "allow" and first["id"] == second["id"]
+    assert Wandb.logged[0] == (trackers.numbers(record(3)), 3)

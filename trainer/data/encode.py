@@ -1,0 +1,275 @@
+"""Fill the cache: run the VAE, the text encoder and, for prompts alone, the teacher over what is not in it yet.
+
+Flows in: the sources of a configuration.  Flows out: rows in the cache's stores, and at the end its index.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from tqdm import tqdm
+
+from ..config.memory_advice import memory_advice, when_caching
+from ..config.settings import Config
+from ..errors import UserError
+from ..models.conditioning import Conditioning
+from ..models.solver import draw_latents
+from ..models.unet.network import Network
+from ..models.unet.teacher import Encoders, load_base, load_encoders
+from ..randomness import generator
+from .buckets import Fit, Size
+from .cache import Entry, Index, layout, merge_parts, open_cached
+from .dataset import Dataset, caption_of, told
+from .pictures import to_signal
+from .sources import PictureSource, Prompts, open_sources
+from .store import Store, digest, open_shard
+from .survey import Look, Survey, ahead, buckets_of, look_at, refuse, square
+
+CACHED_DTYPE = torch.float16
+"""Of cached latents and embeddings: it rounds them eight times finer than bfloat16, and both stay far below its end."""
+_PIXELS, _CAPTIONS = 8 * 512 * 512, 64
+"""How many are encoded together on a GPU, of pixels so many that the VAE takes about 5 GiB for them.  On a CPU each
+picture and caption is alone, so that its row has the same bits whatever else is missing: a run that was killed while it
+filled the cache still ends as one that was not."""
+
+
+def pictures_together(bucket: Size, device: torch.device) -> int:
+    """How many pictures of a bucket are encoded, or drawn, in one call: one at least."""
+    return 1 if device.type == "cpu" else max(_PIXELS // (bucket.height * bucket.width), 1)
+
+
+def prepare(
+    config: Config,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    part: int = 0,
+    parts: int = 1,
+    total: int | None = None,
+    wait: Callable[[], None] = lambda: None,
+) -> Dataset:
+    """The data of a configuration, from the cache; what is missing in it is computed first, on `device`.
+
+    total: how many samples there are, for the progress bar.  Of several processes each computes the part `part` of the
+    data, and `wait` returns when all have done theirs.
+    Raises UserError for data that cannot be used.
+    """
+    cached = open_cached(config, dtype)
+    if cached is None:
+        fill(config, device, dtype, part=part, parts=parts, total=total)
+        wait()
+        if part == 0:
+            merge_parts(config, dtype)
+        wait()
+        cached = open_cached(config, dtype)
+    if cached is None:
+        raise UserError("the data changed while they were cached: start again")
+    return cached.dataset
+
+
+def fill(
+    config: Config,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    part: int = 0,
+    parts: int = 1,
+    total: int | None = None,
+    thorough: bool = False,
+) -> None:
+    """Compute every row of every `parts`-th file from `part` on that the cache does not have, and write the index.
+
+    total: how many samples there are, for the progress bar.  thorough: read all files that are there, too, and compute
+    anew what does not have its checksum; return when then nothing is missing.
+
+    Killed at any moment, it goes on where it was.  Raises UserError for data that cannot be used, and MemoryFullError.
+    """
+    where = layout(config, dtype)
+    stores = {kind: Store(where.store(kind), thorough=thorough) for kind in where.settings}
+    if thorough and open_cached(config, dtype):
+        return
+    filling = _Filling(config, device, dtype, stores)
+    bar = tqdm(total=total, desc="caching", unit="img", disable=part > 0)
+    with bar, memory_advice(when_caching(config, device, dtype)):
+        for number, source in enumerate(open_sources(config.data)):
+            if isinstance(source, Prompts):
+                filling.read_prompts(number, source, part, parts)
+            else:
+                filling.read_pictures(number, source, part, parts, bar)
+        filling.finish_encoding()
+        filling.draw(bar)
+    refuse(filling.found, config.data)
+    filling.index().write(where.index(config, part, parts))
+
+
+@dataclass
+class _Filling:
+    """What is on its way into the cache."""
+
+    config: Config
+    device: torch.device
+    dtype: torch.dtype
+    stores: dict[str, Store]
+    found: Survey = field(default_factory=Survey)
+    entries: dict[tuple[int, Size], list[tuple[str, bytes, bytes]]] = field(default_factory=lambda: defaultdict(list))
+    """By source and bucket, for each picture: the store of its latent, its digest there, and that of its caption."""
+    _pictures: dict[Size, dict[bytes, Look]] = field(default_factory=lambda: defaultdict(dict))
+    _captions: dict[bytes, str] = field(default_factory=dict)
+    _drawings: dict[bytes, str] = field(default_factory=dict)
+    """The prompts to be drawn, by the digest of the drawing."""
+
+    @cached_property
+    def encoders(self) -> Encoders:
+        """Loaded when the first picture or caption is met that the cache does not have."""
+        base = self.config.base
+        return load_encoders(base.path, vae=base.vae, dtype=self.dtype).to(self.device)
+
+    def read_pictures(self, number: int, source: PictureSource, part: int, parts: int, bar: tqdm) -> None:
+        """Go through a source, and encode what is new."""
+        store, buckets = self.stores["latents"], buckets_of(self.config.data)
+        looks = ahead(
+            lambda sample: look_at(sample, buckets, known=store.__contains__, pixels=True), source.samples(part, parts)
+        )
+        for look in looks:
+            bar.update()
+            self.found.note(look)
+            if look.problems:
+                continue
+            bucket = look.fit.bucket if look.fit else Size.parse(store.kind(look.key))
+            self.entries[number, bucket].append(("latents", look.key, self._caption(look.sample.caption)))
+            if look.fit and look.key not in store:
+                self._pictures[bucket][look.key] = look
+            if len(self._pictures[bucket]) >= pictures_together(bucket, self.device):
+                self._encode_pictures(bucket)
+
+    def read_prompts(self, number: int, source: Prompts, part: int, parts: int) -> None:
+        """Go through prompts, and note what the teacher has to draw."""
+        bucket, store = square(self.config.data), self.stores["drawn"]
+        for prompt in source.captions()[part::parts]:
+            for drawing in range(self.config.data.draw.per_prompt):
+                key = digest(f"{drawing} {prompt}".encode())
+                self.entries[number, bucket].append(("drawn", key, self._caption(prompt)))
+                self.found.seen += 1
+                if key not in store:
+                    self._drawings[key] = prompt
+
+    def finish_encoding(self) -> None:
+        """Encode what is left, put it on the disk, and let go of the encoders."""
+        for bucket in list(self._pictures):
+            self._encode_pictures(bucket)
+        self._caption("")
+        self._encode_captions()
+        self.stores["latents"].flush()
+        self.stores["captions"].flush()
+        self.__dict__.pop("encoders", None)
+
+    def draw(self, bar: tqdm) -> None:
+        """Let the teacher draw what is missing of the prompts."""
+        if not self._drawings:
+            return
+        network = self._teacher()
+        bucket, draw, store = square(self.config.data), self.config.data.draw, self.stores["drawn"]
+        time_ids = torch.tensor(Fit(bucket, bucket, bucket, 0, 0).time_ids, dtype=torch.int32)
+        waiting = list(self._drawings.items())
+        together = pictures_together(bucket, self.device)
+        for start in range(0, len(waiting), together):
+            some = waiting[start : start + together]
+            shape = (4, bucket.height // 8, bucket.width // 8)
+            noise = [torch.randn(shape, generator=generator(0, f"drawing {key.hex()}")) for key, _ in some]
+            ids = time_ids.float().expand(len(some), -1)
+            latents = draw_latents(
+                network,
+                told(self._cond([prompt for _, prompt in some]), ids).to(self.device),
+                told(self._cond([""] * len(some)), ids).to(self.device),
+                torch.stack(noise).to(self.device),
+                steps=draw.steps,
+                guidance=draw.guidance,
+            )
+            for (key, prompt), mean in zip(some, latents, strict=True):
+                store.add(str(bucket), key, {"mean": _cached(mean, prompt), "time_ids": time_ids})
+            bar.update(len(some))
+        store.flush()
+
+    def index(self) -> Index:
+        """Where everything is."""
+        captions = self.stores["captions"]
+        places = {
+            group: [
+                Entry(_sort_key(key, caption), self.stores[kind].path_of(key), captions.path_of(caption))
+                for kind, key, caption in entries
+            ]
+            for group, entries in self.entries.items()
+        }
+        return Index.of(places, captions.path_of(_caption_key("")), self.found)
+
+    def _caption(self, caption: str) -> bytes:
+        """The digest of a caption, which is encoded if it is new."""
+        key = _caption_key(caption)
+        if key not in self.stores["captions"]:
+            self._captions[key] = caption
+            if self.device.type == "cpu" or len(self._captions) >= _CAPTIONS:
+                self._encode_captions()
+        return key
+
+    def _encode_captions(self) -> None:
+        if not self._captions:
+            return
+        encoded = self.encoders.encode(list(self._captions.values()))
+        for row, (key, caption) in enumerate(self._captions.items()):
+            tensors = {"context": encoded.context[row]}
+            if encoded.pooled is not None:
+                tensors["pooled"] = encoded.pooled[row]
+            self.stores["captions"].add(
+                "captions", key, {name: _cached(tensor, caption) for name, tensor in tensors.items()}
+            )
+        self._captions.clear()
+
+    @torch.no_grad()
+    def _encode_pictures(self, bucket: Size) -> None:
+        looks = self._pictures.pop(bucket)
+        if not looks:
+            return
+        vae = self.encoders.vae
+        images = torch.stack([look.pixels for look in looks.values() if look.pixels is not None])
+        posterior = vae.encode(to_signal(images.to(self.device))).latent_dist
+        mean, std = (tensor * vae.config.scaling_factor for tensor in (posterior.mean, posterior.std))
+        for row, (key, look) in enumerate(looks.items()):
+            assert look.fit is not None
+            name = look.sample.name
+            tensors = {"mean": _cached(mean[row], name), "std": _cached(std[row], name)}
+            tensors["time_ids"] = torch.tensor(look.fit.time_ids, dtype=torch.int32)
+            self.stores["latents"].add(str(bucket), key, tensors)
+
+    def _cond(self, captions: list[str]) -> Conditioning:
+        """What the UNet is told of captions that are cached."""
+        store = self.stores["captions"]
+        places = [store.places[_caption_key(caption)] for caption in captions]
+        return Conditioning.cat([caption_of(open_shard(store.folder / shard), row) for shard, row in places])
+
+    def _teacher(self) -> Network:
+        settings = self.config.base
+        base = load_base(settings.path, prediction=settings.prediction, zero_snr=settings.zero_snr, dtype=self.dtype)
+        return Network(base.unet.to(self.device), base.alpha_bar.float().to(self.device), base.prediction)
+
+
+def _caption_key(caption: str) -> bytes:
+    return digest(caption.encode())
+
+
+def _sort_key(picture: bytes, caption: bytes) -> int:
+    return int.from_bytes(digest(picture + caption)[:8], "big", signed=True)
+
+
+def _cached(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """A row as it is cached.
+
+    Raises UserError for one that is not finite, as SDXL's VAE gives them in float16.
+    """
+    row = tensor.to("cpu", CACHED_DTYPE)
+    if not row.isfinite().all():
+        raise UserError(f"{name!r} is encoded to numbers that are not finite: use another VAE, or base.dtype float32")
+    return row
