@@ -6,11 +6,11 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from ..config.settings import Config
 from ..errors import UserError
 from .run import add_config, resolve
 
 if TYPE_CHECKING:
+    from ..config.settings import Config
     from ..data.survey import Survey
 
 HELP = "encode pictures and captions, and check what is encoded already"

@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..config import recipes
-from ..config import settings as config
+
+if TYPE_CHECKING:
+    from ..config.settings import Config
 
 HELP = "distill as a configuration file says"
 
@@ -28,20 +31,24 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def resolve(options: argparse.Namespace) -> config.Config:
+def resolve(options: argparse.Namespace) -> Config:
     """The configuration that the arguments of `add_config` mean."""
-    return config.load(recipes.find(options.config), options.overrides)
+    from ..config.settings import load
+
+    return load(recipes.find(options.config), options.overrides)
 
 
 def execute(options: argparse.Namespace) -> int:
     """Run, or say what a run would do."""
     resolved = resolve(options)
 
-    from ..run import check, is_finished, look, plan, run
+    from ..preflight import check, check_inputs, is_finished, plan
+    from ..run import run
 
     if options.dry_run:
         done = is_finished(resolved)
-        sys.stdout.write(f"{resolved.to_toml()}\n{plan(resolved, look(resolved) if done else check(resolved))}\n")
+        inputs = check_inputs(resolved) if done else check(resolved)
+        sys.stdout.write(f"{resolved.to_toml()}\n{plan(resolved, inputs)}\n")
         if done:
             sys.stdout.write("          which is there: the run is done\n")
     else:

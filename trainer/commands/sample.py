@@ -7,10 +7,12 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..config import settings as config
-from ..config.schema import build
 from ..errors import UserError
+
+if TYPE_CHECKING:
+    from ..config.settings import BaseConfig
 
 HELP = "draw pictures with a LoRA, as the nodes would"
 
@@ -37,13 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> int:
     """Draw, and say where the grid is."""
     from ..config.device import device_of
+    from ..config.schema import build
+    from ..config.settings import PreviewConfig
     from ..files.lora_file import read_lora
     from ..views.gallery import draw_gallery
 
     metadata = read_lora(options.file).metadata
     base = _base(options)
     wanted = build(
-        config.PreviewConfig,
+        PreviewConfig,
         {
             "prompts": options.prompt,
             "seeds": options.seed,
@@ -59,15 +63,17 @@ def execute(options: argparse.Namespace) -> int:
     return 0
 
 
-def _base(options: argparse.Namespace) -> config.BaseConfig:
+def _base(options: argparse.Namespace) -> BaseConfig:
     """The base that the options name, or else that of the run which made the LoRA."""
+    from ..config.settings import FILE_NAME, BaseConfig, load
+
     given = {key: getattr(options, key) for key in ("vae", "prediction", "zero_snr", "dtype") if getattr(options, key)}
     if options.base:
-        return config.BaseConfig(path=options.base, **given)
-    beside = options.file.with_name(config.FILE_NAME)
+        return BaseConfig(path=options.base, **given)
+    beside = options.file.with_name(FILE_NAME)
     if not beside.is_file():
         raise UserError(f"there is no {beside} to tell the base of {options.file.name}: name it with --base")
-    return replace(config.load(beside).base, **given)
+    return replace(load(beside).base, **given)
 
 
 def _recommended(metadata: Mapping[str, str], key: str, default: float) -> float:

@@ -14,10 +14,12 @@ from typing import Any, Literal
 
 import tomli_w
 
+from ...tcd import TargetInput
+from ...tcd.objective import DistanceName, Weighting
+from ...tcd.times import Law
 from ..errors import UserError
 from .schema import FREE, build, differences, override
 from .schema import number as _number
-from .targets import kinds_of
 
 FILE_NAME = "config.toml"
 """Of a run's settings, in its output folder."""
@@ -122,7 +124,7 @@ class DataConfig:
 class MethodConfig:
     """The distillation."""
 
-    law: Literal["uniform", "zero", "segment", "phase", "target"] = "uniform"
+    law: Law = "uniform"
     """How the target time s is drawn: `uniform` on the grid up to t_next is TCD, `zero` is LCM, `segment` is TSCD (of
     Hyper-SD), `phase` is PCM, `target` is TDD."""
     phases: tuple[int, ...] = (8, 4, 2, 1)
@@ -137,18 +139,23 @@ class MethodConfig:
     guidance_min: float = _number(2.0, 0.0)
     guidance_max: float = _number(8.0, 0.0)
     """The teacher's guidance is drawn uniformly between the two, per picture; 1 is none."""
-    distance: Literal["huber", "huber_sample", "l2"] = "huber"
+    distance: DistanceName = "huber"
     """Pseudo-Huber of each element, or of the root mean square of each picture; or the mean square."""
     huber_c: float = _number(0.001, 1e-6)
     """Pseudo-Huber: errors well above c count linearly, errors well below it quadratically."""
-    weighting: Literal["none", "gap", "x0"] = "none"
+    weighting: Weighting = "none"
     """Of a picture: `gap` divides by the jump's length in solver steps, `x0` by the weight that x0 has in the jump."""
     ema_decay: float = _number(0.0, 0.0, 0.9999)
     """The target is an exponential moving average of the adapter with this decay; with 0 it is the student itself."""
     target_time: bool = False
     """Tell the network the target time (TCF(S+)), by an embedding of it that is trained along with the LoRA."""
-    told: Literal["s", "t-s"] = "s"
+    target_input: TargetInput = "s"
     """With `target_time`, what is embedded: the target time, or how far before t it is."""
+
+    @property
+    def embedded(self) -> TargetInput | None:
+        """What of the target time is embedded, or None."""
+        return self.target_input if self.target_time else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,9 +171,6 @@ class AdapterConfig:
     """A LoRA file of the same rank, alpha and targets to begin with; nothing is the identity."""
     freeze: bool = False
     """Leave the LoRA as it is, and train nothing but the embedding of `method.target_time`."""
-
-    def __post_init__(self) -> None:
-        kinds_of(self.targets)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,8 +294,8 @@ class Config:
             )
         if self.method.order == 2 and self.method.target_time:
             raise UserError(
-                "method.order is 2 and method.target_time is set: a network that is told where a jump ends can make it "
-                "in one, so use order 1"
+                "method.order is 2 and method.target_time is set: a network that gets the target time needs one call for a "
+                "jump, so use order 1"
             )
         if self.adapter.freeze and not self.method.target_time:
             raise UserError("adapter.freeze leaves nothing to train: set method.target_time, or do not freeze")

@@ -40,8 +40,8 @@ class Fit(NamedTuple):
     left: int
 
     @property
-    def time_ids(self) -> tuple[int, ...]:
-        """What SDXL is told: original size, crop top and left, target size; each height before width."""
+    def sizes(self) -> tuple[int, ...]:
+        """Original size, crop top and left, target size; each height before width, as SDXL is conditioned on them."""
         return (*self.original, self.top, self.left, *self.bucket)
 
 

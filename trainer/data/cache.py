@@ -26,16 +26,16 @@ from torch import Tensor
 from ..atomic import whole_file
 from ..config.settings import Config
 from ..errors import UserError
-from ..models.unet.teacher import locate
+from ..models import open_checkpoint
+from ..models.seam import Checkpoint
 from .buckets import Size
 from .dataset import Dataset, Table, caption_of
 from .sources import open_sources
 from .store import Place, ShardFiles, open_shard
 from .survey import Survey, order_groups
 
-VERSION = 1
-"""Of what is computed from a picture and a caption: raised when the same input comes to give other rows."""
-_SAMPLES, _SAMPLE_BYTES = 256, 2**16
+VERSION = 2
+"""Version of the cached rows; increase it when the same input would produce different rows."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Layout:
 
     folder: Path
     settings: Mapping[str, Mapping[str, Any]]
-    """By the kind of rows, all that they depend on besides what their digest is of."""
+    """For each kind of row: every setting it depends on, apart from the content that its digest hashes."""
 
     def store(self, kind: str) -> Path:
         """The folder of one kind of rows."""
@@ -56,17 +56,17 @@ class Layout:
         return self.folder / f"index-{_fingerprint(self, config)}{part_of}.safetensors"
 
 
-def layout(config: Config, dtype: torch.dtype) -> Layout:
-    """Where the rows of a configuration are, with text encoders and UNet in `dtype`."""
-    base, data = config.base, config.data
-    vae = {"version": VERSION, "model": _identity(base.vae or base.path)}
-    told = {"version": VERSION, "model": _identity(base.path), "dtype": str(dtype)}
+def layout(config: Config, checkpoint: Checkpoint, dtype: torch.dtype) -> Layout:
+    """Where the rows of a configuration are, with text encoders and network in `dtype`."""
+    base, data, prints = config.base, config.data, checkpoint.fingerprints()
+    autoencoder = {"version": VERSION, "model": prints.get("the VAE", prints["the base"])}
+    model = {"version": VERSION, "model": prints["the base"], "dtype": str(dtype)}
     buckets = {key: getattr(data, key) for key in ("resolution", "bucket_step", "buckets", "upscale")}
-    teacher = {**told, "prediction": base.prediction, "zero_snr": base.zero_snr}
-    draw = {**asdict(data.draw), "per_prompt": None}  # a further drawing leaves the others as they are
+    teacher = {**model, "prediction": base.prediction, "zero_snr": base.zero_snr}
+    draw = {**asdict(data.draw), "per_prompt": None}  # one more drawing of a prompt leaves the others as they are
     settings = {
-        "latents": {**vae, **buckets},
-        "captions": told,
+        "latents": {**autoencoder, **buckets},
+        "captions": model,
         "drawn": {**teacher, **draw, "resolution": data.resolution, "bucket_step": data.bucket_step},
     }
     return Layout(config.cache_folder, settings)
@@ -188,13 +188,14 @@ class Cached:
 
 
 def open_cached(config: Config, dtype: torch.dtype) -> Cached | None:
-    """Open the rows of a configuration's data; None when they are not all in the cache.
+    """Open the rows of a configuration's data; None if they are not all in the cache.
 
-    Every file is looked at, none is read: those that are not as long as they say count as missing.
-    Raises UserError when they are all there and not one is left.
+    Every file's length is checked, none is read: files shorter than their header says count as missing.
+    Raises UserError if the cache is complete but contains no usable picture.
     """
+    checkpoint = open_checkpoint(config.base)
     try:
-        index = Index.read(layout(config, dtype).index(config))
+        index = Index.read(layout(config, checkpoint, dtype).index(config))
         paths = [config.cache_folder / name for name in index.shards]
         for path in paths:
             open_shard(path)
@@ -206,28 +207,27 @@ def open_cached(config: Config, dtype: torch.dtype) -> Cached | None:
         raise UserError(f"no picture is left to train on: {index.found.complaints()}")
     shards, ordered = ShardFiles(paths), sorted(index.groups.items())
     groups = order_groups(config.data, [(which, len(rows.keys)) for which, rows in ordered])
-    return Cached(Dataset(groups, [Table(rows.places, shards, shards) for _, rows in ordered], empty), index.found)
+    tables = [Table(rows.places, shards, shards) for _, rows in ordered]
+    return Cached(Dataset(groups, tables, empty, checkpoint.join), index.found)
 
 
-def made_from(config: Config, dtype: torch.dtype) -> dict[str, str]:
-    """What a run is made from besides its settings: each in words that are others when its content is.
+def input_fingerprints(config: Config, dtype: torch.dtype) -> dict[str, str]:
+    """Fingerprints of a run's inputs, the base, VAE and data; each changes when the content does.
 
-    Without the data while they are not all in the cache.
+    The data entry is absent until the cache is complete.
     """
-    base = config.base
-    found = {"the base": _key(_identity(base.path))}
-    if base.vae:
-        found["the VAE"] = _key(_identity(base.vae))
+    checkpoint = open_checkpoint(config.base)
+    prints = dict(checkpoint.fingerprints())
     try:
-        index = Index.read(layout(config, dtype).index(config))
+        index = Index.read(layout(config, checkpoint, dtype).index(config))
     except (SafetensorError, OSError):
-        return found
-    return found | {"the data": f"{index.found.pictures} captioned pictures, {index.digest()}"}
+        return prints
+    return prints | {"the data": f"{index.found.pictures} captioned pictures, {index.digest()}"}
 
 
 def merge_parts(config: Config, dtype: torch.dtype) -> None:
     """Write the index of the whole data, unless it is complete, if those of all parts of it are there."""
-    where = layout(config, dtype)
+    where = layout(config, open_checkpoint(config.base), dtype)
     whole = where.index(config)
     for first in sorted(where.folder.glob(f"{whole.stem}-0of*.safetensors")):
         if open_cached(config, dtype):
@@ -250,24 +250,6 @@ def _fingerprint(where: Layout, config: Config) -> str:
         files = ((file, file.stat()) for file in source.files())
         state.append([type(source).__name__, *((f.name, str(f.parent), s.st_size, s.st_mtime_ns) for f, s in files)])
     return _key(state)
-
-
-def _identity(path: str) -> list[str]:
-    """The model at `path` by its content: of each file the length, and 64 KiB from each of 256 places."""
-    source = locate(path)
-    weights = {".safetensors", ".bin"}
-    within = sorted(file for file in source.rglob("*") if file.suffix in weights)
-    return [_sampled(file) for file in (within if source.is_dir() else [source])]
-
-
-def _sampled(path: Path) -> str:
-    size = path.stat().st_size
-    content = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
-        for number in range(_SAMPLES):
-            file.seek(number * max(size - _SAMPLE_BYTES, 0) // (_SAMPLES - 1))
-            content.update(file.read(_SAMPLE_BYTES))
-    return content.hexdigest()
 
 
 def _key(value: object) -> str:

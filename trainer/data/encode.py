@@ -6,7 +6,7 @@ Flows in: the sources of a configuration.  Flows out: rows in the cache's stores
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -16,21 +16,21 @@ from tqdm import tqdm
 from ..config.memory_advice import memory_advice, when_caching
 from ..config.settings import Config
 from ..errors import UserError
+from ..models import open_checkpoint
 from ..models.conditioning import Conditioning
+from ..models.seam import Autoencoder, Checkpoint, Model, TextEncoder
 from ..models.solver import draw_latents
-from ..models.unet.network import Network
-from ..models.unet.teacher import Encoders, load_base, load_encoders
 from ..randomness import generator
 from .buckets import Fit, Size
 from .cache import Entry, Index, layout, merge_parts, open_cached
-from .dataset import Dataset, caption_of, told
-from .pictures import to_signal
+from .dataset import Dataset, caption_of
 from .sources import PictureSource, Prompts, open_sources
 from .store import Store, digest, open_shard
 from .survey import Look, Survey, ahead, buckets_of, look_at, refuse, square
 
 CACHED_DTYPE = torch.float16
-"""Of cached latents and embeddings: it rounds them eight times finer than bfloat16, and both stay far below its end."""
+"""Of cached latents and embeddings: float16 is eight times more precise than bfloat16 here, and the values are far
+below its maximum."""
 _PIXELS, _CAPTIONS = 8 * 512 * 512, 64
 """How many are encoded together on a GPU, of pixels so many that the VAE takes about 5 GiB for them.  On a CPU each
 picture and caption is alone, so that its row has the same bits whatever else is missing: a run that was killed while it
@@ -88,11 +88,12 @@ def fill(
 
     Killed at any moment, it goes on where it was.  Raises UserError for data that cannot be used, and MemoryFullError.
     """
-    where = layout(config, dtype)
+    checkpoint = open_checkpoint(config.base)
+    where = layout(config, checkpoint, dtype)
     stores = {kind: Store(where.store(kind), thorough=thorough) for kind in where.settings}
     if thorough and open_cached(config, dtype):
         return
-    filling = _Filling(config, device, dtype, stores)
+    filling = _Filling(config, checkpoint, device, dtype, stores)
     bar = tqdm(total=total, desc="caching", unit="img", disable=part > 0)
     with bar, memory_advice(when_caching(config, device, dtype)):
         for number, source in enumerate(open_sources(config.data)):
@@ -111,6 +112,7 @@ class _Filling:
     """What is on its way into the cache."""
 
     config: Config
+    checkpoint: Checkpoint
     device: torch.device
     dtype: torch.dtype
     stores: dict[str, Store]
@@ -123,10 +125,14 @@ class _Filling:
     """The prompts to be drawn, by the digest of the drawing."""
 
     @cached_property
-    def encoders(self) -> Encoders:
-        """Loaded when the first picture or caption is met that the cache does not have."""
-        base = self.config.base
-        return load_encoders(base.path, vae=base.vae, dtype=self.dtype).to(self.device)
+    def autoencoder(self) -> Autoencoder:
+        """Loaded at the first picture that the cache does not have."""
+        return self.checkpoint.load_autoencoder(self.device)
+
+    @cached_property
+    def text_encoder(self) -> TextEncoder:
+        """Loaded at the first caption that the cache does not have."""
+        return self.checkpoint.load_text_encoder(self.dtype, self.device)
 
     def read_pictures(self, number: int, source: PictureSource, part: int, parts: int, bar: tqdm) -> None:
         """Go through a source, and encode what is new."""
@@ -158,39 +164,39 @@ class _Filling:
                     self._drawings[key] = prompt
 
     def finish_encoding(self) -> None:
-        """Encode what is left, put it on the disk, and let go of the encoders."""
+        """Encode the rest, write it to the disk, and free the encoders."""
         for bucket in list(self._pictures):
             self._encode_pictures(bucket)
         self._caption("")
         self._encode_captions()
         self.stores["latents"].flush()
         self.stores["captions"].flush()
-        self.__dict__.pop("encoders", None)
+        for encoder in ("autoencoder", "text_encoder"):
+            self.__dict__.pop(encoder, None)
 
     def draw(self, bar: tqdm) -> None:
         """Let the teacher draw what is missing of the prompts."""
         if not self._drawings:
             return
-        network = self._teacher()
+        model: Model = self.checkpoint.load(self.dtype, self.device)
         bucket, draw, store = square(self.config.data), self.config.data.draw, self.stores["drawn"]
-        time_ids = torch.tensor(Fit(bucket, bucket, bucket, 0, 0).time_ids, dtype=torch.int32)
+        sizes = torch.tensor(Fit(bucket, bucket, bucket, 0, 0).sizes, dtype=torch.int32)
         waiting = list(self._drawings.items())
         together = pictures_together(bucket, self.device)
+        shape = self.checkpoint.latents.shape(*bucket)
         for start in range(0, len(waiting), together):
             some = waiting[start : start + together]
-            shape = (4, bucket.height // 8, bucket.width // 8)
             noise = [torch.randn(shape, generator=generator(0, f"drawing {key.hex()}")) for key, _ in some]
-            ids = time_ids.float().expand(len(some), -1)
             latents = draw_latents(
-                network,
-                told(self._cond([prompt for _, prompt in some]), ids).to(self.device),
-                told(self._cond([""] * len(some)), ids).to(self.device),
+                model,
+                self._cond([prompt for _, prompt in some], sizes).to(self.device),
+                self._cond([""] * len(some), sizes).to(self.device),
                 torch.stack(noise).to(self.device),
                 steps=draw.steps,
                 guidance=draw.guidance,
             )
             for (key, prompt), mean in zip(some, latents, strict=True):
-                store.add(str(bucket), key, {"mean": _cached(mean, prompt), "time_ids": time_ids})
+                store.add(str(bucket), key, {"mean": _cached(mean, prompt), "sizes": sizes})
             bar.update(len(some))
         store.flush()
 
@@ -218,14 +224,10 @@ class _Filling:
     def _encode_captions(self) -> None:
         if not self._captions:
             return
-        encoded = self.encoders.encode(list(self._captions.values()))
-        for row, (key, caption) in enumerate(self._captions.items()):
-            tensors = {"context": encoded.context[row]}
-            if encoded.pooled is not None:
-                tensors["pooled"] = encoded.pooled[row]
-            self.stores["captions"].add(
-                "captions", key, {name: _cached(tensor, caption) for name, tensor in tensors.items()}
-            )
+        encoded = self.text_encoder.encode(list(self._captions.values()))
+        for cond, (key, caption) in zip(encoded, self._captions.items(), strict=True):
+            row = {name: _cached(tensor[0], caption) for name, tensor in cond.tensors.items()}
+            self.stores["captions"].add(_caption_kind(row), key, row)
         self._captions.clear()
 
     @torch.no_grad()
@@ -233,27 +235,28 @@ class _Filling:
         looks = self._pictures.pop(bucket)
         if not looks:
             return
-        vae = self.encoders.vae
         images = torch.stack([look.pixels for look in looks.values() if look.pixels is not None])
-        posterior = vae.encode(to_signal(images.to(self.device))).latent_dist
-        mean, std = (tensor * vae.config.scaling_factor for tensor in (posterior.mean, posterior.std))
+        encoded = self.autoencoder.encode(images.to(self.device))
         for row, (key, look) in enumerate(looks.items()):
             assert look.fit is not None
             name = look.sample.name
-            tensors = {"mean": _cached(mean[row], name), "std": _cached(std[row], name)}
-            tensors["time_ids"] = torch.tensor(look.fit.time_ids, dtype=torch.int32)
+            tensors = {"mean": _cached(encoded.mean[row], name)}
+            if encoded.std is not None:
+                tensors["std"] = _cached(encoded.std[row], name)
+            tensors["sizes"] = torch.tensor(look.fit.sizes, dtype=torch.int32)
             self.stores["latents"].add(str(bucket), key, tensors)
 
-    def _cond(self, captions: list[str]) -> Conditioning:
-        """What the UNet is told of captions that are cached."""
+    def _cond(self, captions: list[str], sizes: torch.Tensor) -> Conditioning:
+        """The conditioning of cached captions, for pictures that all have these sizes [6]."""
         store = self.stores["captions"]
         places = [store.places[_caption_key(caption)] for caption in captions]
-        return Conditioning.cat([caption_of(open_shard(store.folder / shard), row) for shard, row in places])
+        rows = [caption_of(open_shard(store.folder / shard), row) for shard, row in places]
+        return self.checkpoint.join(rows, sizes.expand(len(rows), -1))
 
-    def _teacher(self) -> Network:
-        settings = self.config.base
-        base = load_base(settings.path, prediction=settings.prediction, zero_snr=settings.zero_snr, dtype=self.dtype)
-        return Network(base.unet.to(self.device), base.alpha_bar.float().to(self.device), base.prediction)
+
+def _caption_kind(row: Mapping[str, torch.Tensor]) -> str:
+    """The kind of a caption's row: those of different shapes cannot be in one file."""
+    return "captions" + "x".join(str(size) for name in sorted(row) for size in row[name].shape)
 
 
 def _caption_key(caption: str) -> bytes:
@@ -269,7 +272,7 @@ def _cached(tensor: torch.Tensor, name: str) -> torch.Tensor:
 
     Raises UserError for one that is not finite, as SDXL's VAE gives them in float16.
     """
-    row = tensor.to("cpu", CACHED_DTYPE)
+    row = tensor.to("cpu", CACHED_DTYPE) if tensor.is_floating_point() else tensor.cpu()
     if not row.isfinite().all():
         raise UserError(f"{name!r} is encoded to numbers that are not finite: use another VAE, or base.dtype float32")
     return row

@@ -63,11 +63,6 @@ def pixels(image: Image.Image, fit: Fit) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def to_signal(images: Tensor) -> Tensor:
-    """Bytes [B, 3, H, W] as float32 in [-1, 1], the VAE's range."""
-    return images.float() / 127.5 - 1
-
-
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow's own conversion would clip at 255
         gray = np.asarray(image).astype(np.float64) / 257

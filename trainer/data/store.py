@@ -22,10 +22,11 @@ from torch import Tensor
 
 from ..atomic import whole_file
 
+DIGESTS = "digest"
+"""The name of the tensor of a shard that holds the digests of its rows, uint8 [n, 16]."""
 SHARD_BYTES = 256 * 2**20
 SHARD_SECONDS = 300.0
 """Rows are written when there are that many bytes of them, or after that time, whichever is first."""
-_DIGESTS = "digest"
 _ABANDONED_SECONDS = 3600.0
 log = logging.getLogger("trajectory-consistency")
 
@@ -101,7 +102,7 @@ class Store:
         rows = self._pending.pop(kind)
         keys, first = list(rows), next(iter(rows.values()))
         tensors = {name: torch.stack([row[name] for row in rows.values()]).contiguous() for name in first}
-        tensors[_DIGESTS] = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, 16)
+        tensors[DIGESTS] = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, 16)
         # Named by its rows, so that another process that writes into the folder cannot have the name for other rows.
         path = self.folder / f"{kind}-{digest(b''.join(keys)).hex()}.safetensors"
         with whole_file(path) as unfinished:
@@ -109,7 +110,7 @@ class Store:
         for row, key in enumerate(keys):
             self.places[key] = Place(path.name, row)
             self._kinds.pop(key)
-        self._bytes -= sum(tensor.nbytes for name, tensor in tensors.items() if name != _DIGESTS)
+        self._bytes -= sum(tensor.nbytes for name, tensor in tensors.items() if name != DIGESTS)
 
     def _add_shard(self, path: Path, thorough: bool) -> None:
         try:
@@ -122,7 +123,7 @@ class Store:
         if expected is None or (thorough and _checksum(tensors) != expected):
             _drop(path, "its checksum is another")
             return
-        keys = tensors[_DIGESTS].numpy().tobytes()
+        keys = tensors[DIGESTS].numpy().tobytes()
         places = ((keys[at : at + 16], Place(path.name, at // 16)) for at in range(0, len(keys), 16))
         self.places.update(places)
 

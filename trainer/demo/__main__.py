@@ -37,9 +37,9 @@ WORLD = "Fresh data"
 COMFY_TOLERANCE = 1e-4
 CHECKED = "TCD S+, 4 steps"
 LEAST_ACCURACY = 0.5  # of that row; a run that distills nothing ends near 0
-# The learning rates that served best in docs/quality.md, and the weighting, for the network that is told s.
+# The learning rates that served best in docs/quality.md, and the weighting, for the network that gets s.
 RECIPES: dict[str, tuple[dict[str, Any], float]] = {
-    "told": ({"law": "uniform", "weighting": "x0", "target_time": True}, 1e-3),
+    "target-time": ({"law": "uniform", "weighting": "x0", "target_time": True}, 1e-3),
     "tcd": ({"law": "uniform"}, 1e-3),
     "lcm": ({"law": "zero"}, 1e-3),
 }
@@ -97,7 +97,7 @@ def demo(out: Path, *, seed: int, steps: int, samples: int) -> None:
     host = _host()
     world.write_folder(out / "data", 1024, seed)
     loras = {name: _distill(name, out, seed=seed, steps=steps) for name in RECIPES}
-    shutil.copyfile(loras["told"], out / LORA)
+    shutil.copyfile(loras["target-time"], out / LORA)
     classifier = train_classifier(seed)
     scenes = world.random_scenes(samples, seed + 1)
     captions = [scene.caption for scene in scenes]

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load
 from torch import Tensor
 
-from .. import tiny
+from ..models.unet.checkpoint import TINY
 from ..models.unet.families import config
 from ..tiny.world import SIZE_PX
 from .comfy_server import ComfyServer, Host
@@ -45,7 +45,7 @@ def draw_in_comfy(
     """
     with tempfile.TemporaryDirectory(prefix="tcd-demo-") as folder:
         server = ComfyServer(Path(folder), packs=[_TINY_PACK], host=host)
-        shutil.copyfile(tiny.CHECKPOINT, server.models / "checkpoints" / _CHECKPOINT)
+        shutil.copyfile(TINY, server.models / "checkpoints" / _CHECKPOINT)
         shutil.copyfile(lora, server.models / "loras" / _LORA)
         with server:
             return [_run(server, _prompt(captions, seed=seed, steps=each, eta=eta), len(captions)) for each in steps]

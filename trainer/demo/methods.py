@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ...tcd import timestep_grid
-from ..models.sampling import Guidance, decode, initial_noise, sample_latents
-from ..models.unet.adapter import adapters_off, load_adapter, use_adapter
-from ..models.unet.network import Network
-from ..models.unet.teacher import load_base, load_encoders
+from ...tcd.adapter import OFF
+from ..config.settings import BaseConfig
+from ..files.adapter_weights import load_weights
+from ..models import open_checkpoint
+from ..models.sampling import Guidance, initial_noise, sample_latents
 from ..tiny.world import SIZE_PX
 
 TEACHER_GUIDANCE = 2.0
@@ -48,10 +48,10 @@ METHODS = (
     *_rows("Teacher", None, 0.0, 50, 4),
     *_rows("LCM", "lcm", 1.0, 1, 4, 16),
     *_rows("TCD", "tcd", 0.3, 1, 4, 16),
-    *_rows("TCD S+", "told", 0.3, 1, 2, 4, 8, 16),
+    *_rows("TCD S+", "target-time", 0.3, 1, 2, 4, 8, 16),
 )
-"""S+ is the variant whose network is told the target time (TCF(S+) of arXiv 2402.19159)."""
-IN_COMFY = [method for method in METHODS if method.adapter == "told" and method.steps <= 4]
+"""S+ is the variant whose network gets the target time (TCF(S+) of arXiv 2402.19159)."""
+IN_COMFY = [method for method in METHODS if method.adapter == "target-time" and method.steps <= 4]
 """Those that ComfyUI draws too."""
 
 
@@ -66,36 +66,35 @@ class Studio:
 
     def __init__(self, loras: dict[str, Path], captions: Sequence[str]) -> None:
         """Load everything; raises UserError when a file is not what it should be."""
-        base, encoders = load_base("tiny"), load_encoders("tiny")
-        self.vae = encoders.vae
-        self.network = Network(base.unet, base.alpha_bar.float(), base.prediction)
+        cpu, sizes = torch.device("cpu"), torch.zeros(1, 6)
+        checkpoint = open_checkpoint(BaseConfig(path="tiny"))
+        self.autoencoder = checkpoint.load_autoencoder(cpu)
+        self.model = checkpoint.load(torch.float32, cpu)
         for name, path in loras.items():
-            load_adapter(base.unet, path, name)
-        self.cond = encoders.encode(captions)
-        self.guidance = Guidance(encoders.encode([""]), TEACHER_GUIDANCE)
+            self.model.adapter.add(name, load_weights(self.model, path))
+        *cond, uncond = checkpoint.load_text_encoder(torch.float32, cpu).encode([*captions, ""])
+        self.cond = checkpoint.join(cond, sizes.expand(len(cond), -1))
+        self.guidance = Guidance(uncond, TEACHER_GUIDANCE)
 
     def latents(self, method: Method, count: int, seed: int) -> Tensor:
-        """Sample the first `count` captions by a method: scaled latents [count, 4, h, w]."""
-        if method.adapter is None:
-            with adapters_off(self.network.unet):
-                return self._sample(method, count, seed, self.guidance)
-        use_adapter(self.network.unet, method.adapter)
-        return self._sample(method, count, seed, None)
+        """Sample the first `count` captions by a method: normalized latents [count, 4, h, w]."""
+        with self.model.adapter.using(method.adapter or OFF):
+            return self._sample(method, count, seed, None if method.adapter else self.guidance)
 
     def pictures(self, method: Method, count: int, seed: int) -> Tensor:
         """Draw the first `count` captions by a method: uint8 [count, 3, H, W]."""
-        return decode(self.vae, self.latents(method, count, seed))
+        return self.autoencoder.decode(self.latents(method, count, seed))
 
     def _sample(self, method: Method, count: int, seed: int, guidance: Guidance | None) -> Tensor:
-        noise, timesteps = noise_for(seed, count), timestep_grid(method.steps)
+        noise, sigmas = noise_for(seed, count), self.model.schedule.sigmas_for(method.steps)
         parts = []
         for start in tqdm(range(0, count, _BATCH), desc=method.label.rjust(18), unit="batch"):
-            rows = slice(start, start + _BATCH)
+            rows = slice(start, min(start + _BATCH, count))
             parts.append(
                 sample_latents(
-                    self.network,
-                    self.cond[:count][rows],
-                    timesteps=timesteps,
+                    self.model,
+                    self.cond[rows],
+                    sigmas=sigmas,
                     gamma=method.gamma,
                     noise=noise[rows],
                     seed=seed + start,  # picture k draws its noise from seed + k, whatever the batch

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...tcd import TargetTime, peft_alpha, split_target_time, to_kohya
 from ..errors import UserError
-from ..models.unet.single_file import read_safetensors
+from ..safetensors_file import read_safetensors
 
 PEFT_SETTINGS = "lora_adapter_metadata"  # where diffusers writes with which alpha PEFT trained
 TOLD = "tcd.target_time"

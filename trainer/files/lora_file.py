@@ -22,9 +22,9 @@ from ..atomic import whole_file
 from ..errors import RunError, UserError
 from ..models.unet import families as bases
 from ..models.unet import ldm
-from ..models.unet.single_file import read_safetensors
+from ..safetensors_file import read_safetensors
 from .adapter_file import PEFT_SETTINGS, read_adapter
-from .lora_keys import module_shapes
+from .adapter_weights import refuse_other_parts
 
 Spelling = Literal["kohya", "peft"]
 
@@ -57,7 +57,7 @@ def read_lora(path: Path) -> LoraFile:
 def family_of(tensors: Mapping[str, Tensor]) -> bases.Family | None:
     """The family whose UNet has all modules of a LoRA, in their shapes."""
     for family in get_args(bases.Family):
-        shapes = {kohya_name(path): shape for path, shape in module_shapes(family).items()}
+        shapes = {kohya_name(path): shape for path, shape in bases.layer_shapes(family).items()}
         if coverage(tensors, shapes).complete:
             return family
     return None
@@ -82,7 +82,7 @@ def export(source: Path, target: Path, *, spelling: Spelling, dtype: torch.dtype
         _refuse_target_time(lora, source, "PEFT's names have none")
         paths = _paths(lora, source)
         for name, module in lora.modules.items():
-            _refuse_other_parts(name, module)
+            refuse_other_parts(name, module.tensors)
             tensors[f"unet.{paths[name]}.lora_A.weight"] = module.tensors[DOWN]
             tensors[f"unet.{paths[name]}.lora_B.weight"] = module.tensors[UP].float() * _scale(module)
     metadata = {key: value for key, value in lora.metadata.items() if key != PEFT_SETTINGS}
@@ -111,7 +111,7 @@ def merge(
     stand_ins = {name: torch.empty(0) for name in weights}
     places = dict(zip(paths, ldm.unet_to_ldm(stand_ins, config), strict=True))
     for name, module in lora.modules.items():
-        _refuse_other_parts(name, module)
+        refuse_other_parts(name, module.tensors)
         key = places[name]
         if key not in tensors:
             raise UserError(f"{checkpoint} has no {key}: it is not a {lora.family} checkpoint, for which {source} is")
@@ -155,20 +155,12 @@ def _paths(lora: LoraFile, source: Path) -> dict[str, str]:
     """The diffusers path of each of the LoRA's modules."""
     if lora.family is None:
         raise UserError(f"{source} is a LoRA for no family that is known here ({', '.join(get_args(bases.Family))})")
-    paths = {kohya_name(path): path for path in module_shapes(lora.family)}
+    paths = {kohya_name(path): path for path in bases.layer_shapes(lora.family)}
     return {name: paths[name] for name in lora.modules}
 
 
 def _scale(module: LoraModule) -> float:
     return float(module.tensors[ALPHA]) / module.rank
-
-
-def _refuse_other_parts(name: str, module: LoraModule) -> None:
-    others = sorted(module.tensors.keys() - {DOWN, UP, ALPHA})
-    if others:
-        raise UserError(
-            f"{name} has {', '.join(others)}, which is more than a plain LoRA: only kohya's names have that"
-        )
 
 
 def _refuse_target_time(lora: LoraFile, source: Path, why: str) -> None:

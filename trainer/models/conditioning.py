@@ -1,8 +1,8 @@
-"""What the UNet is told besides the noisy latent and the time, as one value."""
+"""Conditioning: what the network gets besides the noisy latent and the time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,27 +11,31 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the UNet is told besides x_t and t: B rows of text embeddings and, for SDXL, of what goes with them."""
+    """Named tensors with one row to each example, [B, ...]; which names there are is the model's business."""
 
-    context: Tensor
-    """[B, 77, D], what the UNet attends to."""
-    pooled: Tensor | None = None
-    """[B, P], the whole caption as one vector; SDXL alone."""
-    time_ids: Tensor | None = None
-    """[B, 6] float32: original height and width, crop top and left, target height and width, in pixels; SDXL alone."""
+    tensors: Mapping[str, Tensor]
+
+    @staticmethod
+    def of(**tensors: Tensor | None) -> Conditioning:
+        """The conditioning of these names, without those that are None."""
+        return Conditioning({name: tensor for name, tensor in tensors.items() if tensor is not None})
 
     def __len__(self) -> int:
-        return len(self.context)
+        return len(next(iter(self.tensors.values())))
 
     def __getitem__(self, rows: Tensor | slice) -> Conditioning:
         return self._map(lambda tensor: tensor[rows])
 
-    def to(self, device: torch.device | str) -> Conditioning:
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Conditioning:
         """The same on another device."""
-        return self._map(lambda tensor: tensor.to(device))
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin(self) -> Conditioning:
+        """The same in page-locked memory, from which a GPU copies while the CPU goes on."""
+        return self._map(Tensor.pin_memory)
 
     def expand(self, count: int) -> Conditioning:
-        """The same with its one row repeated to `count` rows, without copies; as it is when it has that many.
+        """The same with its one row repeated to `count` rows, without copies; unchanged if it has that many.
 
         Raises RuntimeError for any other number of rows.
         """
@@ -39,20 +43,24 @@ class Conditioning:
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """All rows of `parts`, one after the other.
+        """All rows of `parts`, one after another.
 
-        Raises ValueError when some of them have what others lack.
+        Raises ValueError if some of them have names that others lack, or rows of different shapes.
         """
-        contexts, pooled, time_ids = zip(*((part.context, part.pooled, part.time_ids) for part in parts), strict=True)
-        return Conditioning(torch.cat(contexts), _cat(pooled, "pooled"), _cat(time_ids, "time_ids"))
+        names = {name: [part.tensors[name] for part in parts if name in part.tensors] for name in _names(parts)}
+        for name, tensors in names.items():
+            if len(tensors) != len(parts):
+                raise ValueError(
+                    f"{len(tensors)} of {len(parts)} conditionings have {name}: give it to all of them or to none"
+                )
+            if len({tensor.shape[1:] for tensor in tensors}) > 1:
+                shapes = ", ".join(str(list(tensor.shape[1:])) for tensor in tensors)
+                raise ValueError(f"rows of {name} have different shapes, {shapes}: join them by their model")
+        return Conditioning({name: torch.cat(tensors) for name, tensors in names.items()})
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
-        pooled, time_ids = (None if each is None else change(each) for each in (self.pooled, self.time_ids))
-        return Conditioning(change(self.context), pooled, time_ids)
+        return Conditioning({name: change(tensor) for name, tensor in self.tensors.items()})
 
 
-def _cat(tensors: Sequence[Tensor | None], name: str) -> Tensor | None:
-    given = [tensor for tensor in tensors if tensor is not None]
-    if len(given) not in (0, len(tensors)):
-        raise ValueError(f"{len(given)} of {len(tensors)} conditionings have {name}: give it to all of them or to none")
-    return torch.cat(given) if given else None
+def _names(parts: Sequence[Conditioning]) -> dict[str, None]:
+    return {name: None for part in parts for name in part.tensors}

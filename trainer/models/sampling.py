@@ -1,7 +1,4 @@
-"""The trainer's own sampling: captions to latents to pictures, through the very loop that the nodes run.
-
-Flows in: a `Network` and what it is told.  Flows out: scaled latents, and bytes.
-"""
+"""The trainer's own sampling, through the loop that the nodes run: conditioning to latents."""
 
 from __future__ import annotations
 
@@ -9,56 +6,56 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 
-from ...tcd import DiscreteSchedule, sample_tcd, seeded_noise, sigma_to_alpha_bar
+from ...tcd import Schedule, sample_tcd, seeded_noise
 from .conditioning import Conditioning
-from .unet.network import Network
+from .seam import Model
 
 
 class Guidance(NamedTuple):
-    """Classifier-free guidance: the empty caption, one row or as many as there are, and the scale, where 1 is none."""
+    """Guidance while sampling: the empty caption, one row or as many as there are, and the scale, where 1 is none."""
 
     uncond: Conditioning
     scale: float
 
 
 def initial_noise(seed: int, shape: Sequence[int]) -> Tensor:
-    """Unit noise [B, C, h, w] float32 for a whole batch, as ComfyUI draws it: one CPU stream, seeded."""
+    """Unit noise [B, C, ...] float32 for a whole batch, as ComfyUI draws it: one CPU stream, seeded."""
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
 def sample_latents(
-    network: Network,
+    model: Model,
     cond: Conditioning,
     *,
-    timesteps: Sequence[int],
+    sigmas: Tensor,
     gamma: float,
     noise: Tensor,
     seed: int,
     guidance: Guidance | None = None,
 ) -> Tensor:
-    """Sample scaled latents [B, 4, h, w] for captions, B rows, with the steps `timesteps`, descending.
+    """Sample normalized latents [B, C, ...] for conditioning of B rows.
 
-    noise: unit noise [B, 4, h, w] to begin with; seed: of the noise that gamma adds.  gamma = 0 is DDIM.
+    sigmas: [N + 1], from model.schedule.sigmas_for or sigmas_at; noise: unit noise [B, C, ...] to begin with; seed: of
+    the noise that gamma adds. gamma = 0 is DDIM.
     """
-    schedule = DiscreteSchedule.from_alpha_bar(network.alpha_bar.cpu().double())
-    sigmas = torch.cat([schedule.sigma(torch.tensor(list(timesteps))), torch.zeros(1, dtype=torch.float64)])
+    schedule, device = model.schedule, model.device
 
     def denoise(x: Tensor, sigma: Tensor, sigma_s: Tensor) -> Tensor:
-        """The network in the sampler's scale, x = x0 + sigma eps."""
-        x_t = x * sigma_to_alpha_bar(sigma).sqrt()
-        t, s = (schedule.timestep(each).to(x.device).expand(len(x)) for each in (sigma, sigma_s))
+        """The model in the sampler's scale."""
+        points = [schedule.point_at(each.expand(len(x)).to(device), x.ndim) for each in (sigma, sigma_s)]
+        t, s = points
+        x_t = x * _to_training_scale(schedule, sigma)
         if guidance is None:
-            return network.x0(x_t, t, cond, s)
-        scale = torch.full((len(x),), guidance.scale, device=x.device)
-        return network.guided_x0(x_t, t, cond, guidance.uncond, scale, s)
+            return model.x0(x_t, t, cond, s)
+        scale = torch.full((len(x),), guidance.scale, device=device)
+        return model.guided_x0(x_t, t, cond, guidance.uncond, scale, s)
 
     return sample_tcd(
         denoise,
-        noise.to(cond.context.device) * _start_scale(sigmas[0], schedule),
+        noise.to(device) * _start_scale(schedule, sigmas[0]),
         sigmas,
         schedule=schedule,
         gamma=gamma,
@@ -66,14 +63,19 @@ def sample_latents(
     )
 
 
-def _start_scale(sigma: Tensor, schedule: DiscreteSchedule) -> float:
-    """The standard deviation of the first x: at the top of the schedule x_t is pure noise, below it is x0 + noise."""
-    variance = sigma**2 + 1 if sigma >= schedule.sigmas[-1] else sigma**2
-    return float(variance.sqrt())
+def _to_training_scale(schedule: Schedule, sigma: Tensor) -> float:
+    """What x in the sampler's scale is multiplied by to be in the training scale, at sigma > 0."""
+    here, there = schedule.level(sigma), schedule.point_at(sigma.view(1)).level
+    if there.alpha == 0:  # no signal: at zero terminal SNR, and where a flow begins
+        return float(there.sigma / here.sigma)
+    return float(there.alpha / here.alpha)
 
 
-@torch.no_grad()
-def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Pictures, uint8 [B, 3, H, W], of scaled latents [B, 4, h, w]."""
-    parts = [vae.decode(part / vae.config.scaling_factor).sample for part in latents.split(16)]
-    return ((torch.cat(parts).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+def _start_scale(schedule: Schedule, sigma: Tensor) -> float:
+    """What unit noise is multiplied by to be the first x; at the schedule's end it is the noise of the training scale.
+
+    Below the end it is that of x = x0 + sigma eps without an x0, as ComfyUI has it.
+    """
+    if sigma >= schedule.sigmas_for(1)[0]:
+        return 1 / _to_training_scale(schedule, sigma)
+    return float(schedule.level(sigma).sigma)

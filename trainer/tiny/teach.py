@@ -22,8 +22,8 @@ from transformers import CLIPTextModel
 
 from ...tcd import add_noise, scaled_linear_alpha_bar, vp_level
 from ..models.unet import ldm
+from ..models.unet.single_file import SingleFile
 from ..models.unet.families import empty_text_encoder, empty_unet, empty_vae
-from ..models.unet.teacher import load_base, load_encoders
 from ..models.unet.text import tokenize
 from ..randomness import generator
 from . import world
@@ -172,9 +172,8 @@ def main() -> None:
     unet, vae, text_encoder = empty_unet("tiny"), empty_vae("tiny"), empty_text_encoder("tiny")
     images, captions = pictures(options.pictures, options.seed)
     if options.start:
-        base, encoders = load_base(str(options.start)), load_encoders(str(options.start))
-        start = base.unet, encoders.vae, encoders.text_encoder[0]
-        unet, vae, text_encoder = (part.requires_grad_(True) for part in start)
+        file = SingleFile(options.start)
+        unet, vae, text_encoder = file.unet(torch.float32), file.vae("tiny"), file.text_encoder(torch.float32)[0]
     else:
         train_vae(vae, images, steps=options.vae_steps, batch=8, generator=generator(options.seed, "vae"))
     latents = encode_pictures(vae.eval(), images)

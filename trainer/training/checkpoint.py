@@ -34,7 +34,7 @@ class Checkpoints:
     keep: int
     """Number of checkpoints kept, the newest."""
     inputs: Mapping[str, str] = field(default_factory=dict)
-    """What the run is made from, each in words that are others when it is; it is kept with every checkpoint."""
+    """Fingerprints of the run's inputs, stored with every checkpoint; one changes when its input does."""
 
     def due(self, step: int) -> bool:
         """Whether one is to be saved when `step` steps are done."""
@@ -66,7 +66,7 @@ class Checkpoints:
                 log.warning("%s is damaged and is passed over: %s", self._path(step), error)
         return None
 
-    def refuse_others(self) -> None:
+    def refuse_different_inputs(self) -> None:
         """Raise UserError, which says what has changed, when the newest checkpoint is not of these `inputs`."""
         for step in self.steps():
             try:
@@ -75,7 +75,7 @@ class Checkpoints:
             except (SafetensorError, OSError):
                 continue  # `latest` says so
             changed = [
-                f"{what} was {kept.get(what, 'not told')} and is {now}"
+                f"{what} was {kept.get(what, 'not recorded')} and is {now}"
                 for what, now in self.inputs.items()
                 if kept.get(what) != now
             ]

@@ -12,30 +12,30 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ...tcd import AdapterWeights, TimePoint
+from ...tcd.adapter import STUDENT
 from ..config.device import placed
 from ..config.settings import Config
 from ..data.buckets import Size
 from ..data.encode import pictures_together
-from ..data.pictures import to_signal
 from ..format_bytes import readable
-from ..models.unet import families as bases
-from ..models.unet.adapter import adapters_off, add_adapter
-from ..models.unet.text import CLIPS, MAX_TOKENS
+from ..models.conditioning import Conditioning
+from ..models.seam import Autoencoder, Checkpoint, Model
+
+META = torch.device("meta")
 
 
 class Settings(NamedTuple):
-    """What the memory of a step depends on."""
+    """What the memory of a run depends on besides the model."""
 
-    family: bases.Family
     rank: int
     batch: int
-    """Pictures that are in the UNet at a time: those of a step, of one process and one part."""
+    """Pictures in the network at a time: those of a step, of one process and one part."""
     width: int
     height: int
     """In pixels."""
@@ -45,28 +45,27 @@ class Settings(NamedTuple):
     parts: int = 1
     """Parts of a step, one after another."""
     moment_bytes: int = 4
-    """Of each of the two numbers that the optimizer remembers of a weight: 1 for the 8-bit one."""
+    """Size of each of the optimizer's two moments of a weight: 1 for the 8-bit one."""
     average: bool = False
     """Whether an exponential moving average of the adapter is kept."""
     calls: int = 1
-    """Of the student in one prediction, whose activations are all kept: 2 for TCF(2)."""
+    """Calls of the student in one prediction, whose activations are all kept: 2 for TCF(2)."""
     targets: tuple[str, ...] = ("all",)
     target_time: bool = False
-    """Whether the UNet is told it."""
+    """Whether the network gets the target time."""
     preview: Size | None = None
-    """Of a preview's picture, in pixels; None when none are drawn."""
+    """Size of a preview's picture, in pixels; None when none are drawn."""
     encoded: int = 1
-    """Pictures that the VAE encodes in one call, for the cache."""
+    """Pictures that the autoencoder encodes in one call, for the cache."""
     drawn: bool = False
     """Whether the teacher draws the pictures itself, as many in one call."""
 
     @staticmethod
-    def of(config: Config, family: bases.Family, dtype: torch.dtype) -> Settings:
+    def of(config: Config, dtype: torch.dtype) -> Settings:
         """Those of a configuration, for one process."""
         training, preview, side = config.training, config.preview, config.data.resolution
         device, _ = placed(config)
         return Settings(
-            family,
             rank=config.adapter.rank,
             batch=-(-training.batch // training.accumulate),
             width=config.data.resolution,
@@ -89,7 +88,7 @@ class Memory(NamedTuple):
     """Bytes that a run takes at the peak of each of its phases, of which each gives back what it took."""
 
     weights: int
-    """In training: of the frozen UNet."""
+    """In training: of the frozen network."""
     adapter: int
     """In training: of the adapter in float32, its average if there is one, and what the optimizer remembers."""
     step: int
@@ -110,7 +109,7 @@ class Memory(NamedTuple):
         return max(self.training, self.preview, self.caching)
 
     def __str__(self) -> str:
-        parts = {"the frozen UNet": self.weights, "the adapter and its optimizer": self.adapter, "a step": self.step}
+        parts = {"the frozen network": self.weights, "the adapter and its optimizer": self.adapter, "a step": self.step}
         listed = ", ".join(f"{readable(amount)} for {name}" for name, amount in parts.items())
         previews = f"{readable(self.preview)} with a preview" if self.preview else "no previews"
         return (
@@ -119,119 +118,87 @@ class Memory(NamedTuple):
         )
 
 
-def estimate(settings: Settings) -> Memory:
-    """Return the memory that a run with these settings takes at the peak of each of its phases."""
-    unet, parameters = _without_data(settings)
-    trained = sum(parameter.numel() for parameter in parameters)
-    frozen = sum(_bytes(parameter) for parameter in unet.parameters() if not parameter.requires_grad)
+def estimate(checkpoint: Checkpoint, settings: Settings) -> Memory:
+    """Return the memory that a run of this model takes at the peak of each of its phases."""
+    model = checkpoint.load(settings.dtype, META)
+    weights = model.adapter.add(STUDENT, _new_weights(model, settings))
+    trained = sum(parameter.numel() for parameter in weights.parameters())
+    frozen = sum(map(_bytes, model.network.parameters()))
     adapter = (4 * (2 if settings.average else 1) + 2 * settings.moment_bytes) * trained
-    drawing = frozen + _drawing(unet, settings) if settings.drawn else 0
-    step = max(_training(unet, settings), 2 * 4 * trained)  # or the gradients, and one temporary number to a weight
-    vae, vae_weights = _vae(settings)
+    drawing = frozen + _drawing(checkpoint, model, settings) if settings.drawn else 0
+    # or the gradients, and one temporary number to a weight
+    step = max(_training(checkpoint, model, settings), 2 * 4 * trained)
+    autoencoder = checkpoint.load_autoencoder(META)
+    autoencoder_weights = sum(map(_bytes, autoencoder.parameters()))
     preview = 0
     if settings.preview:  # from the file's own adapter, beside the one in training
-        preview = frozen + adapter + 4 * trained + vae_weights + _decoding(vae, settings.preview)
-    encoding = vae_weights + _text_encoders(settings) + _encoding(vae, settings)
+        decoding = _decoding(checkpoint, autoencoder, settings.preview)
+        preview = frozen + adapter + 4 * trained + autoencoder_weights + decoding
+    text_encoder = sum(map(_bytes, checkpoint.load_text_encoder(settings.dtype, META).parameters()))
+    encoding = autoencoder_weights + text_encoder + _encoding(autoencoder, settings)
     return Memory(frozen, adapter, step, preview, max(encoding, drawing))
 
 
-def _training(unet: UNet2DConditionModel, settings: Settings) -> int:
-    """Of activations and gradients in a step."""
-    inputs = _inputs(settings, unet, settings.batch)
-    twice = _inputs(settings, unet, 2 * settings.batch)
-    with _allocated(unet) as allocations:
-        for _ in range(min(settings.parts, 2)):  # the second finds the gradients of the first there
-            with torch.no_grad(), adapters_off(unet):
-                unet(**twice)  # the teacher, guided: the largest of the calls without a gradient
-            _predict(unet, inputs, settings.calls).float().square().mean().backward()
-    return allocations.peak
+def _new_weights(model: Model, settings: Settings) -> AdapterWeights:
+    target_input = "s" if settings.target_time else None
+    return model.new_weights(rank=settings.rank, alpha=1.0, seed=0, targets=settings.targets, target_input=target_input)
 
 
-@torch.no_grad()
-def _drawing(unet: UNet2DConditionModel, settings: Settings) -> int:
-    """Of activations while the teacher draws, guided, as many pictures as are encoded at a time."""
-    inputs = _inputs(settings, unet, 2 * settings.encoded)
-    with _allocated(unet) as allocations, adapters_off(unet):
-        unet(**inputs)
-    return allocations.peak
-
-
-@torch.no_grad()
-def _decoding(vae: AutoencoderKL, size: Size) -> int:
-    """Of activations while one picture is decoded."""
-    latent = torch.empty(1, vae.config.latent_channels, size.height // 8, size.width // 8, device="meta")
-    with _allocated(vae) as allocations:
-        vae.decode(latent)
-    return allocations.peak
-
-
-@torch.no_grad()
-def _encoding(vae: AutoencoderKL, settings: Settings) -> int:
-    """Of activations while pictures are encoded in one call, and of the pictures."""
-    shape = (settings.encoded, 3, settings.height, settings.width)
-    with _allocated(vae) as allocations:
-        vae.encode(to_signal(torch.empty(shape, dtype=torch.uint8, device="meta")))
-    return allocations.peak
-
-
-def _vae(settings: Settings) -> tuple[AutoencoderKL, int]:
-    """The VAE of a family on the meta device, in float32 as always, and its bytes."""
-    with torch.device("meta"):
-        vae = bases.empty_vae(settings.family).requires_grad_(False).eval()
-    return vae, sum(map(_bytes, vae.parameters()))
-
-
-def _text_encoders(settings: Settings) -> int:
-    """Of the weights of a family's text encoders."""
-    with torch.device("meta"):
-        models = [bases.empty_text_encoder(settings.family, clip.part) for clip in CLIPS[settings.family]]
-    return settings.dtype.itemsize * sum(parameter.numel() for model in models for parameter in model.parameters())
-
-
-def _predict(unet: UNet2DConditionModel, inputs: dict[str, Any], calls: int) -> Tensor:
-    output: Tensor = inputs["sample"]
-    for _ in range(calls):
-        output = unet(**{**inputs, "sample": output}).sample
-    return output
-
-
-def _without_data(settings: Settings) -> tuple[UNet2DConditionModel, list[nn.Parameter]]:
-    """The UNet of a family with its adapter, on the meta device."""
-    with torch.device("meta"):
-        unet = bases.empty_unet(settings.family).requires_grad_(False).eval()
-        nn.Module.to(unet, settings.dtype)  # diffusers' own `to` warns of modules that stay float32, and has none
-        parameters = add_adapter(
-            unet,
-            rank=settings.rank,
-            alpha=settings.rank,
-            seed=0,
-            targets=settings.targets,
-            told="s" if settings.target_time else None,
-        )
+def _training(checkpoint: Checkpoint, model: Model, settings: Settings) -> int:
+    """Activations and gradients in a step."""
     if settings.checkpointing:
-        unet.enable_gradient_checkpointing()
-    return unet, parameters
+        model.recompute_activations()
+    x_t, t, cond = _inputs(checkpoint, model, settings, settings.batch)
+    guidance = torch.empty(settings.batch, device=META)
+    with _allocated(_weights(model)) as allocations:
+        for _ in range(min(settings.parts, 2)):  # the second finds the gradients of the first there
+            with torch.no_grad(), model.adapter.off():
+                model.guided_x0(x_t, t, cond, cond, guidance)  # the largest of the calls without a gradient
+            output = x_t
+            for _ in range(settings.calls):
+                output = model.x0(output, t, cond, t)
+            output.square().mean().backward()
+    return allocations.peak
 
 
-def _inputs(settings: Settings, unet: UNet2DConditionModel, batch: int) -> dict[str, Any]:
-    """What a UNet is called with for so many pictures, on the meta device."""
-    config = unet.config
+@torch.no_grad()
+def _drawing(checkpoint: Checkpoint, model: Model, settings: Settings) -> int:
+    """Activations while the teacher draws, guided, as many pictures as are encoded at a time."""
+    x_t, t, cond = _inputs(checkpoint, model, settings, settings.encoded)
+    with _allocated(_weights(model)) as allocations, model.adapter.off():
+        model.guided_x0(x_t, t, cond, cond, torch.empty(settings.encoded, device=META))
+    return allocations.peak
 
-    def tensor(*shape: int) -> Tensor:
-        return torch.empty(batch, *shape, dtype=settings.dtype, device="meta")
 
-    added = None
-    if config.addition_embed_type == "text_time":
-        # The projection takes six numbers, each embedded, and beside them the caption as one vector.
-        width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        added = {"text_embeds": tensor(width), "time_ids": tensor(6).float()}
-    return {
-        "sample": tensor(4, settings.height // 8, settings.width // 8),
-        "timestep": torch.empty(batch, dtype=torch.long, device="meta"),
-        "class_labels": torch.empty((batch, 2), dtype=torch.long, device="meta"),
-        "encoder_hidden_states": tensor(MAX_TOKENS, config.cross_attention_dim),
-        "added_cond_kwargs": added,
-    }
+@torch.no_grad()
+def _decoding(checkpoint: Checkpoint, autoencoder: Autoencoder, size: Size) -> int:
+    """Activations while one picture is decoded."""
+    latent = torch.empty(1, *checkpoint.latents.shape(*size), device=META)
+    with _allocated(autoencoder.parameters()) as allocations:
+        autoencoder.decode(latent)
+    return allocations.peak
+
+
+@torch.no_grad()
+def _encoding(autoencoder: Autoencoder, settings: Settings) -> int:
+    """Activations while pictures are encoded in one call, and the pictures."""
+    pixels = torch.empty(settings.encoded, 3, settings.height, settings.width, dtype=torch.uint8, device=META)
+    with _allocated(autoencoder.parameters()) as allocations:
+        autoencoder.encode(pixels)
+    return allocations.peak
+
+
+def _inputs(
+    checkpoint: Checkpoint, model: Model, settings: Settings, batch: int
+) -> tuple[Tensor, TimePoint, Conditioning]:
+    """What a model is called with for so many pictures, without data."""
+    x_t = torch.empty(batch, *model.latents.shape(settings.height, settings.width), device=META)
+    t = model.schedule.point(torch.empty(batch, dtype=torch.long, device=META), x_t.ndim)
+    return x_t, t, checkpoint.blank(batch, META)
+
+
+def _weights(model: Model) -> list[nn.Parameter]:
+    return [*model.network.parameters(), *model.adapter.weights[STUDENT].parameters()]
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -239,9 +206,9 @@ def _bytes(tensor: Tensor) -> int:
 
 
 @contextmanager
-def _allocated(model: nn.Module) -> Iterator[_Allocations]:
-    """Within the block what `model` allocates is counted, with attention as the fused kernels do it."""
-    with _Allocations([*model.parameters(), *model.buffers()]) as allocations, _fused_attention():
+def _allocated(known: Iterable[Tensor]) -> Iterator[_Allocations]:
+    """Within the block allocations besides the weights `known` are counted, with attention as fused kernels do it."""
+    with _Allocations(known) as allocations, _fused_attention():
         yield allocations
 
 

@@ -2,27 +2,27 @@
 
 Flows in: what each has computed on its rows of a step.  Flows out: the sum over all, the same in each.
 
-The UNet is not wrapped in DistributedDataParallel: that counts on one forward and one backward through the module a
-step, and ours runs up to five, with its adapter on, off or replaced.  All that the processes must agree on is the
-gradient of the adapter, so that is added up, in one go, when it is complete; the same adapter goes into the same
-optimizer in each.
+The network is not wrapped in DistributedDataParallel: that expects one forward and one backward pass a step, and ours
+has up to five, with the adapter in several states.  All that the processes must agree on is the adapter's gradient, so
+it is summed when it is complete; then each process makes the same optimizer step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, reduce
-from torch import Tensor
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, distributed
 
 from ..errors import RunError, UserError
 
 T = TypeVar("T")
+_BUCKET_BYTES = 32 * 2**20  # of gradients that are exchanged at once, and copied for it
 _PATIENCE = timedelta(days=1)  # as one may have much more to encode than the others, or a preview to draw
 
 
@@ -53,13 +53,14 @@ class Processes:
         return [slice(part * each, (part + 1) * each) for part in range(first, first + accumulate)]
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor, in place, by its sum over the processes."""
+        """Replace each tensor, in place, by its sum over the processes; bucket by bucket, to need little memory."""
         if self.count == 1:
             return
-        whole = reduce(torch.cat([tensor.flatten() for tensor in tensors]), reduction="sum")
-        pieces = whole.split([tensor.numel() for tensor in tensors])
-        for tensor, piece in zip(tensors, pieces, strict=True):
-            tensor.copy_(piece.view_as(tensor))
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensor.flatten() for tensor in bucket])
+            distributed.all_reduce(flat)
+            pieces = flat.split([tensor.numel() for tensor in bucket])
+            torch._foreach_copy_(bucket, [piece.view_as(each) for piece, each in zip(pieces, bucket, strict=True)])
 
     def once(self, function: Callable[[], T]) -> T:
         """What `function` returns in the main process, which alone calls it; the others wait, and return the same.
@@ -68,22 +69,36 @@ class Processes:
         """
         if self.count == 1:
             return function()
-        told: list[Any] = [None]
+        result: list[Any] = [None]
         if self.main:
             try:
-                told = [function()]
+                result = [function()]
             except (UserError, RunError, OSError) as error:
-                told = [error]
-        broadcast_object_list(told)
-        if isinstance(told[0], Exception):
-            raise told[0]
-        found: T = told[0]
+                result = [error]
+        broadcast_object_list(result)
+        if isinstance(result[0], Exception):
+            raise result[0]
+        found: T = result[0]
         return found
 
     def wait(self) -> None:
         """Wait until every process is here."""
         if self.count > 1:
             PartialState().wait_for_everyone()
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in their order, in groups of one dtype and about _BUCKET_BYTES."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and (size + tensor.nbytes > _BUCKET_BYTES or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
 
 
 ALONE = Processes()

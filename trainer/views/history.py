@@ -14,14 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...tcd.times import NUM_TIMESTEPS
 from ..atomic import whole_file
 from ..errors import RunError
 from ..training.loop import StepRecord
 
 LOG_NAME, BY_TIME_NAME = "log.csv", "loss_by_time.csv"
-BIN = 100  # integer timesteps to a bin of t, and of t - s
-BINS = NUM_TIMESTEPS // BIN
+BIN, BINS = 100, 10
+"""Training times to a bin of t, and of t - s, of which every clock has 1000, or 1001 with its clean end."""
 
 
 class LogRow(NamedTuple):
@@ -75,7 +74,7 @@ class History:
 def cells(record: StepRecord) -> list[Cell]:
     """The mean losses of a step by the bins of t and of t - s that its pictures are in, in their order."""
     t, gap = record.t.cpu(), (record.t - record.s).cpu()
-    place = t // BIN * BINS + gap // BIN
+    place = (t // BIN).clamp(max=BINS - 1) * BINS + (gap // BIN).clamp(max=BINS - 1)
     found = []
     for index in place.unique().tolist():
         losses = record.losses.cpu()[place == index]

@@ -16,14 +16,12 @@ import torch
 
 from ..atomic import whole_file
 from ..config.settings import Config
+from ..files.adapter_weights import file_in_use
 from ..files.export import write_lora
-from ..models.sampling import decode
-from ..models.unet.adapter import adapters_off, second_adapter
-from ..models.unet.network import Network
-from ..models.unet.teacher import load_vae
+from ..models.seam import Checkpoint, Model
 from ..training.loop import StepRecord
 from .grid import Row, draw_grid
-from .preview_prompts import Scenes, draw, load_picture, save_picture
+from .preview_prompts import PreviewPrompts, draw, load_picture, save_picture
 
 FOLDER = "previews"
 TEACHER, TEACHER_STEPS = "teacher", 50
@@ -35,15 +33,23 @@ log = logging.getLogger("trajectory-consistency")
 class Previews:
     """An observer that draws every so many steps and after the last, and before the first (`start`)."""
 
-    def __init__(self, network: Network, scenes: Scenes, config: Config, metadata: dict[str, str]) -> None:
-        """Draw `scenes`, on the network's device, as `config.preview` says."""
-        self.network, self.scenes, self.config, self.metadata = network, scenes, config, metadata
+    def __init__(
+        self, model: Model, checkpoint: Checkpoint, wanted: PreviewPrompts, config: Config, metadata: dict[str, str]
+    ) -> None:
+        """Draw `wanted`, on the model's device, as `config.preview` says."""
+        self.model, self.checkpoint, self.wanted, self.config, self.metadata = (
+            model,
+            checkpoint,
+            wanted,
+            config,
+            metadata,
+        )
         self.folder = config.output_folder / FOLDER
 
     def start(self) -> None:
         """Draw the teacher's pictures and those of the adapter before it is trained, but for those that are there."""
         self._drop_others()
-        with adapters_off(self.network.unet):
+        with self.model.adapter.off():
             self._draw(TEACHER, [TEACHER_STEPS], gamma=0.0, cfg=teacher_guidance(self.config), again=False)
         self._draw_student(0, again=False)
 
@@ -57,10 +63,9 @@ class Previews:
             return
         path = self.folder / f"{self.config.output.name}-{step_name(record.step)}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
-        with torch.random.fork_rng(devices=[]):  # an adapter draws numbers before the file's are filled in
-            write_lora(path, self.network, self.config, self.metadata, self.scenes.cond[:1])
-            with second_adapter(self.network.unet, path):
-                self._draw_student(record.step)
+        write_lora(path, self.model, self.config, self.metadata, self.wanted.cond[0])
+        with file_in_use(self.model, path):
+            self._draw_student(record.step)
         if last:
             path.unlink()
         log.info("step %d: look at %s", record.step, grid_path(self.folder, record.step))
@@ -70,11 +75,11 @@ class Previews:
         config, path = self.config, self.folder / _SETTINGS
         settings = {
             "base": asdict(config.base),
-            "dtype": str(self.network.unet.dtype),
+            "dtype": str(self.model.dtype),
             "adapter": asdict(config.adapter),
             "method": asdict(config.method),
             "seed": config.training.seed,
-            "latent": self.scenes.shape,
+            "latent": self.wanted.shape,
             "eta": config.preview.eta,
             "cfg": config.preview.cfg,
         }
@@ -92,22 +97,21 @@ class Previews:
         """Draw the pictures and the grid of a step with the adapter that is active."""
         preview = self.config.preview
         self._draw(step_name(step), preview.steps, gamma=preview.eta, cfg=preview.cfg, again=again)
-        write_grid(self.folder, self.scenes, self.config, step)
+        write_grid(self.folder, self.wanted, self.config, step)
 
     def _draw(self, when: str, counts: Sequence[int], *, gamma: float, cfg: float, again: bool = True) -> None:
         """Draw and save all pictures with each of these numbers of steps, or unless `again` where one is missing."""
         wanted = [steps for steps in counts if again or not self._all_there(when, steps)]
         if not wanted:
             return
-        base = self.config.base
-        vae = load_vae(base.path, vae=base.vae).to(self.network.alpha_bar.device)  # in memory only while it is needed
+        autoencoder = self.checkpoint.load_autoencoder(self.model.device)  # in memory only while it is needed
         for steps in wanted:
-            latents = draw(self.network, self.scenes, steps=steps, gamma=gamma, cfg=cfg)
-            for name, latent in zip(self.scenes.names, latents, strict=True):
-                save_picture(decode(vae, latent)[0], picture_path(self.folder, when, name, steps))
+            latents = draw(self.model, self.wanted, steps=steps, gamma=gamma, cfg=cfg)
+            for name, latent in zip(self.wanted.names, latents, strict=True):
+                save_picture(autoencoder.decode(latent)[0], picture_path(self.folder, when, name, steps))
 
     def _all_there(self, when: str, steps: int) -> bool:
-        return all(picture_path(self.folder, when, name, steps).is_file() for name in self.scenes.names)
+        return all(picture_path(self.folder, when, name, steps).is_file() for name in self.wanted.names)
 
 
 def teacher_guidance(config: Config) -> float:
@@ -121,7 +125,7 @@ def step_name(step: int) -> str:
 
 
 def picture_path(folder: Path, when: str, name: str, steps: int) -> Path:
-    """Where one picture is: of the teacher or of a step, of one of `Scenes.names`, with so many sampling steps."""
+    """The path of a picture: `when` is the teacher or a step, `name` one of `PreviewPrompts.names`."""
     return folder / when / f"{name}-steps-{steps}.png"
 
 
@@ -130,12 +134,12 @@ def grid_path(folder: Path, step: int) -> Path:
     return folder / f"{step_name(step)}.jpg"
 
 
-def write_grid(folder: Path, scenes: Scenes, config: Config, step: int) -> None:
+def write_grid(folder: Path, wanted: PreviewPrompts, config: Config, step: int) -> None:
     """Write the grid of a step from the pictures in `folder`: the teacher's, and for each number of sampling steps
     those of the start and, below, of the step."""
 
     def row(label: str, when: str, steps: int, *, apart: bool = False) -> Row:
-        pictures = [load_picture(picture_path(folder, when, name, steps)) for name in scenes.names]
+        pictures = [load_picture(picture_path(folder, when, name, steps)) for name in wanted.names]
         return Row(label, torch.stack(pictures), apart=apart)
 
     rows = [row(f"Teacher\n{TEACHER_STEPS} steps, cfg {teacher_guidance(config):g}", TEACHER, TEACHER_STEPS)]
@@ -147,4 +151,4 @@ def write_grid(folder: Path, scenes: Scenes, config: Config, step: int) -> None:
     title = f"After {step} steps of training" if step else "Before training"
     title += f": eta {config.preview.eta:g}, cfg {config.preview.cfg:g}"
     with whole_file(grid_path(folder, step)) as unfinished:
-        draw_grid(rows, scenes.captions, title, scale=scale).save(unfinished, quality=92)
+        draw_grid(rows, wanted.captions, title, scale=scale).save(unfinished, quality=92)

@@ -1,7 +1,4 @@
-"""Pictures to draw: prompts from seeds, encoded once, and drawn as ComfyUI would.
-
-Flows in: prompts, seeds and a size.  Flows out: latents in one fixed order, and a name for the file of each.
-"""
+"""What previews draw: every prompt from every seed, encoded once, and sampled as ComfyUI would."""
 
 from __future__ import annotations
 
@@ -13,78 +10,82 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from ...tcd import timestep_grid
 from ..atomic import whole_file
 from ..data.buckets import Fit, Size
-from ..data.dataset import told
 from ..models.conditioning import Conditioning
 from ..models.sampling import Guidance, initial_noise, sample_latents
-from ..models.unet.network import Network
-from ..models.unet.teacher import load_text_encoder
+from ..models.seam import Checkpoint, Model
 
 _SHOWN = 90  # letters of a prompt in a grid
 
 
 @dataclass(frozen=True)
-class Scenes:
+class PreviewPrompts:
     """Pictures to draw: every prompt from every seed, one size for all."""
 
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
-    cond: Conditioning
-    """A row to a prompt."""
+    cond: tuple[Conditioning, ...]
+    """One row to each prompt."""
     uncond: Conditioning
     """The empty caption, one row."""
-    shape: tuple[int, int, int, int]
-    """Of one latent, [1, 4, h, w]."""
+    shape: tuple[int, ...]
+    """The shape of one latent, [1, C, ...]."""
 
     @property
     def names(self) -> list[str]:
         """A name for the file of each picture, in the order of `draw`."""
-        return scene_names(self.prompts, self.seeds)
+        return picture_names(self.prompts, self.seeds)
 
     @property
     def captions(self) -> list[str]:
-        """What stands above each picture in a grid, in the letters that its font has."""
+        """The caption above each picture in a grid, in letters that the grid's font has."""
         shown = [_short(prompt.encode("ascii", "replace").decode()) for prompt in self.prompts]
         return [f"{prompt} (seed {seed})" for prompt in shown for seed in self.seeds]
 
 
-def scene_names(prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:
+def picture_names(prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:
     """A name for the file of each picture, every prompt from every seed."""
     return [f"{_file_name(prompt)}-seed-{seed}" for prompt in prompts for seed in seeds]
 
 
-def encode_scenes(
-    prompts: Sequence[str], seeds: Sequence[int], size: Size, *, base: str, device: torch.device, dtype: torch.dtype
-) -> Scenes:
-    """Encode `prompts` by the model at the path `base`, as if their pictures were whole and not cropped.
+def encode_prompts(
+    checkpoint: Checkpoint,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    size: Size,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> PreviewPrompts:
+    """Encode `prompts` for pictures of `size` that were neither resized nor cropped.
 
-    Raises UserError as `load_base` does.
+    Raises UserError if the text encoder is not complete.
     """
-    encoded = load_text_encoder(base, dtype=dtype).to(device).encode([*prompts, ""])
-    time_ids = torch.tensor(Fit(size, size, size, 0, 0).time_ids, device=device).float().expand(len(encoded), -1)
-    all_told = told(encoded, time_ids)
-    return Scenes(tuple(prompts), tuple(seeds), all_told[:-1], all_told[-1:], (1, 4, size.height // 8, size.width // 8))
+    encoded = checkpoint.load_text_encoder(dtype, device).encode([*prompts, ""])
+    sizes = torch.tensor([Fit(size, size, size, 0, 0).sizes], device=device)
+    *cond, uncond = (checkpoint.join([row], sizes) for row in encoded)
+    return PreviewPrompts(tuple(prompts), tuple(seeds), tuple(cond), uncond, (1, *checkpoint.latents.shape(*size)))
 
 
-def draw(network: Network, scenes: Scenes, *, steps: int, gamma: float, cfg: float) -> list[Tensor]:
-    """Sample each picture by itself, as ComfyUI would with its seed: scaled latents [1, 4, h, w]."""
+def draw(model: Model, wanted: PreviewPrompts, *, steps: int, gamma: float, cfg: float) -> list[Tensor]:
+    """Sample each picture by itself, as ComfyUI would with its seed: normalized latents [1, C, ...]."""
     return [
         sample_latents(
-            network,
-            scenes.cond[k : k + 1],
-            timesteps=timestep_grid(steps),
+            model,
+            cond,
+            sigmas=model.schedule.sigmas_for(steps),
             gamma=gamma,
-            noise=initial_noise(seed, scenes.shape),
+            noise=initial_noise(seed, wanted.shape),
             seed=seed,
-            guidance=None if cfg == 1 else Guidance(scenes.uncond, cfg),
+            guidance=None if cfg == 1 else Guidance(wanted.uncond, cfg),
         )
-        for k in range(len(scenes.prompts))
-        for seed in scenes.seeds
+        for cond in wanted.cond
+        for seed in wanted.seeds
     ]
 
 
@@ -92,13 +93,13 @@ def save_picture(pixels: Tensor, path: Path) -> None:
     """Write a picture, uint8 [3, H, W], and the folder that it is in."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as unfinished:
-        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(unfinished)
+        Image.fromarray(rearrange(pixels.cpu().numpy(), "c h w -> h w c")).save(unfinished)
 
 
 def load_picture(path: Path) -> Tensor:
     """A picture that was saved, uint8 [3, H, W]."""
     with Image.open(path) as image:
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        return torch.from_numpy(rearrange(np.array(image.convert("RGB")), "h w c -> c h w"))
 
 
 def _file_name(prompt: str) -> str:

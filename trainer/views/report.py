@@ -14,15 +14,15 @@ from string import Template
 
 from PIL import Image
 
-from .. import tiny
 from ..atomic import whole_file
 from ..config import settings as config
 from ..config.settings import Config
 from ..errors import UserError
+from ..models import TINY_NAME
 from .curves import color_map, curve
 from .history import BIN, BINS, LogRow, read_log, read_loss_by_time
 from .preview import FOLDER, TEACHER, TEACHER_STEPS, picture_path, step_name, teacher_guidance
-from .preview_prompts import scene_names
+from .preview_prompts import picture_names
 
 NAME = "report.html"
 _TEMPLATE = Path(__file__).with_name("report.html")
@@ -61,7 +61,7 @@ def write_report(folder: Path) -> Path:
 
 def _base_name(run: Config) -> str:
     """The name of the base's file or folder."""
-    return tiny.CHECKPOINT.name if run.base.path == "tiny" else Path(run.base.path).name
+    return TINY_NAME if run.base.path == "tiny" else Path(run.base.path).name
 
 
 def _facts(run: Config, rows: Sequence[LogRow]) -> str:
@@ -119,7 +119,7 @@ def _pictures(run: Config, folder: Path) -> str:
     if not times:
         return '<p class="sub">None were drawn: set preview.prompts for the next run.</p>'
     shown, preview = _spread(times, _COLUMNS), run.preview
-    names = scene_names(preview.prompts, preview.seeds)
+    names = picture_names(preview.prompts, preview.seeds)
     prompts = [(prompt, seed) for prompt in preview.prompts for seed in preview.seeds]
     strips = [
         f'<div class="strip"><p>{escape(prompt)} <span class="faint">seed {seed}</span></p>'

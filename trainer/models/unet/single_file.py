@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from ....tcd import Prediction
 from ...errors import UserError
+from ...safetensors_file import SafetensorsFile
 from . import families as bases
 from . import ldm
 from .families import Family, Layout
@@ -42,43 +41,8 @@ _SD2_BIAS = ldm.UNET_PREFIX + "output_blocks.11.1.transformer_blocks.0.norm1.bia
 _SD2_SPREAD = 0.09
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read every tensor of a .safetensors file, and its metadata.
-
-    Raises UserError when it is not there, or not a whole one.
-    """
-    file = SingleFile(path)
-    return {name: file.tensor(name) for name in file.shapes}, file.metadata
-
-
-class SingleFile:
-    """An open checkpoint file: names and shapes at once, tensors when asked for."""
-
-    def __init__(self, path: Path) -> None:
-        """Open the file.
-
-        Raises UserError when there is none, or not a whole safetensors file.
-        """
-        if not path.exists():
-            raise UserError(f"there is no file {path}")
-        if path.is_dir():
-            raise UserError(f"{path} is a folder: name the .safetensors file in it")
-        try:
-            self._file: Any = safe_open(path, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"{path} is not a whole safetensors file ({error}): it may be truncated, or of another format, "
-                "such as .ckpt; download it again or convert it"
-            ) from error
-        self.path = path
-        names = self._file.keys()  # not a mapping
-        self.shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in names}
-        self.metadata: dict[str, str] = self._file.metadata() or {}
-
-    def tensor(self, name: str) -> Tensor:
-        """A tensor, not yet read from the disk."""
-        tensor: Tensor = self._file.get_tensor(name)
-        return tensor
+class SingleFile(SafetensorsFile):
+    """An open checkpoint file, whose models are read tensor by tensor: memory never holds the weights twice."""
 
     def family(self) -> Family:
         """The family of the model, by its names and shapes alone.

@@ -55,11 +55,11 @@ CLIPS: dict[bases.Family, tuple[Clip, ...]] = {
 
 
 class TextEncoder(nn.ModuleList):
-    """The CLIP models of a base, and what its UNet is told of them.
+    """The CLIP models of a family, used as its UNet was trained with them.
 
-    SD1.5 and SD2.x attend to the last hidden state after the final norm; of SD2.x's OpenCLIP-H, whose last layer it
-    does without, that is the last layer but one.  SDXL attends to the last layer but one of both of its encoders, not
-    normed and side by side, and is told the projected state at the end of the caption, of the second.
+    SD1.5 and SD2.x take the last hidden state after the final norm. SD2.x's OpenCLIP-H is loaded without its last
+    layer, so that this is the penultimate one. SDXL takes the penultimate hidden states of both encoders without the
+    norm, concatenated, and the second encoder's projection of the end-of-text token as `pooled`.
     """
 
     def __init__(self, family: bases.Family, models: Sequence[PreTrainedModel]) -> None:
@@ -71,17 +71,19 @@ class TextEncoder(nn.ModuleList):
         """The models, in the order of `CLIPS`."""
         return self.children()
 
-    def encode(self, captions: Sequence[str]) -> Conditioning:
-        """What the UNet is to be told of `captions`, a row each and without time_ids, where the models are."""
+    def encode(self, captions: Sequence[str]) -> list[Conditioning]:
+        """Encode captions, one row each: `context` [1, 77, D] and, for SDXL, `pooled` [1, P]."""
         with torch.no_grad():
             outputs: list[Any] = [
                 model(tokenize(captions, padding=clip.padding).to(model.device), output_hidden_states=True)
                 for clip, model in zip(self.clips, self.models(), strict=True)
             ]
         if len(outputs) == 1:
-            return Conditioning(outputs[0].last_hidden_state)
-        context = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
-        return Conditioning(context, pooled=outputs[-1].text_embeds)
+            encoded = Conditioning.of(context=outputs[0].last_hidden_state)
+        else:
+            context = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+            encoded = Conditioning.of(context=context, pooled=outputs[-1].text_embeds)
+        return [encoded[row : row + 1] for row in range(len(captions))]
 
 
 @cache

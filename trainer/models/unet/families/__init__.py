@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
 
+from .....tcd.adapter import layer_shape
 from ....errors import UserError
 
 Family = Literal["sd15", "sd2", "sdxl", "tiny"]
@@ -61,15 +64,18 @@ def config(family: Family, part: str) -> dict[str, Any]:
     return loaded
 
 
-def resolution(family: Family) -> int:
-    """The side in pixels of the pictures that the family was trained on first."""
-    side: int = 8 * config(family, "unet")["sample_size"]
-    return side
-
-
 def empty_unet(family: Family) -> UNet2DConditionModel:
     """A UNet of the family with freshly initialized weights."""
     return UNet2DConditionModel.from_config(config(family, "unet"))
+
+
+@cache
+def layer_shapes(family: Family) -> dict[str, tuple[int, ...]]:
+    """The weight shapes [out, in, ...] of all layers of a family's UNet that a LoRA can be beside, by path."""
+    with torch.device("meta"):
+        unet = empty_unet(family)
+    found = {path: layer_shape(module) for path, module in unet.named_modules()}
+    return {path: shape for path, shape in found.items() if shape is not None}
 
 
 def empty_vae(family: Family) -> AutoencoderKL:
