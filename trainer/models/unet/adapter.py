@@ -18,7 +18,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from ....tcd import Told, lora_modules, to_kohya
+from ....tcd import TargetInput, lora_modules, to_kohya
 from ....tcd.lora_keys import ALPHA
 from ....tcd.target_time import PREFIX
 from ...config.targets import kinds_of
@@ -38,7 +38,7 @@ def add_adapter(
     alpha: float,
     seed: int,
     targets: Sequence[str] = ("all",),
-    told: Told | None = None,
+    told: TargetInput | None = None,
 ) -> list[nn.Parameter]:
     """Put an adapter on `unet`, which starts as the identity, and return its parameters: float32, and alone trainable.
 
@@ -222,10 +222,10 @@ def start_from(unet: UNet2DConditionModel, path: Path, alpha: float) -> None:
             tensor.copy_(module.tensors[part])
     if file.target_time is not None:
         embedding = target_time.embedding_of(unet, NAME)
-        if embedding is None or embedding.told != file.target_time.told:
+        if embedding is None or embedding.target_input != file.target_time.target_input:
             raise UserError(
-                f"adapter.start_from is {path}, whose network is told {file.target_time.told}: use "
-                f'method.target_time = true and method.told = "{file.target_time.told}"'
+                f"adapter.start_from is {path}, whose network is told {file.target_time.target_input}: use "
+                f'method.target_time = true and method.told = "{file.target_time.target_input}"'
             )
         embedding.load_state_dict(file.target_time.state_dict())
 

@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from ....tcd import TargetTime, Told
+from ....tcd import TargetInput, TargetTime
 
 
 class TargetTimes(nn.ModuleDict):
@@ -30,12 +30,12 @@ class TargetTimes(nn.ModuleDict):
         return embedded
 
 
-def new_embedding(unet: UNet2DConditionModel, told: Told, seed: int) -> TargetTime:
+def new_embedding(unet: UNet2DConditionModel, told: TargetInput, seed: int) -> TargetTime:
     """An embedding for a UNet that changes nothing yet."""
     first = unet.time_embedding.linear_1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # torch initializes layers from the global generator
-        return TargetTime(first.in_features, first.out_features, told=told)
+        return TargetTime(first.in_features, first.out_features, target_input=told)
 
 
 def put(unet: UNet2DConditionModel, name: str, embedding: TargetTime) -> None:
