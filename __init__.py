@@ -1,4 +1,4 @@
-"""Entry point of the ComfyUI node pack. To import it imports nothing of the host, which then asks for the nodes."""
+"""Entry point of the ComfyUI node pack. Importing it imports nothing of ComfyUI; the nodes load when ComfyUI asks."""
 
 import logging
 from typing import TYPE_CHECKING
@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .nodes import TCDExtension
 
-WEB_DIRECTORY = "./nodes/web"  # docs/<node>.md in it is the node's help page
+WEB_DIRECTORY = "./nodes/web"  # its docs/<node>.md is the help page of a node
 
 
 async def comfy_entrypoint() -> "TCDExtension":
-    """Return the extension that lists the pack's nodes; the host calls this once, when it loads the pack."""
+    """Return the extension that lists the pack's nodes; ComfyUI calls this once, when it loads the pack."""
     try:
         from .nodes import TCDExtension
     except Exception:
-        # Of an entry point that raises, the host prints one line without the place.
+        # ComfyUI reports an exception from here as one line without a traceback.
         logging.getLogger("trajectory-consistency").exception("The nodes could not be imported")
         raise
     return TCDExtension()

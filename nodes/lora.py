@@ -1,4 +1,4 @@
-"""The node that puts a TCD LoRA on a model, whole or not at all."""
+"""The node that applies a TCD LoRA to a model: all of it, or none unless a partial fit is allowed."""
 
 from comfy_api.latest import io
 
@@ -7,11 +7,11 @@ from .ranges import check_range
 
 
 class TCDLoraLoader(io.ComfyNode):
-    """A LoRA on a model, with the settings that the file recommends."""
+    """Applies a LoRA to a model and returns the settings that the file recommends."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Describe the node to the host; it asks again and again, so the list of files is always of now."""
+        """Return the node's schema; the host asks for it repeatedly, so the list of files stays current."""
         return io.Schema(
             node_id="TCDLoraLoader",
             display_name="TCD LoRA Loader",
@@ -58,16 +58,16 @@ class TCDLoraLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str | None, **_: object) -> object:
-        """Tell the host to run the node again when the file was replaced; a name that comes by a link is not known."""
+        """Return a value that changes with the file, so that the host reruns the node; None for a linked lora_name."""
         return lora_name and host.lora_stamp(lora_name)
 
     @classmethod
     def execute(
         cls, model: object, lora_name: str, strength_model: float, allow_partial: bool = False
     ) -> io.NodeOutput:
-        """Return the model with the LoRA, and the recommended settings."""
+        """Return the model with the LoRA applied, and the recommended settings."""
         check_range("strength_model", strength_model, -100.0, 100.0)
         lora = host.read_lora(lora_name)
-        settings = lora.settings()
+        settings = lora.recommended_settings()
         patched = host.apply_lora(model, lora, strength_model, allow_partial=allow_partial)
         return io.NodeOutput(patched, *settings)

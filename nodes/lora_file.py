@@ -1,4 +1,4 @@
-"""A LoRA file as its header tells: what it is, what it was made for, and with which settings it is best used."""
+"""The header of a LoRA file: what the file contains, which base model it is for, and its recommended settings."""
 
 import json
 from collections.abc import Mapping
@@ -8,27 +8,36 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..tcd import Told, lora_modules, peft_alpha, split_target_time
-from ..tcd.target_time import checked_told, shape_of
+from ..tcd import TargetInput, lora_modules, peft_alpha, split_target_time
+from ..tcd.lora_metadata import (
+    CFG_KEY,
+    DEFAULT_CFG,
+    DEFAULT_ETA,
+    DEFAULT_STEPS,
+    DEFAULT_TARGET_INPUT,
+    ETA_KEY,
+    STEPS_KEY,
+    TARGET_TIME_KEY,
+)
+from ..tcd.target_time import checked_target_input, embedding_shape
 from .ranges import check_range
 
 _BASE_BY_CONTEXT_WIDTH = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
 _BASE_BY_NAME = {"single_transformer_blocks_": "Flux", "double_blocks_": "Flux", "joint_blocks_": "SD3"}
-_ADAPTER = "lora_adapter_metadata"  # where diffusers >= 0.33 writes PEFT's settings
-_TOLD = "tcd.target_time"
-_CHECKPOINT = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.")
+_PEFT_CONFIG_KEY = "lora_adapter_metadata"  # written by diffusers >= 0.33
+_CHECKPOINT_PREFIXES = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.")
 
 
-class Settings(NamedTuple):
-    """The settings that the maker of a LoRA recommends; as here, where the file does not say."""
+class RecommendedSettings(NamedTuple):
+    """The sampling settings that a LoRA file recommends."""
 
-    steps: int = 4
-    eta: float = 0.3
-    cfg: float = 1.0
+    steps: int
+    eta: float
+    cfg: float
 
 
-class Stamp(NamedTuple):
-    """What of a file changes when the file does."""
+class FileStamp(NamedTuple):
+    """Identifies a file's content without reading it: the stamp changes if the file is replaced."""
 
     path: str
     modified_ns: int
@@ -37,35 +46,35 @@ class Stamp(NamedTuple):
 
 @dataclass(frozen=True)
 class LoraFile:
-    """The header of a LoRA file, under the name by which the host lists it; its tensors are on the meta device.
+    """The header of a LoRA file; name is its entry in the host's list, and the tensors are on the meta device.
 
-    Raises ValueError for a file that is not a LoRA, or a damaged one.
+    Raises ValueError if the file is not a LoRA or is damaged.
     """
 
     name: str
-    stamp: Stamp
+    stamp: FileStamp
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
 
     def __post_init__(self) -> None:
-        """Refuse what is not a LoRA."""
-        if any(name.startswith(_CHECKPOINT) and "lora" not in name for name in self.tensors):
+        """Raise ValueError if the file is not a LoRA or is damaged."""
+        if any(name.startswith(_CHECKPOINT_PREFIXES) and "lora" not in name for name in self.tensors):
             raise ValueError(f"{self.name} is a checkpoint, not a LoRA: put it in models/checkpoints")
         try:
-            modules, others = lora_modules(self.lora)
-            _ = self.told
+            modules, others = lora_modules(self.lora_tensors)
+            _ = self.target_input
         except ValueError as error:
             raise ValueError(f"{self.name} was not applied: {error}") from None
         if not modules:
-            some = f"the first of its {len(others)} tensors is {others[0]}" if others else "it has no tensors"
-            raise ValueError(f"{self.name} is not a LoRA: {some}")
+            reason = f"the first of its {len(others)} tensors is {others[0]}" if others else "it has no tensors"
+            raise ValueError(f"{self.name} is not a LoRA: {reason}")
 
     def base_model(self) -> str:
-        """Name the kind of model that the file was made for: as its metadata say, or else as its names and shapes."""
+        """Name the base model that the file is for, from its metadata, or else from its tensor names and shapes."""
         for key in ("modelspec.architecture", "ss_base_model_version"):
             if self.metadata.get(key):
                 return self.metadata[key]
-        for name, module in lora_modules(self.lora)[0].items():
+        for name, module in lora_modules(self.lora_tensors)[0].items():
             for mark, base in _BASE_BY_NAME.items():
                 if mark in name:
                     return base
@@ -75,51 +84,52 @@ class LoraFile:
         return "a model of unknown kind"
 
     @cached_property
-    def lora(self) -> Mapping[str, Tensor]:
-        """The tensors of the LoRA."""
+    def lora_tensors(self) -> Mapping[str, Tensor]:
+        """The tensors of the LoRA, without those of the target-time embedding."""
         return split_target_time(self.tensors)[0]
 
     @cached_property
     def target_time_shape(self) -> tuple[int, int] | None:
-        """The channels and the width of the embedding of the target time, or None if there is none.
+        """(channels, width) of the target-time embedding, or None if the file has none.
 
-        Raises ValueError when it is damaged.
+        Raises ValueError if the embedding is damaged.
         """
         _, embedding = split_target_time(self.tensors)
-        return shape_of(embedding) if embedding else None
+        return embedding_shape(embedding) if embedding else None
 
     @cached_property
-    def told(self) -> Told | None:
-        """What of the target time the network is told, or None; raises ValueError when it is nothing known here."""
-        return checked_told(self.metadata.get(_TOLD, "s")) if self.target_time_shape else None
+    def target_input(self) -> TargetInput | None:
+        """What the target-time embedding embeds, or None without one; raises ValueError for an unknown value."""
+        if not self.target_time_shape:
+            return None
+        return checked_target_input(self.metadata.get(TARGET_TIME_KEY, DEFAULT_TARGET_INPUT))
 
-    def alpha(self, path: str, rank: int) -> float | None:
-        """Return the alpha that PEFT's settings in the metadata give a module without one of its own; None: unknown.
+    def alpha_from_metadata(self, path: str, rank: int) -> float | None:
+        """Return the alpha of a module from the PEFT config in the metadata, or None if there is no such config.
 
-        Raises ValueError for settings that are not readable.
+        path: the module's diffusers path. Raises ValueError if the config cannot be read.
         """
-        text = self.metadata.get(_ADAPTER)
+        text = self.metadata.get(_PEFT_CONFIG_KEY)
         if text is None:
             return None
         try:
-            config = _of_the_network(json.loads(text))
+            config = _network_config(json.loads(text))
             return None if config is None else peft_alpha(config, path, rank)
         except ValueError as error:
-            raise ValueError(f"{_ADAPTER} of {self.name} is damaged: {error}") from None
+            raise ValueError(f"{_PEFT_CONFIG_KEY} of {self.name} is damaged: {error}") from None
 
-    def settings(self) -> Settings:
-        """Return the recommended settings from the metadata tcd.steps, tcd.eta and tcd.cfg.
+    def recommended_settings(self) -> RecommendedSettings:
+        """Return the recommended settings from the metadata tcd.steps, tcd.eta and tcd.cfg, or their defaults.
 
-        Raises ValueError for one that is not a number, or is out of the range of the widget that it is meant for.
+        Raises ValueError if a value is not a number (steps: a whole number), or is outside the range of its widget.
         """
-        default = Settings()
-        return Settings(
-            int(self._number("tcd.steps", int, default.steps, low=1, high=50)),
-            self._number("tcd.eta", float, default.eta, low=0, high=1),
-            self._number("tcd.cfg", float, default.cfg, low=0, high=100),
+        return RecommendedSettings(
+            int(self._number(STEPS_KEY, int, DEFAULT_STEPS, low=1, high=50)),
+            self._number(ETA_KEY, float, DEFAULT_ETA, low=0, high=1),
+            self._number(CFG_KEY, float, DEFAULT_CFG, low=0, high=100),
         )
 
-    def _number(self, key: str, kind: type[float], default: float, *, low: float, high: float) -> float:
+    def _number(self, key: str, kind: type[int] | type[float], default: float, *, low: float, high: float) -> float:
         text = self.metadata.get(key)
         if text is None:
             return default
@@ -127,16 +137,17 @@ class LoraFile:
         try:
             value = kind(text)
         except ValueError:
-            raise ValueError(f"{label} is {text!r}, but must be a number") from None
+            number = "a whole number" if kind is int else "a number"
+            raise ValueError(f"{label} is {text!r}, but must be {number}") from None
         check_range(label, value, low, high)
         return value
 
 
-def _of_the_network(settings: Any) -> dict[str, Any] | None:
-    """Return the settings of the network alone: diffusers writes them as unet.r, transformer.r, or just r."""
-    if not isinstance(settings, dict):
-        raise ValueError(f"it holds a {type(settings).__name__}, but must be an object")
+def _network_config(config: Any) -> dict[str, Any] | None:
+    """Return the denoising network's part of a PEFT config; diffusers writes its keys as unet.r, transformer.r or r."""
+    if not isinstance(config, dict):
+        raise ValueError(f"it holds a {type(config).__name__}, but must be an object")
     for prefix in ("unet.", "transformer.", ""):
-        if f"{prefix}lora_alpha" in settings:
-            return {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
+        if f"{prefix}lora_alpha" in config:
+            return {key.removeprefix(prefix): value for key, value in config.items() if key.startswith(prefix)}
     return None

@@ -1,4 +1,4 @@
-"""What the host puts in place of other packs' TCD nodes, in workflows made with a pack that is not installed."""
+"""Replacements of other packs' TCD nodes by this pack's, in workflows whose own pack is not installed."""
 
 from typing import Any
 
@@ -6,50 +6,58 @@ from comfy_api.latest import ComfyAPI, io
 
 
 async def register_replacements() -> None:
-    """Tell the host which nodes take the place of which missing ones; older hosts (before 0.14) know no such thing."""
+    """Register the replacements with the host; a host older than 0.14 has no such API, and nothing is done."""
     if not hasattr(io, "NodeReplace"):
         return
     api = ComfyAPI()
-    for replacement in (_setup(), _scheduler(), _sampler("SamplerTCD"), _sampler("SamplerTCD EulerA")):
+    for replacement in (
+        _replace_setup(),
+        _replace_scheduler(),
+        _replace_sampler("SamplerTCD"),
+        _replace_sampler("SamplerTCD EulerA"),
+    ):
         await api.node_replacement.register(io.NodeReplace(**replacement))
 
 
-def _setup() -> dict[str, Any]:
-    """JettHu/ComfyUI-TCD."""
+def _replace_setup() -> dict[str, Any]:
+    """Replace the node of JettHu/ComfyUI-TCD."""
     return {
         "new_node_id": "TCDSamplingSetup",
         "old_node_id": "TCDModelSamplingDiscrete",
         "old_widget_ids": ["steps", "scheduler", "denoise", "eta"],
-        "input_mapping": [_same(name) for name in ("model", "steps", "scheduler", "denoise", "eta")],
-        "output_mapping": [_output(0), _output(1), _output(2)],
+        "input_mapping": [_same_input(name) for name in ("model", "steps", "scheduler", "denoise", "eta")],
+        "output_mapping": [_same_output(0), _same_output(1), _same_output(2)],
     }
 
 
-def _scheduler() -> dict[str, Any]:
-    """dfl/comfyui-tcd-scheduler and licyk/ComfyUI-TCD-Sampler, whose ladder began too low: this one is TCD's."""
+def _replace_scheduler() -> dict[str, Any]:
+    """Replace the scheduler of dfl/comfyui-tcd-scheduler and licyk/ComfyUI-TCD-Sampler.
+
+    Their sigmas start below the highest timestep; those of TCDSigmas start at it.
+    """
     return {
         "new_node_id": "TCDSigmas",
         "old_node_id": "TCDScheduler",
         "old_widget_ids": ["steps"],
-        "input_mapping": [_same("model"), _same("steps"), {"new_id": "denoise", "set_value": 1.0}],
-        "output_mapping": [_output(0)],
+        "input_mapping": [_same_input("model"), _same_input("steps"), {"new_id": "denoise", "set_value": 1.0}],
+        "output_mapping": [_same_output(0)],
     }
 
 
-def _sampler(old_node_id: str) -> dict[str, Any]:
-    """dfl/comfyui-tcd-scheduler: two approximations of one sampler."""
+def _replace_sampler(old_node_id: str) -> dict[str, Any]:
+    """Replace a sampler of dfl/comfyui-tcd-scheduler, which has two approximations of the TCD sampler."""
     return {
         "new_node_id": "TCDSampler",
         "old_node_id": old_node_id,
         "old_widget_ids": ["gamma"],
         "input_mapping": [{"new_id": "eta", "old_id": "gamma"}],
-        "output_mapping": [_output(0)],
+        "output_mapping": [_same_output(0)],
     }
 
 
-def _same(name: str) -> dict[str, str]:
+def _same_input(name: str) -> dict[str, str]:
     return {"new_id": name, "old_id": name}
 
 
-def _output(index: int) -> dict[str, int]:
+def _same_output(index: int) -> dict[str, int]:
     return {"new_idx": index, "old_idx": index}

@@ -1,4 +1,4 @@
-"""The node that gives a TCD SAMPLER."""
+"""The node that returns a TCD SAMPLER."""
 
 from comfy_api.latest import io
 
@@ -8,11 +8,11 @@ from .ranges import check_range
 
 
 class TCDSampler(io.ComfyNode):
-    """Trajectory consistency sampling, for SamplerCustom and SamplerCustomAdvanced."""
+    """Returns the TCD sampler, for SamplerCustom and SamplerCustomAdvanced."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Describe the node to the host."""
+        """Return the node's schema."""
         return io.Schema(
             node_id="TCDSampler",
             display_name="TCD Sampler",

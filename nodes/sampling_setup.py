@@ -1,4 +1,4 @@
-"""The node that gives all that TCD sampling needs, for who wants one node rather than three."""
+"""The node that combines TCD Sampler, TCD Sigmas and TCD Model Settings."""
 
 from comfy_api.latest import io
 
@@ -8,11 +8,11 @@ from .ranges import check_range
 
 
 class TCDSamplingSetup(io.ComfyNode):
-    """The model, sampler and sigmas of a TCD run."""
+    """Returns the model, sampler and sigmas of a TCD run."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Describe the node to the host."""
+        """Return the node's schema."""
         return io.Schema(
             node_id="TCDSamplingSetup",
             display_name="TCD Sampling Setup",

@@ -21,7 +21,7 @@ from .schedule import (
     vp_level,
     zero_terminal_snr,
 )
-from .target_time import TargetTime, Told, split_target_time
+from .target_time import TargetInput, TargetTime, split_target_time
 from .timesteps import parse_flow_times, parse_timesteps, refined_origin_steps, timestep_grid
 from .trajectory import Level, add_noise, jump, renoise
 
@@ -39,8 +39,8 @@ __all__ = [
     "Report",
     "Schedule",
     "ShapeMismatch",
+    "TargetInput",
     "TargetTime",
-    "Told",
     "add_noise",
     "alpha_bar_to_sigma",
     "coverage",

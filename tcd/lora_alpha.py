@@ -1,4 +1,4 @@
-"""The scale of a LoRA whose file has no alpha, from the settings that PEFT trained it with."""
+"""The alpha of a LoRA whose file has none, from the PEFT config it was trained with."""
 
 import math
 import re
@@ -7,12 +7,12 @@ from typing import Any
 
 
 def peft_alpha(config: Mapping[str, Any], path: str, rank: int) -> float:
-    """Return the alpha of the module at a diffusers path: alpha / rank is the scale by which PEFT applied it.
+    """Return the alpha of the module at a diffusers path, such that alpha / rank is the scale PEFT used in training.
 
-    config: a LoraConfig as a dict. The keys of its alpha_pattern are regular expressions for the ends of paths; with
+    config: a LoraConfig as a dict. The keys of alpha_pattern are regular expressions that match the end of a path. With
     use_rslora the scale is lora_alpha / sqrt(rank) (arXiv 2312.03732).
 
-    Raises ValueError for an alpha that is not a positive number, and a pattern that is not a regular expression.
+    Raises ValueError for an alpha that is not a positive number, and for an invalid regular expression.
     """
     alpha = config.get("lora_alpha")
     for pattern, value in (config.get("alpha_pattern") or {}).items():

@@ -1,9 +1,12 @@
-"""Names of LoRA tensors, as pure dict -> dict: every spelling in use becomes kohya's.
+"""Names of LoRA tensors: converts every spelling in use to kohya's, as pure functions of dicts.
 
-kohya names are the one spelling that ComfyUI and diffusers both map completely on SD1.5 and SDXL. They name a module
-lora_unet_<path with _>, and its tensors .lora_down.weight [r, in, ...], .lora_up.weight [out, r, ...], .alpha []; of
-LyCORIS, .lora_mid.weight [r, r, ...], the core of a convolution in Tucker's form; of DoRA (arXiv 2402.09353),
-.dora_scale [out, 1, ...] or [1, in, 1, ...].
+kohya names are the only spelling that both ComfyUI and diffusers map completely on SD1.5 and SDXL. A module is named
+lora_unet_<path with _>, and its tensors are named
+  .lora_down.weight  [r, in, ...]
+  .lora_up.weight    [out, r, ...]
+  .alpha             []
+  .lora_mid.weight   [r, r, ...], the core of a convolution in Tucker form (LyCORIS)
+  .dora_scale        [out, 1, ...] or [1, in, 1, ...] (DoRA, arXiv 2402.09353)
 """
 
 import math
@@ -19,10 +22,10 @@ DOWN, UP, MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
 ALPHA, DORA = "alpha", "dora_scale"
 
 Alpha = float | Callable[[str, int], float | None] | None
-"""The alpha of modules that have none of their own: for all of them, or by diffusers path and rank; None: unknown."""
+"""The alpha of modules without one in the file: a number, a function of (diffusers path, rank), or None if unknown."""
 
-# Where the network stands within whatever was saved, by who saved it: diffusers, PEFT, ComfyUI, a checkpoint, kohya,
-# OneTrainer, LyCORIS.
+# Prefixes before the network's module paths, in the spellings of diffusers, PEFT, ComfyUI, checkpoints, kohya,
+# OneTrainer and LyCORIS.
 _PREFIX = re.compile(
     r"\A(?:(?:unet|transformer|base_model\.model|model\.diffusion_model|diffusion_model)\.)*"
     r"(?:lora_unet_|lora_transformer_|lycoris_)?"
@@ -47,7 +50,7 @@ _OTHER_KINDS = {
 
 
 class LoraName(NamedTuple):
-    """The name of a LoRA tensor: the module's path as it is spelled, and kohya's name of the part."""
+    """The name of a LoRA tensor: the module's path as spelled in the file, and the kohya name of the part."""
 
     path: str
     part: str
@@ -55,25 +58,25 @@ class LoraName(NamedTuple):
 
 @dataclass(frozen=True)
 class LoraModule:
-    """What a LoRA has for one module: its tensors by kohya's names of the parts, and its path as it was spelled."""
+    """One module of a LoRA: its path as spelled in the file, and its tensors by kohya part name."""
 
     path: str
     tensors: Mapping[str, Tensor]
 
     @property
     def rank(self) -> int:
-        """The rank r of the product."""
+        """The rank r of the product up @ down."""
         return self.tensors[DOWN].shape[0]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape [out, in, ...] of the product."""
+        """The shape [out, in, ...] of the product up @ down."""
         kernel = self.tensors.get(MID, self.tensors[DOWN]).shape[2:]
         return (self.tensors[UP].shape[0], self.tensors[DOWN].shape[1], *kernel)
 
 
 def split_name(name: str) -> LoraName | None:
-    """Take the name of a LoRA tensor apart; None for another tensor's."""
+    """Split the name of a LoRA tensor into module path and part; None if it is not the name of a LoRA tensor."""
     for part, pattern in _PARTS.items():
         match = pattern.fullmatch(name)
         if match is not None:
@@ -82,16 +85,16 @@ def split_name(name: str) -> LoraName | None:
 
 
 def kohya_name(path: str) -> str:
-    """Return the kohya name of a module, given its path in any spelling: "mid_block.x" is "lora_unet_mid_block_x"."""
-    return "lora_unet_" + _bare(path).replace(".", "_")
+    """Return the kohya name of a module from its path in any spelling: "mid_block.x" gives "lora_unet_mid_block_x"."""
+    return "lora_unet_" + _network_path(path).replace(".", "_")
 
 
 def to_kohya(state_dict: Mapping[str, Tensor], alpha: Alpha = None) -> dict[str, Tensor]:
-    """Rename the tensors of a LoRA, whatever their spelling, to kohya names, and write alpha (float32, []) if known.
+    """Rename the tensors of a LoRA in any spelling to kohya names, and add alpha (float32, []) where it is known.
 
-    An alpha in state_dict is kept. Tensors are passed on as they are, PEFT's DoRA magnitudes as [out, 1, ...].
+    An alpha in state_dict takes precedence. Tensors are not copied; PEFT's DoRA magnitudes become [out, 1, ...].
 
-    Raises ValueError for a name that is not a LoRA's, a bad alpha, and as lora_modules does.
+    Raises ValueError if a name is not that of a LoRA tensor, an alpha is not positive, or lora_modules raises it.
     """
     modules, others = lora_modules(state_dict)
     if others:
@@ -99,19 +102,19 @@ def to_kohya(state_dict: Mapping[str, Tensor], alpha: Alpha = None) -> dict[str,
     renamed: dict[str, Tensor] = {}
     for name, module in modules.items():
         renamed |= {f"{name}.{part}": tensor for part, tensor in module.tensors.items()}
-        known = alpha(_bare(module.path), module.rank) if callable(alpha) else alpha
+        known = alpha(_network_path(module.path), module.rank) if callable(alpha) else alpha
         if known is not None:
-            renamed.setdefault(f"{name}.{ALPHA}", torch.tensor(_checked(known)))
+            renamed.setdefault(f"{name}.{ALPHA}", torch.tensor(_checked_alpha(known)))
     return renamed
 
 
 def lora_modules(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, LoraModule], tuple[str, ...]]:
-    """Gather a LoRA's tensors by kohya module name, in their order; and the names that are not a LoRA's.
+    """Return a LoRA's modules by kohya name, in the order of state_dict, and the names that are not LoRA tensors.
 
-    Looks at names and shapes alone, so the tensors may be on the meta device. Raises ValueError for two names that
-    become one, a module whose parts do not make a product, and weights of a kind that is not a LoRA.
+    Only names and shapes are used, so the tensors may be on the meta device. Raises ValueError if two names become the
+    same one, if the tensors of a module cannot be multiplied, or for weights of a kind that is not a LoRA.
     """
-    spelled: dict[str, dict[str, str]] = {}
+    names_by_module: dict[str, dict[str, str]] = {}
     paths: dict[str, str] = {}
     others: list[str] = []
     for name in state_dict:
@@ -122,19 +125,20 @@ def lora_modules(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, LoraModule
             continue
         module = kohya_name(split.path)
         paths.setdefault(module, split.path)
-        first = spelled.setdefault(module, {}).setdefault(split.part, name)
+        first = names_by_module.setdefault(module, {}).setdefault(split.part, name)
         if first is not name:
             raise ValueError(f"{first} and {name} would both be named {module}.{split.part}")
-    return {module: _module(paths[module], names, state_dict) for module, names in spelled.items()}, tuple(others)
+    modules = {module: _module(paths[module], names, state_dict) for module, names in names_by_module.items()}
+    return modules, tuple(others)
 
 
-def _bare(path: str) -> str:
-    """Strip a module's path to what stands in the network: as diffusers spells it now, or without dots."""
+def _network_path(path: str) -> str:
+    """Return a module's path within the network: as current diffusers spells it, or kohya's form without dots."""
     path = re.sub(r"\.processor\.to_out$", ".to_out.0", _PREFIX.sub("", path))
     return path.replace(".processor.", ".")
 
 
-def _checked(alpha: float) -> float:
+def _checked_alpha(alpha: float) -> float:
     if not (math.isfinite(alpha) and alpha > 0):
         raise ValueError(f"alpha is {alpha!r}, but must be a positive number")
     return float(alpha)
@@ -147,24 +151,25 @@ def _refuse_other_kinds(name: str) -> None:
 
 
 def _module(path: str, names: Mapping[str, str], state_dict: Mapping[str, Tensor]) -> LoraModule:
-    """Gather the tensors of one module, given their names by part."""
+    """Build one module from its tensors, given their names by part. Raises ValueError if it is damaged."""
     absent = [part for part in (DOWN, UP) if part not in names]
     if absent:
         raise ValueError(f"{path} has no {' and no '.join(absent)}: the LoRA is damaged")
     tensors = {part: state_dict[name] for part, name in names.items()}
     down, up, mid = tensors[DOWN], tensors[UP], tensors.get(MID)
-    whole = down.ndim > 1 and up.ndim > 1 and up.numel() == up.shape[0] * down.shape[0] > 0
+    multiplies = down.ndim > 1 and up.ndim > 1 and up.numel() == up.shape[0] * down.shape[0] > 0
     if mid is not None:
-        # Tucker's form: only the core has a kernel.
-        whole = whole and mid.ndim > 2 and mid.shape[:2] == (down.shape[0],) * 2 and down[0].numel() == down.shape[1]
-    if not whole or (ALPHA in tensors and tensors[ALPHA].numel() != 1):
-        shapes = ", ".join(f"{part} {by(tensor.shape)}" for part, tensor in tensors.items())
+        # Tucker form: only the core has a kernel.
+        core_fits = mid.ndim > 2 and mid.shape[:2] == (down.shape[0],) * 2
+        multiplies = multiplies and core_fits and down[0].numel() == down.shape[1]
+    if not multiplies or (ALPHA in tensors and tensors[ALPHA].numel() != 1):
+        shapes = ", ".join(f"{part} {format_shape(tensor.shape)}" for part, tensor in tensors.items())
         raise ValueError(f"{path} has {shapes}, which are not of one rank: the LoRA is damaged")
     if ".lora_magnitude_vector" in names.get(DORA, ""):
         tensors[DORA] = tensors[DORA].reshape(-1, *[1] * (down.ndim - 1))  # PEFT's is [out], or [1, out, 1, 1]
     return LoraModule(path, tensors)
 
 
-def by(shape: tuple[int, ...]) -> str:
-    """Write a shape as a person does: 320 x 768."""
+def format_shape(shape: tuple[int, ...]) -> str:
+    """Format a shape for a message, such as "320 x 768"; "a number" if it is 0-dim."""
     return " x ".join(str(size) for size in shape) or "a number"

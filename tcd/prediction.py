@@ -1,6 +1,6 @@
-"""What a network predicts, to and from x0: noise (eps), velocity (v), the clean latent itself (x0) or a flow.
+"""Conversions between a network's output and x0; the output is noise (eps), velocity (v), x0 itself or a flow.
 
-Everything past this file thinks in x0, so no sampler and no loss branches on the prediction type.
+All other code works with x0, so no sampler and no loss branches on the prediction type.
 """
 
 from typing import Literal, get_args
@@ -17,11 +17,11 @@ def to_x0(output: Tensor, x: Tensor, t: Level, prediction: Prediction) -> Tensor
     """Turn a network's output at (x, t) into its estimate of x0; tensors [B, C, H, W].
 
     eps: (x - sigma eps) / alpha, in any scale.
-    v: alpha x - sigma v, at variance preserving levels only (arXiv 2202.00512).
+    v: alpha x - sigma v, only at variance preserving levels (arXiv 2202.00512).
     x0: the output itself.
-    flow: x - sigma (eps - x0), at rectified flow levels only (alpha = 1 - sigma).
+    flow: x - sigma (eps - x0), only at rectified flow levels (alpha = 1 - sigma).
 
-    Raises ValueError for an unknown prediction, and for eps at alpha = 0, where noise says nothing about x0.
+    Raises ValueError for an unknown prediction, and for eps at alpha = 0, where the noise does not determine x0.
     """
     _check(prediction)
     if prediction == "x0":
@@ -35,11 +35,11 @@ def to_x0(output: Tensor, x: Tensor, t: Level, prediction: Prediction) -> Tensor
 
 
 def from_x0(x0: Tensor, x: Tensor, t: Level, prediction: Prediction) -> Tensor:
-    """Turn an estimate of x0 at (x, t) into what a network of this prediction type would have output: inverse of to_x0.
+    """Turn an estimate of x0 at (x, t) into the network output that to_x0 maps to it; tensors [B, C, H, W].
 
-    eps: (x - alpha x0) / sigma.   v: (alpha x - x0) / sigma.   x0: itself.   flow: (x - x0) / sigma.
+    eps: (x - alpha x0) / sigma.   v: (alpha x - x0) / sigma.   x0: x0 itself.   flow: (x - x0) / sigma.
 
-    Tensors [B, C, H, W]. Raises ValueError for an unknown prediction, and at sigma = 0 for all but x0.
+    Raises ValueError for an unknown prediction, and at sigma = 0 unless the prediction is x0.
     """
     _check(prediction)
     if prediction == "x0":

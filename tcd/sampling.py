@@ -1,4 +1,4 @@
-"""Strategic stochastic sampling (arXiv 2402.19159): the loop, and noise that depends on nothing but the seed."""
+"""Strategic stochastic sampling (arXiv 2402.19159): the sampling loop, and noise that the seed determines."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,13 +9,18 @@ from .schedule import Schedule
 from .trajectory import Level, jump, renoise
 
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x [B, C, ...], sigma [], sigma_s []) -> x0 [B, C, ...]; told the target sigma_s, which it may ignore."""
+"""(x [B, C, ...], sigma [], sigma_s []) -> x0 [B, C, ...]; sigma_s is the target level, which may be ignored."""
 
 Noise = Callable[[Tensor, Tensor], Tensor]
-"""(sigma_next [], like [B, C, ...]) -> z ~ N(0, I), of like's shape, dtype and device."""
+"""(sigma_next [], like [B, C, ...]) -> z ~ N(0, I), with the shape, dtype and device of `like`."""
 
 Report = Callable[[int, Tensor, Tensor, Tensor], None]
-"""(step, x [B, C, ...], sigma [], x0 [B, C, ...]) -> None; the tensors are not edited afterwards."""
+"""(step, x [B, C, ...], sigma [], x0 [B, C, ...]) -> None; the tensors are not changed afterwards."""
+
+
+# 2^64 / golden ratio, as in Fibonacci hashing: it spreads similar levels over all seeds. It is odd, so no two levels
+# share a seed.
+_LEVEL_MULTIPLIER = 0x9E3779B97F4A7C15
 
 
 def sample_tcd(
@@ -28,22 +33,22 @@ def sample_tcd(
     noise: Noise,
     report: Report | None = None,
 ) -> Tensor:
-    """Sample along sigmas [N + 1], descending on the schedule's clock, from x [B, C, ...] at sigmas[0].
+    """Sample from x [B, C, ...] at sigmas[0] down to sigmas[-1]; sigmas [N + 1] descend, in the schedule's scale.
 
-    Each step predicts x0 at t, reports it, jumps to s = (1 - gamma) t', and renoises from s to t'. gamma = 0 is
-    deterministic, gamma = 1 is multistep consistency sampling. A step to sigma = 0 returns x0. With fewer than two
-    sigmas there is no step, and x is returned.
+    Each step predicts x0 at t, reports it, jumps to s = (1 - gamma) t', and renoises from s to the next time t'.
+    gamma = 0 is deterministic, gamma = 1 is multistep consistency sampling. A step to sigma = 0 returns x0. With fewer
+    than two sigmas there is no step, and x is returned.
 
-    Arithmetic is in float32, or float64 if x is; the result has x's dtype, and x is left as it is. The sigmas that the
-    callables receive are 0-dim and on the CPU.
+    Arithmetic is in float32, or in float64 if x is float64. The result has the dtype of x, and x is not changed. The
+    callables receive sigmas as 0-dim CPU tensors.
 
-    Raises ValueError if gamma is not in [0, 1] or sigmas is not finite, non-negative and descending.
+    Raises ValueError if gamma is not in [0, 1], or sigmas are not finite, non-negative and descending.
     """
     if not 0.0 <= gamma <= 1.0:
         raise ValueError(f"gamma is {gamma!r}, but must be from 0.0 to 1.0")
     dtype = x.dtype
     x = x.to(_at_least_float32(dtype))
-    sigmas = _checked(sigmas)
+    sigmas = _checked_sigmas(sigmas)
     targets = schedule.target(sigmas[1:], gamma)
     levels, target_levels = _levels(schedule, sigmas), _levels(schedule, targets)
     for i, (sigma, sigma_next, sigma_s) in enumerate(zip(sigmas, sigmas[1:], targets, strict=False)):
@@ -51,6 +56,8 @@ def sample_tcd(
         x0 = denoise(x, sigma, sigma_s).to(x.dtype)
         if report is not None:
             report(i, x, sigma, x0)
+        # If sigma_next is 0, so is sigma_s, and the jump returns x0. The host expects such a clean result, and in x0 it
+        # has already restored the region that an inpainting mask protects.
         x = jump(x, x0, t, s)
         if sigma_s < sigma_next:
             x = renoise(x, s, t_next, noise(sigma_next, x))
@@ -58,35 +65,37 @@ def sample_tcd(
 
 
 def _levels(schedule: Schedule, sigmas: Tensor) -> list[Level]:
-    # As plain numbers: a step then costs a few operations on x, and none on tensors of one number.
+    # Python floats rather than 0-dim tensors, so that the arithmetic of a step launches kernels only for x.
     alpha, sigma = (torch.as_tensor(part).tolist() for part in schedule.level(sigmas))
-    return [Level(*each) for each in zip(alpha, sigma, strict=True)]
+    return [Level(*pair) for pair in zip(alpha, sigma, strict=True)]
 
 
 def seeded_noise(seed: int, *, items: Sequence[int] | None = None) -> Noise:
-    """Return a noise source whose draw for item k at sigma_next depends on (seed, k, sigma_next) alone.
+    """Return a noise source whose draw for item k at sigma_next depends only on (seed, k, sigma_next).
 
-    items: the k of each image in the batch; without them, its place there. So an image gets the same noise on every
-    device, in every batch and wherever its schedule was split. Each draw is float32 on the CPU. Alike are: item k of a
-    seed and item 0 of seed + k; a level and itself when visited again; seeds 2^32 apart, of which torch's CPU generator
-    keeps the low half (as in the initial noise).
+    items: the item k of each image; by default its place in the batch. An image therefore gets the same noise on every
+    device, in every batch, and in a split schedule. Noise is drawn in float32 on the CPU.
 
-    Raises ValueError unless seed is in 0 .. 2^64 - 1; its draw does if there are not as many items as images.
+    Known collisions: item k of seed n equals item 0 of seed n + k; a level visited twice repeats its noise; seeds 2^32
+    apart are equal, because torch's CPU generator keeps the low 32 bits (true of the host's initial noise as well).
+
+    Raises ValueError unless seed is in 0 .. 2^64 - 1. A draw raises it if items and images differ in number.
     """
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed is {seed!r}, but must be from 0 to 2^64 - 1 ({2**64 - 1})")
 
     def noise(sigma_next: Tensor, like: Tensor) -> Tensor:
-        level = int(sigma_next.to("cpu", torch.float32).view(torch.int32)) * 0x9E3779B97F4A7C15
+        level = int(sigma_next.to("cpu", torch.float32).view(torch.int32)) * _LEVEL_MULTIPLIER
         drawn = torch.empty(like.shape, dtype=torch.float32)
         for k, image in zip(range(len(drawn)) if items is None else items, drawn, strict=True):
-            image.normal_(generator=_generator(seed + 1 + k + level))
+            # + 1, as in ComfyUI's own noise sampler, because ComfyUI draws the initial noise from `seed` itself.
+            image.normal_(generator=_cpu_generator(seed + 1 + k + level))
         return drawn.to(like)
 
     return noise
 
 
-def _generator(seed: int) -> torch.Generator:
+def _cpu_generator(seed: int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(seed % 2**64)
 
 
@@ -94,8 +103,8 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _checked(sigmas: Tensor) -> Tensor:
-    # On the CPU, once: steps then compare, look up and seed without waiting for the device each time.
+def _checked_sigmas(sigmas: Tensor) -> Tensor:
+    # Moved to the CPU once: comparing, looking up and seeding then need no synchronization with the device per step.
     sigmas = sigmas.detach().to("cpu", _at_least_float32(sigmas.dtype))
     descending = sigmas.ndim == 1 and sigmas.isfinite().all() and (sigmas >= 0).all() and (sigmas.diff() <= 0).all()
     if not descending:

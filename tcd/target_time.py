@@ -1,6 +1,6 @@
-"""The target time told to the network (TCF(S+) of arXiv 2402.19159), by an embedding beside the network's own of t.
+"""An embedding of the target time s, added to a network's own embedding of t: TCF(S+) of arXiv 2402.19159.
 
-Flows in: the timesteps t and s.  Flows out: what is added to the network's embedding of t.
+Flows in: the timesteps t and s.  Flows out: the term to add to the network's embedding of t.
 """
 
 import math
@@ -12,44 +12,46 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 PREFIX = "tcd_target_time."
+"""Begins the names of the embedding's tensors in a LoRA file."""
 
-Told = Literal["s", "t-s"]
-"""What is embedded: the target time, or how far before t it is."""
+TargetInput = Literal["s", "t-s"]
+"""The quantity that is embedded: the target time s, or the length t - s of the jump."""
 
 
 class TargetTime(nn.ModuleDict):
-    """out(SiLU(in(sinusoid(s)))) for a UNet of Stable Diffusion's kind; `out` is zero at first, so nothing is changed.
+    """out(SiLU(in(sinusoid(s)))) for the UNet of Stable Diffusion; `out` starts at zero, so at first nothing is added.
 
-    channels: of the sinusoid, as of the UNet's first convolution; width: of the UNet's embedding of t, after its MLP.
+    channels: width of the sinusoid, the UNet's number of base channels. width: width of the UNet's embedding of t.
+    target_input: the quantity in place of s, s itself by default.
     """
 
-    def __init__(self, channels: int, width: int, *, told: Told = "s") -> None:
+    def __init__(self, channels: int, width: int, *, target_input: TargetInput = "s") -> None:
         super().__init__({"in": nn.Linear(channels, width), "out": nn.Linear(width, width)})
-        self.channels, self.told = channels, told
+        self.channels, self.target_input = channels, target_input
         for parameter in self["out"].parameters():
             nn.init.zeros_(parameter)
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], told: str) -> "TargetTime":
-        """Build from the tensors of a file, under its names without the prefix; float32, whatever they are.
+    def from_state_dict(cls, tensors: Mapping[str, Tensor], target_input: str) -> "TargetTime":
+        """Build from a file's tensors, named without the prefix; the parameters are float32 whatever their dtype.
 
-        Raises ValueError when they are not those of an embedding, and when `told` is no `Told`.
+        Raises ValueError if the tensors are not those of an embedding, or target_input is not a TargetInput.
         """
-        channels, width = shape_of(tensors)
-        embedding = cls(channels, width, told=checked_told(told))
+        channels, width = embedding_shape(tensors)
+        embedding = cls(channels, width, target_input=checked_target_input(target_input))
         embedding.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
         return embedding
 
     def forward(self, t: Tensor, s: Tensor) -> Tensor:
         """Embed timesteps t and s, [B] each, as [B, width]."""
-        time = t - s if self.told == "t-s" else s
+        time = t - s if self.target_input == "t-s" else s
         hidden = self["in"](sinusoid(time, self.channels))
         embedded: Tensor = self["out"](functional.silu(hidden))
         return embedded
 
 
 def sinusoid(timesteps: Tensor, channels: int) -> Tensor:
-    """Embed timesteps [B] as [B, channels] float32, as Stable Diffusion does: cosines, then sines."""
+    """Embed timesteps [B] as [B, channels], float32, as Stable Diffusion does: cosines first, then sines."""
     half = channels // 2
     frequencies = torch.exp(torch.arange(half, device=timesteps.device) * (-math.log(10000) / half))
     angles = timesteps.float().unsqueeze(-1) * frequencies
@@ -57,15 +59,15 @@ def sinusoid(timesteps: Tensor, channels: int) -> Tensor:
 
 
 def split_target_time(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Part the tensors of a file: those of its LoRA, and those of its embedding, without the prefix."""
+    """Split a file's tensors into those of the LoRA and those of the embedding, the latter named without the prefix."""
     embedding = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(PREFIX)}, embedding
 
 
-def shape_of(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-    """The channels and the width of an embedding, from its tensors without the prefix, which may be without data.
+def embedding_shape(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Return (channels, width) of an embedding from its tensors, named without the prefix; meta tensors will do.
 
-    Raises ValueError when they are not those of an embedding.
+    Raises ValueError if the tensors are not those of an embedding.
     """
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     width, channels = found["in.weight"] if len(found.get("in.weight", ())) == 2 else (0, 0)
@@ -78,12 +80,12 @@ def shape_of(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
     return channels, width
 
 
-def checked_told(told: str) -> Told:
-    """Return what a file says is embedded; raises ValueError when it is nothing that is known here."""
-    for known in get_args(Told):
-        if told == known:
+def checked_target_input(value: str) -> TargetInput:
+    """Return a file's value of tcd.target_time as a TargetInput; raises ValueError if it is neither "s" nor "t-s"."""
+    for known in get_args(TargetInput):
+        if value == known:
             return known  # type: ignore[no-any-return]
     raise ValueError(
-        f"its embedding of the target time is told {told!r}, but only {' and '.join(get_args(Told))} are known here: "
-        "update this pack"
+        f"its embedding of the target time has the input {value!r}, but this version knows only "
+        f"{' and '.join(get_args(TargetInput))}: update this pack"
     )

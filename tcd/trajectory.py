@@ -1,8 +1,8 @@
-"""The equations of trajectory consistency, and the only place where they stand.
+"""The equations of trajectory consistency; no other file repeats them.
 
-Notation: x_t = alpha_t x0 + sigma_t eps, in whichever scale the caller uses, as long as it uses one: variance
+Notation: x_t = alpha_t x0 + sigma_t eps. Any scale will do if all arguments of a call use the same one: variance
 preserving (alpha^2 + sigma^2 = 1), rectified flow (alpha = 1 - sigma), or the host's variance exploding (alpha = 1).
-Arithmetic is done in the dtype given, and nothing is cast: callers hold float32 or better.
+Nothing is cast: callers pass float32 or better, and the arithmetic is done in that dtype.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Level(NamedTuple):
-    """A noise level: x = alpha * x0 + sigma * eps. Numbers, or tensors [] or [B, 1, 1, 1] of float32 or more."""
+    """A noise level: x = alpha * x0 + sigma * eps. Floats, or tensors [] or [B, 1, 1, 1] in float32 or better."""
 
     alpha: Tensor | float
     sigma: Tensor | float
@@ -27,13 +27,13 @@ def add_noise(x0: Tensor, eps: Tensor, t: Level) -> Tensor:
 
 
 def jump(x: Tensor, x0: Tensor, t: Level, s: Level) -> Tensor:
-    """Follow the trajectory through x at level t, whose clean end is x0, to level s; all [B, C, H, W].
+    """Follow the trajectory from x at level t to level s, given its clean end x0; all [B, C, H, W].
 
     x_s = alpha_s x0 + sigma_s eps, with eps = (x - alpha_t x0) / sigma_t
 
-    This is the trajectory consistency function of arXiv 2402.19159, first order, where it is written as an exponential
-    integrator. Without logarithms it also holds at zero terminal SNR (alpha_t = 0), and jumping to t itself gives x.
-    A clean level (sigma_t = 0) can only be left for itself: there the ratio of the sigmas is 1, their limit at s = t.
+    This is the first-order trajectory consistency function of arXiv 2402.19159, which writes it as an exponential
+    integrator. The form here has no logarithms, so it also holds at zero terminal SNR (alpha_t = 0), and a jump to t
+    returns x. If sigma_t = 0, s must be t: sigma_s / sigma_t is then taken as 1, its limit for s = t.
     """
     ratio = _ratio(s.sigma, t.sigma)
     return ratio * x + (s.alpha - ratio * t.alpha) * x0
@@ -44,9 +44,9 @@ def renoise(x_s: Tensor, s: Level, t: Level, z: Tensor) -> Tensor:
 
     x_t = a x_s + sqrt(sigma_t^2 - a^2 sigma_s^2) z, with a = alpha_t / alpha_s
 
-    The second half of strategic stochastic sampling (arXiv 2402.19159). alpha_s must not be 0.
+    This is the second half of a step of strategic stochastic sampling (arXiv 2402.19159). alpha_s must not be 0.
     """
-    a = t.alpha / s.alpha  # divided first: a <= 1 however it is rounded, so no rounding makes the variance negative
+    a = t.alpha / s.alpha  # computed first: a <= 1 even after rounding, so the variance below cannot become negative
     return a * x_s + (t.sigma**2 - (a * s.sigma) ** 2) ** 0.5 * z
 
 

@@ -1,7 +1,7 @@
-"""The one package that imports the host's own modules: its objects come in, and become those that tcd/ knows."""
+"""The only package that imports ComfyUI's own modules; it converts ComfyUI's objects to those of tcd/."""
 
 from .clock import schedule_of, scheduler_sigmas, tcd_sigmas
-from .lists import register, set_eta
+from .ksampler_lists import register, set_eta
 from .lora import apply_lora
 from .lora_files import lora_names, lora_stamp, read_lora
 from .sampling import sample_with_tcd, tcd_sampler

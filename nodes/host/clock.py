@@ -1,11 +1,11 @@
-"""The host's model_sampling, whatever the kind of model, as the schedule that tcd/ samples on.
+"""Converts the host's model_sampling, for every kind of model, to a schedule of tcd/.
 
-The clock here is sigma on the host's scale: variance exploding (x = x0 + sigma * eps), or flow where the model is one.
+Sigmas are in the host's scale: variance exploding (x = x0 + sigma * eps), or rectified flow for a flow model.
 """
 
 from typing import Any
 
-import comfy.model_sampling as kinds
+import comfy.model_sampling
 import torch
 from torch import Tensor
 
@@ -13,33 +13,33 @@ from ...tcd import BridgeSchedule, ContinuousSchedule, DiscreteSchedule, FlowSch
 
 
 def schedule_of(model_sampling: Any) -> Schedule:
-    """Return the clock of a model, told apart by the classes by which the host itself tells its models apart."""
-    bridge: Any = getattr(kinds, "IMG_TO_IMG_FLOW", ())  # newer hosts have it
-    if isinstance(model_sampling, bridge):  # and it is a CONST by class
+    """Return the schedule of a model, chosen by the class of its model_sampling."""
+    bridge: Any = getattr(comfy.model_sampling, "IMG_TO_IMG_FLOW", ())  # older hosts lack the class
+    if isinstance(model_sampling, bridge):  # before CONST, of which it is a subclass
         return BridgeSchedule(model_sampling.sigmas)
-    if isinstance(model_sampling, kinds.CONST):
-        # timestep() and sigma() invert each other but for the shift: each model counts time in units of its own.
+    if isinstance(model_sampling, comfy.model_sampling.CONST):
+        # u is time in [0, 1] before the shift: timestep(1) is the model's unit of time, and sigma() applies the shift.
         return FlowSchedule(lambda u: model_sampling.sigma(u * model_sampling.timestep(torch.ones(()))))
-    is_discrete = isinstance(model_sampling, kinds.ModelSamplingDiscrete)
-    if is_discrete and not isinstance(model_sampling, kinds.StableCascadeSampling):  # whose time is continuous
+    # StableCascadeSampling is a ModelSamplingDiscrete by class, but its time is continuous.
+    is_cascade = isinstance(model_sampling, comfy.model_sampling.StableCascadeSampling)
+    if isinstance(model_sampling, comfy.model_sampling.ModelSamplingDiscrete) and not is_cascade:
         return DiscreteSchedule(model_sampling.sigmas, num_timesteps=model_sampling.num_timesteps)
     return ContinuousSchedule(float(model_sampling.sigma_max))
 
 
 def tcd_sigmas(model: Any, *, steps: int, denoise: float, timesteps: str) -> Tensor:
-    """Return SIGMAS [N + 1] of a model, 0 last: at the timesteps typed, else at N steps evenly spaced on its clock.
+    """Return SIGMAS [N + 1] ending in 0: at the timesteps typed, or without any, at N steps evenly spaced in time.
 
-    Empty for denoise = 0, which the host takes as nothing to do. Raises ValueError as Schedule's sigmas_for and
-    sigmas_at do.
+    Empty if denoise = 0; the host then does nothing. Raises ValueError if Schedule.sigmas_for or sigmas_at does.
     """
     schedule = schedule_of(model.get_model_object("model_sampling"))
     return schedule.sigmas_at(timesteps) if timesteps.strip() else schedule.sigmas_for(steps, denoise)
 
 
 def scheduler_sigmas(model_sampling: Any, steps: int) -> Tensor:
-    """Return SIGMAS [steps + 1], 0 last, as the host's own schedulers do: what its lists call.
+    """Return SIGMAS [steps + 1] ending in 0. This is the function registered in the host's scheduler list.
 
-    Where denoise is below 1 the host asks for steps / denoise of them and keeps the last, so a discrete model gives
-    more than the distillation grid has, up to all its timesteps. Raises ValueError beyond.
+    If denoise is below 1, the host asks for steps / denoise steps and keeps the last ones. A discrete model therefore
+    also uses timesteps between those of the distillation grid. Raises ValueError if it has fewer than `steps`.
     """
     return schedule_of(model_sampling).sigmas_for(steps, refine=True)

@@ -1,4 +1,4 @@
-"""The way of a LoRA onto a model, by the host's own patcher."""
+"""Applies a LoRA file to a model with the host's own patcher."""
 
 import logging
 from collections.abc import Iterable
@@ -7,61 +7,62 @@ from typing import Any, NamedTuple
 import comfy.lora
 
 from ...tcd import Coverage, TargetTime, coverage, kohya_name, split_target_time, to_kohya
-from ...tcd.lora_keys import by
+from ...tcd.lora_keys import format_shape
 from ..lora_file import LoraFile
 from .lora_files import read_tensors
 from .model import model_name
-from .target_time import put_target_time
+from .target_time import install_target_time
 
 _log = logging.getLogger("trajectory-consistency")
 
 
-class _Target(NamedTuple):
-    """A weight of the model, or a part of one, as the host's patcher is told of it; and its shape."""
+class _PatchTarget(NamedTuple):
+    """A weight of the model, or a slice of a fused weight: its key for the host's patcher, and its shape."""
 
     key: Any
     shape: tuple[int, ...]
 
 
 def apply_lora(model: Any, lora: LoraFile, strength: float, *, allow_partial: bool = False) -> Any:
-    """Return a clone of the model with the LoRA on it; the model itself if strength is 0.
+    """Return a clone of the model with the LoRA applied; the model itself if strength is 0.
 
-    Raises ValueError, before a tensor is read, unless each module of the file is in the model with the same shape; with
-    allow_partial, one of them is enough, and the log says once what is left out.
+    Raises ValueError, before any tensor is read, unless the model has every module of the file with the same shape.
+    With allow_partial, one such module is enough, and a warning says what is left out.
     """
     if strength == 0:
         return model
-    targets = _targets(model)
-    fit = coverage(lora.lora, {name: target.shape for name, target in targets.items()})
-    _check(fit, lora, model_name(model), allow_partial)
+    targets = _patch_targets(model)
+    fit = coverage(lora.lora_tensors, {name: target.shape for name, target in targets.items()})
+    _check_coverage(fit, lora, model_name(model), allow_partial)
     keys = {module: targets[module].key for module in fit.matched}
-    _check_distinct(keys.items(), lora)
+    _check_no_duplicates(keys.items(), lora)
     _check_target_time(lora, model)
     tensors, embedding = split_target_time(read_tensors(lora))
-    tensors = to_kohya(tensors, lora.alpha)
+    tensors = to_kohya(tensors, lora.alpha_from_metadata)
     tensors = {name: tensor for name, tensor in tensors.items() if name.split(".")[0] in keys}
     patched = model.clone()
     patched.add_patches(comfy.lora.load_lora(tensors, keys), strength)
-    if lora.told:
-        put_target_time(patched, lora.name, TargetTime.of(embedding, lora.told), strength)
+    if lora.target_input:
+        target_time = TargetTime.from_state_dict(embedding, lora.target_input)
+        install_target_time(patched, lora.name, target_time, strength)
     return patched
 
 
-def _targets(model: Any) -> dict[str, _Target]:
-    """Return the weights that the host can patch, by kohya name; where it has many names for one, each of them."""
+def _patch_targets(model: Any) -> dict[str, _PatchTarget]:
+    """Return the weights that the host can patch, by kohya name; a weight with several names appears under each."""
     weights = model.model.state_dict()
     targets = {}
-    for name, key in comfy.lora.model_lora_keys_unet(model.model, {}).items():  # {}: the default is shared by all calls
+    for name, key in comfy.lora.model_lora_keys_unet(model.model, {}).items():  # {}: the default argument is shared
         weight, part = (key, None) if isinstance(key, str) else key[:2]
         if weight in weights:
             shape = list(weights[weight].shape)
-            if part is not None:  # a fused weight: rows from part[1] on along axis part[0]
+            if part is not None:  # a slice of a fused weight: (axis, start, length)
                 shape[part[0]] = part[2]
-            targets[kohya_name(name)] = _Target(key, tuple(shape))
+            targets[kohya_name(name)] = _PatchTarget(key, tuple(shape))
     return targets
 
 
-def _check(fit: Coverage, lora: LoraFile, model: str, allow_partial: bool) -> None:
+def _check_coverage(fit: Coverage, lora: LoraFile, model: str, allow_partial: bool) -> None:
     if fit.complete:
         return
     if not fit.matched or not allow_partial:
@@ -74,18 +75,19 @@ def _check(fit: Coverage, lora: LoraFile, model: str, allow_partial: bool) -> No
 
 
 def _check_target_time(lora: LoraFile, model: Any) -> None:
-    """Refuse an embedding of the target time that does not fit the network's own embedding of t."""
+    """Raise ValueError if the file has a target-time embedding that does not fit the network's embedding of t."""
     shape = lora.target_time_shape
     weight = model.model.state_dict().get("diffusion_model.time_embed.0.weight")
     own = None if weight is None else (weight.shape[1], weight.shape[0])
     if shape and shape != own:
         raise ValueError(
             f"{lora.name} does not fit the model, and nothing was applied: its embedding of the target time is "
-            f"{by(shape)}, and the model's of the time is {by(own) if own else 'of another kind'}"
+            f"{format_shape(shape)}, but the model's own, of t, is {format_shape(own) if own else 'of another kind'}"
         )
 
 
-def _check_distinct(keys: Iterable[tuple[str, Any]], lora: LoraFile) -> None:
+def _check_no_duplicates(keys: Iterable[tuple[str, Any]], lora: LoraFile) -> None:
+    """Raise ValueError if two modules of the file, in different spellings, patch the same weight."""
     first: dict[Any, str] = {}
     for module, key in keys:
         if first.setdefault(key, module) != module:

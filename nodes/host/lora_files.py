@@ -1,4 +1,4 @@
-"""LoRA files as the host lists them: their headers first, and their tensors only when they are wanted."""
+"""Reads LoRA files from the folders that the host lists: the header first, the tensors only when they are applied."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...tcd import split_name
 from ...tcd.target_time import PREFIX
-from ..lora_file import LoraFile, Stamp
+from ..lora_file import FileStamp, LoraFile
 
 _LORAS = "loras"
 _SUFFIXES = (".safetensors", ".sft")
@@ -21,23 +21,23 @@ def lora_names() -> list[str]:
     return folder_paths.get_filename_list(_LORAS)
 
 
-def lora_stamp(name: str) -> Stamp:
-    """Return (path, modification time, size) of a LoRA file: what changes when the file does.
+def lora_stamp(name: str) -> FileStamp:
+    """Return (path, modification time, size) of a LoRA file, which changes if the file is replaced.
 
-    Raises ValueError for a name that the host does not list, so also for a path that leads out of its folders.
+    Raises ValueError for a name that the host does not list, and therefore for a path that leads out of its folders.
     """
     if name not in lora_names():
-        raise ValueError(f"there is no {name!r} in the loras folders: choose a file of the list, or copy it there")
+        raise ValueError(f"there is no {name!r} in the loras folders: choose a file from the list, or copy it there")
     path = Path(folder_paths.get_full_path_or_raise(_LORAS, name))
     stat = path.stat()
-    return Stamp(str(path), stat.st_mtime_ns, stat.st_size)
+    return FileStamp(str(path), stat.st_mtime_ns, stat.st_size)
 
 
 def read_lora(name: str) -> LoraFile:
-    """Read the header of a LoRA file, and no tensor.
+    """Read the header of a LoRA file, but none of its tensors.
 
-    Raises ValueError when there is none of that name, when it is a pickle, which could run code and is not opened, when
-    it is not readable, and when it is not a LoRA.
+    Raises ValueError if the host lists no such file, or if it is not a safetensors file, not readable, or not a LoRA.
+    A pickle is never opened, because reading it could run code.
     """
     stamp = lora_stamp(name)
     suffix = Path(name).suffix
@@ -47,7 +47,7 @@ def read_lora(name: str) -> LoraFile:
         )
     try:
         with safe_open(stamp.path, framework="pt") as file:
-            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118, it is no dict
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118, file is not a dict
             metadata = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(
@@ -58,21 +58,21 @@ def read_lora(name: str) -> LoraFile:
 
 
 def read_tensors(lora: LoraFile) -> dict[str, Tensor]:
-    """Read the tensors of a LoRA file, or have them from memory if they were just read.
+    """Return the tensors of a LoRA file; those of the two files used last are kept in memory.
 
-    Raises ValueError when one of them has a NaN or an infinite number.
+    Raises ValueError if a tensor contains NaN or infinity.
     """
     try:
-        return _read(lora.stamp)
+        return _read_cached(lora.stamp)
     except ValueError as error:
         raise ValueError(f"{lora.name} was not applied: {error}") from None
 
 
-@lru_cache(maxsize=2)  # a node class of the host keeps no state of its own
-def _read(stamp: Stamp) -> dict[str, Tensor]:
+@lru_cache(maxsize=2)  # cached here because a node of the host has no state of its own
+def _read_cached(stamp: FileStamp) -> dict[str, Tensor]:
     with safe_open(stamp.path, framework="pt") as file:
-        # Copies, so that a file written over in place does not change a model that has its LoRA.
-        names = file.keys()  # it is no dict
+        # Cloned, because the tensors are memory-mapped: overwriting the file would change a model that uses them.
+        names = file.keys()  # file is not a dict
         wanted = [name for name in names if split_name(name) or name.startswith(PREFIX)]
         tensors = {name: file.get_tensor(name).clone() for name in wanted}
     for key, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""The sampler of tcd/ as the host's SAMPLER: called as the host calls k-diffusion's functions."""
+"""The sampler of tcd/ with the signature of k-diffusion's samplers, and as the host's SAMPLER."""
 
 from functools import cache
 from typing import Any
@@ -9,13 +9,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...tcd import Noise, sample_tcd, seeded_noise
+from .batch_index import batch_indices
 from .clock import schedule_of
-from .noise import noise_items
-from .target_time import told
+from .target_time import with_target_time
 
 
 def tcd_sampler(gamma: float) -> comfy.samplers.KSAMPLER:
-    """Return a SAMPLER: strategic stochastic sampling (arXiv 2402.19159) with stochasticity gamma in [0, 1]."""
+    """Return a SAMPLER for strategic stochastic sampling (arXiv 2402.19159) with stochasticity gamma in [0, 1]."""
     return comfy.samplers.KSAMPLER(sample_with_tcd, extra_options={"gamma": gamma}, inpaint_options={})
 
 
@@ -29,14 +29,14 @@ def sample_with_tcd(
     *,
     gamma: float,
 ) -> Tensor:
-    """Sample from noisy x [B, C, ...] along sigmas [N + 1], in the way that the host calls k-diffusion's samplers."""
+    """Sample from noisy x [B, C, ...] along sigmas [N + 1]; called by the host like a k-diffusion sampler."""
     extra_args = extra_args or {}
     options = extra_args.get("model_options", {})
     model_sampling = model.inner_model.model_patcher.get_model_object("model_sampling")
     schedule = schedule_of(model_sampling)
 
     def denoise(x: Tensor, sigma: Tensor, sigma_s: Tensor) -> Tensor:
-        arguments = {**extra_args, "model_options": told(options, schedule, sigma, sigma_s, len(x))}
+        arguments = {**extra_args, "model_options": with_target_time(options, schedule, sigma, sigma_s, len(x))}
         return model(x, sigma.to(x) * x.new_ones(len(x)), **arguments)
 
     with tqdm(total=max(len(sigmas) - 1, 0), disable=disable) as bar:
@@ -52,19 +52,19 @@ def sample_with_tcd(
             sigmas,
             schedule=schedule,
             gamma=gamma,
-            noise=_noise(model, extra_args.get("seed"), scale=getattr(model_sampling, "noise_scale", 1.0)),
+            noise=_host_noise(model, extra_args.get("seed"), scale=getattr(model_sampling, "noise_scale", 1.0)),
             report=report,
         )
 
 
-def _noise(model: Any, seed: int | None, *, scale: float) -> Noise:
-    """Noise by the host's seed, at the scale of the model's own: newer hosts know flow models trained on s * eps."""
-    if seed is None:  # the caller wants any noise
+def _host_noise(model: Any, seed: int | None, *, scale: float) -> Noise:
+    """Return noise seeded by the host, times the model's noise_scale: some flow models are trained on scale * eps."""
+    if seed is None:  # any noise will do
         seed = int(torch.randint(2**63 - 1, ()))
 
-    @cache  # not before it is needed: a run at gamma = 0 never does
-    def source() -> Noise:
-        unit = seeded_noise(seed, items=noise_items(getattr(model, "noise", None), seed))
+    @cache  # built at the first draw, because the search for batch indices is slow and gamma = 0 draws nothing
+    def noise_source() -> Noise:
+        unit = seeded_noise(seed, items=batch_indices(getattr(model, "noise", None), seed))
         return unit if scale == 1 else lambda sigma_next, like: scale * unit(sigma_next, like)
 
-    return lambda sigma_next, like: source()(sigma_next, like)
+    return lambda sigma_next, like: noise_source()(sigma_next, like)

@@ -161,7 +161,7 @@ def test_the_host_tells_the_network_what_the_trainer_tells_it(
         found, grid, draw(checkpoint, told, grid), draw(checkpoint, lora, grid), strict=True
     ):
         assert relative_error(latent, ours) <= 1e-3, (steps, eta)
-        assert relative_error(deaf, ours) > 1e-2, "to be told must matter"
+        assert relative_error(deaf, ours) > 1e-2, "the embedding must matter"
 
 
 def draw(checkpoint: Path, lora: Path, grid: Sequence[tuple[int, float]] = ((4, ETA),)) -> list[torch.Tensor]:

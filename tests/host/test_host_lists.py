@@ -1,4 +1,4 @@
-"""What is the pack's in the host's own lists, beside other packs; and which items the images of a batch are."""
+"""The pack's entries in the host's own lists, next to those of other packs, and the batch index of each image."""
 
 import json
 import subprocess
@@ -26,32 +26,32 @@ def seen(comfy_host: Host) -> dict[str, Any]:
     return found
 
 
-def test_registered_once_in_place_and_without_a_word(seen: dict[str, Any]) -> None:
+def test_it_is_registered_once_in_place_and_without_a_message(seen: dict[str, Any]) -> None:
     lists = seen["lists"]
     assert lists["once"] == lists["twice"] == EVERYWHERE
     assert lists["in place"]
-    assert lists["words"] == []
+    assert lists["messages"] == []
 
 
 def test_a_reload_of_the_hosts_samplers_does_not_undo_it(seen: dict[str, Any]) -> None:
     assert seen["lists"]["after a reload"]
 
 
-def test_lists_that_a_pack_bound_anew_get_it_too(seen: dict[str, Any]) -> None:
-    assert seen["lists"]["where lists were bound anew"] == EVERYWHERE | {"words": []}
+def test_lists_that_another_pack_replaced_get_it_too(seen: dict[str, Any]) -> None:
+    assert seen["lists"]["where lists were replaced"] == EVERYWHERE | {"messages": []}
 
 
 @pytest.mark.parametrize("what", ["sampler", "scheduler"])
-def test_what_another_pack_calls_tcd_is_left_alone_and_logged(seen: dict[str, Any], what: str) -> None:
-    found = seen["lists"][f"beside another's {what}"]
+def test_another_packs_tcd_is_kept_and_logged(seen: dict[str, Any], what: str) -> None:
+    found = seen["lists"][f"beside another pack's {what}"]
     assert found["kept"]
     assert {name: found[name] for name in EVERYWHERE} == EVERYWHERE
-    times = 2 if what == "sampler" else 1  # as often as it was registered
+    times = 2 if what == "sampler" else 1  # once for each call of register()
     assert (
-        found["words"]
+        found["messages"]
         == [
-            f"{what.capitalize()} 'tcd' in KSampler's list is another pack's, and stays so: for this pack's, use "
-            "SamplerCustom with TCD Sampler and TCD Sigmas"
+            f"{what.capitalize()} 'tcd' in KSampler's list belongs to another pack and was kept: to use this pack's, "
+            "use SamplerCustom with TCD Sampler and TCD Sigmas"
         ]
         * times
     )
@@ -59,14 +59,14 @@ def test_what_another_pack_calls_tcd_is_left_alone_and_logged(seen: dict[str, An
 
 def test_eta_for_another_packs_sampler_is_logged(seen: dict[str, Any]) -> None:
     found = seen["lists"]["where another came later"]
-    assert found["words before"] == []
-    assert found["words"] == [
-        "'tcd' in KSampler's list is another pack's, and heeds no eta: use SamplerCustom with TCD Sampler"
+    assert found["messages before"] == []
+    assert found["messages"] == [
+        "'tcd' in KSampler's list belongs to another pack and ignores eta: use SamplerCustom with TCD Sampler"
     ]
 
 
-def test_items_are_found_in_the_hosts_own_noise(seen: dict[str, Any]) -> None:
-    found = {name: items for name, items in seen["items"].items() if "seed" in name}
+def test_batch_indices_are_found_in_the_hosts_own_noise(seen: dict[str, Any]) -> None:
+    found = {name: indices for name, indices in seen["batch indices"].items() if "seed" in name}
     assert len(found) == 45
     for name, (batch, third, some, first) in found.items():
         assert batch is None, name
@@ -75,13 +75,13 @@ def test_items_are_found_in_the_hosts_own_noise(seen: dict[str, Any]) -> None:
         assert first in (None, [0]), name
 
 
-def test_items_of_other_noise_go_by_their_place(seen: dict[str, Any]) -> None:
-    items = seen["items"]
-    assert items["large"] == [20]
-    assert items["of another making"] is None
-    assert items["of another making in part"] is None
-    assert items["none"] == [None, None]
-    assert items["leaves the global generator alone"]
+def test_other_noise_has_no_batch_indices(seen: dict[str, Any]) -> None:
+    found = seen["batch indices"]
+    assert found["large"] == [20]
+    assert found["from elsewhere"] is None
+    assert found["partly from elsewhere"] is None
+    assert found["none"] == [None, None]
+    assert found["leaves the global generator alone"]
 
 
 def test_video_latents(seen: dict[str, Any]) -> None:
@@ -89,4 +89,4 @@ def test_video_latents(seen: dict[str, Any]) -> None:
     assert video["shape"] == [3, 16, 3, 4, 5]
     assert video["alone"] < 1e-5
     assert video["split"] < 1e-5
-    assert video["apart"] > 0.1
+    assert video["difference"] > 0.1

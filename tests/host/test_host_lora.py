@@ -228,7 +228,9 @@ def test_settings_of_the_file(
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"tcd.steps": "four"}, "tcd.steps in the metadata of bad.safetensors is 'four', but must be a number"),
+        ({"tcd.steps": "four"}, "tcd.steps in the metadata of bad.safetensors is 'four', but must be a whole number"),
+        ({"tcd.steps": "4.5"}, "tcd.steps in the metadata of bad.safetensors is '4.5', but must be a whole number"),
+        ({"tcd.eta": "low"}, "tcd.eta in the metadata of bad.safetensors is 'low', but must be a number"),
         ({"tcd.steps": "0"}, "tcd.steps in the metadata of bad.safetensors is 0, but must be from 1 to 50"),
         ({"tcd.eta": "nan"}, "tcd.eta in the metadata of bad.safetensors is nan, but must be from 0 to 1"),
         ({"tcd.cfg": "-1"}, "tcd.cfg in the metadata of bad.safetensors is -1.0"),

@@ -438,7 +438,7 @@ def test_a_partial_file_needs_leave(outcomes: dict[str, Any], name: str, left_ou
         ("above", "there is no '../outside/secret.safetensors' in the loras folders"),
         ("absolute", "outside/secret.safetensors' in the loras folders"),
         ("around", "there is no 'linked/../UPPER.SAFETENSORS' in the loras folders"),
-        ("missing", "there is no 'missing.safetensors' in the loras folders: choose a file of the list"),
+        ("missing", "there is no 'missing.safetensors' in the loras folders: choose a file from the list"),
         ("folder", "there is no 'linked' in the loras folders"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A LoRA whose network is told the target time (TCF S+): the host draws what the trainer draws, whatever the way in."""
+"""LoRAs with a target-time embedding (TCF S+): the host samples the same latents as the trainer, by every route."""
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -17,13 +17,14 @@ from test_host_inputs import left_half
 from torch import Tensor, nn
 
 from trajectory_consistency.tcd import (
+    TargetInput,
     TargetTime,
-    Told,
     seeded_noise,
     sigma_to_alpha_bar,
     split_target_time,
     timestep_grid,
 )
+from trajectory_consistency.tcd.lora_metadata import TARGET_TIME_KEY
 from trajectory_consistency.trainer.demo.comfy_server import ComfyError, ComfyServer
 from trajectory_consistency.trainer.models.conditioning import Conditioning
 from trajectory_consistency.trainer.models.sampling import Guidance, sample_latents
@@ -34,25 +35,25 @@ pytestmark = pytest.mark.host
 
 SEED = 7
 GRID = [(steps, eta) for steps in (1, 2, 4) for eta in (0.0, 0.3, 1.0)]
-WARNING = "with another sampler it is told the time of the next sigma"
+WARNING = "with another sampler it gets the time of the next sigma"
 
 
-def random_embedding(seed: int, told: Told = "s") -> TargetTime:
-    """An embedding for the mini UNet, big enough to be seen, of float16's values."""
+def random_embedding(seed: int, target_input: TargetInput = "s") -> TargetTime:
+    """An embedding for the mini UNet that changes its output visibly; its values are exact in float16."""
     torch.manual_seed(seed)
-    embedding = TargetTime(320, 1280, told=told)
+    embedding = TargetTime(320, 1280, target_input=target_input)
     nn.init.normal_(embedding["out"].weight, std=0.1)
     nn.init.normal_(embedding["out"].bias, std=0.1)
     return embedding.requires_grad_(False).half().float()
 
 
-def write(server: ComfyServer, unet: UNet2DConditionModel, seed: int = 0, told: Told = "s") -> Path:
+def write(server: ComfyServer, unet: UNet2DConditionModel, seed: int = 0, target_input: TargetInput = "s") -> Path:
     """Write a LoRA with an embedding into the host's folder."""
-    path = server.models / "loras" / f"told-{told}-{seed}.safetensors"
+    path = server.models / "loras" / f"target-time-{target_input}-{seed}.safetensors"
     if not path.exists():
-        embedding = random_embedding(seed, told)
+        embedding = random_embedding(seed, target_input)
         tensors = {f"tcd_target_time.{name}": tensor for name, tensor in embedding.state_dict().items()}
-        save_file(random_lora(unet, seed) | tensors, path, metadata={"tcd.target_time": told})
+        save_file(random_lora(unet, seed) | tensors, path, metadata={TARGET_TIME_KEY: target_input})
     return path
 
 
@@ -65,8 +66,8 @@ def network(unet: UNet2DConditionModel) -> Network:
     return Network(unet, sigma_to_alpha_bar(sigma_table().double()).float(), "eps")
 
 
-def of_the_trainer(unet: UNet2DConditionModel, path: Path) -> Network:
-    """The network of a checkpoint and a file as the trainer has it."""
+def trainer_network(unet: UNet2DConditionModel, path: Path) -> Network:
+    """A UNet with a LoRA file applied by the trainer."""
     unet = deepcopy(unet)
     load_adapter(unet, path)
     return network(unet)
@@ -94,33 +95,35 @@ def in_the_host(
     return latents(server, graph, *(graph.save(node[0]) for node in nodes))
 
 
-@pytest.mark.parametrize("told", ["s", "t-s"])
-def test_the_host_draws_what_the_trainer_draws(server: ComfyServer, unet: UNet2DConditionModel, told: Told) -> None:
-    path, graph = write(server, unet, told=told), Graph()
+@pytest.mark.parametrize("target_input", ["s", "t-s"])
+def test_the_host_draws_what_the_trainer_draws(
+    server: ComfyServer, unet: UNet2DConditionModel, target_input: TargetInput
+) -> None:
+    path, graph = write(server, unet, target_input=target_input), Graph()
     before = len(server.log_text())
     found = in_the_host(server, graph, loaded(graph, path), GRID)
     assert WARNING not in server.log_text()[before:] and "applied in part" not in server.log_text()[before:]
-    net, deaf = of_the_trainer(unet, path), network(merged(unet, load_file(path), 1.0))
+    net, without = trainer_network(unet, path), network(merged(unet, load_file(path), 1.0))
     for latent, (steps, eta) in zip(found, GRID, strict=True):
         expected = drawn(net, steps, eta)
         assert relative_error(latent, expected) < 1e-4, (steps, eta)
-        assert relative_error(drawn(deaf, steps, eta), expected) > 0.05, "to be told must matter"
+        assert relative_error(drawn(without, steps, eta), expected) > 0.05, "the embedding must matter"
 
 
 @pytest.mark.parametrize(("batch", "cfg"), [(2, 1.0), (1, 3.0), (3, 3.0)])
 def test_batches_and_guidance(server: ComfyServer, unet: UNet2DConditionModel, batch: int, cfg: float) -> None:
     path, graph = write(server, unet), Graph()
     (found,) = in_the_host(server, graph, loaded(graph, path), [(4, 0.3)], batch=batch, cfg=cfg)
-    assert relative_error(found, drawn(of_the_trainer(unet, path), 4, 0.3, batch=batch, cfg=cfg)) < 1e-4
+    assert relative_error(found, drawn(trainer_network(unet, path), 4, 0.3, batch=batch, cfg=cfg)) < 1e-4
 
 
-def test_the_plain_ksampler_hands_it_over_too(server: ComfyServer, unet: UNet2DConditionModel) -> None:
+def test_the_plain_ksampler_passes_the_target_time_too(server: ComfyServer, unet: UNet2DConditionModel) -> None:
     path, graph = write(server, unet), Graph()
     found = latents(server, graph, graph.save(graph.ksampler(model=loaded(graph, path), seed=SEED)[0]))[0]
-    assert relative_error(found, drawn(of_the_trainer(unet, path), 4, 0.3)) < 1e-4
+    assert relative_error(found, drawn(trainer_network(unet, path), 4, 0.3)) < 1e-4
 
 
-def test_two_of_them_add_up(server: ComfyServer, unet: UNet2DConditionModel) -> None:
+def test_two_embeddings_add_up(server: ComfyServer, unet: UNet2DConditionModel) -> None:
     class Sum(nn.Module):
         def forward(self, times: Tensor) -> Tensor:
             t, s = times.unbind(-1)
@@ -136,10 +139,10 @@ def test_two_of_them_add_up(server: ComfyServer, unet: UNet2DConditionModel) -> 
 
 
 def baked(server: ComfyServer, unet: UNet2DConditionModel, path: Path) -> str:
-    """A checkpoint in which a LoRA is merged, and its embedding of s = 0, where a single step goes, is a bias."""
+    """Write a checkpoint with the LoRA merged and its embedding of s = 0, the target of a single step, as a bias."""
     lora, embedding = split_target_time(load_file(path))
     changed = merged(unet, lora, 1.0)
-    constant = TargetTime.of(embedding, "s")(torch.tensor([999]), torch.tensor([0]))[0]
+    constant = TargetTime.from_state_dict(embedding, "s")(torch.tensor([999]), torch.tensor([0]))[0]
     with torch.no_grad():
         changed.time_embedding.linear_2.bias += constant
     write_sd15_mini(server.models / "checkpoints" / "baked.safetensors", changed)
@@ -168,7 +171,7 @@ def with_a_mask(graph: Graph) -> dict[str, Any]:
 
 def with_a_controlnet(graph: Graph) -> dict[str, Any]:
     hint = graph.add("EmptyImage", width=64, height=64, batch_size=1, color=0x4080C0)
-    control = graph.add("ControlNetLoader", control_net_name="told-control.safetensors")
+    control = graph.add("ControlNetLoader", control_net_name="target-time-control.safetensors")
     applied = graph.add(
         "ControlNetApplyAdvanced",
         positive=graph.condition(0)[0],
@@ -183,22 +186,22 @@ def with_a_controlnet(graph: Graph) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("conditioned", [with_areas, with_a_mask, with_a_controlnet])
-def test_whatever_else_the_network_is_told(server: ComfyServer, unet: UNet2DConditionModel, conditioned: Any) -> None:
+def test_with_other_conditioning(server: ComfyServer, unet: UNet2DConditionModel, conditioned: Any) -> None:
     path = write(server, unet)
     folder = server.models / "controlnet"
     folder.mkdir(exist_ok=True)
-    write_controlnet_mini(folder / "told-control.safetensors", unet, mini_controlnet(unet))
+    write_controlnet_mini(folder / "target-time-control.safetensors", unet, mini_controlnet(unet))
     name, graph = baked(server, unet, path), Graph(size=128)
     options = conditioned(graph)
-    (told,) = in_the_host(server, graph, loaded(graph, path), [(1, 0.3)], **options)
+    (patched,) = in_the_host(server, graph, loaded(graph, path), [(1, 0.3)], **options)
     again = Graph(size=128)
     options = conditioned(again)
     (expected,) = in_the_host(server, again, again.checkpoint(name)[0], [(1, 0.3)], **options)
-    assert relative_error(told, expected) < 1e-4
+    assert relative_error(patched, expected) < 1e-4
 
 
 def two_passes(graph: Graph, model: list[Any], first: str) -> Node:
-    """Half of the steps by the sampler `first`, at eta 1, and the others by euler."""
+    """The first half of the steps with the sampler `first`, at eta 1, and the second half with euler."""
     sigmas = graph.add("SplitSigmas", sigmas=graph.sigmas(model)[0], step=2)
     sampler = graph.add("TCDSampler", eta=1.0) if first == "tcd" else graph.add("KSamplerSelect", sampler_name=first)
     half = graph.sampler_custom(model=model, sampler=sampler[0], sigmas=sigmas[0], seed=SEED)
@@ -208,9 +211,7 @@ def two_passes(graph: Graph, model: list[Any], first: str) -> Node:
     )
 
 
-def test_another_sampler_is_told_the_next_time_and_said_to_be_one(
-    server: ComfyServer, unet: UNet2DConditionModel
-) -> None:
+def test_another_sampler_gets_the_next_time_and_one_warning(server: ComfyServer, unet: UNet2DConditionModel) -> None:
     path, graph = write(server, unet, 3), Graph()
     model = loaded(graph, path)
     before = len(server.log_text())
@@ -220,19 +221,19 @@ def test_another_sampler_is_told_the_next_time_and_said_to_be_one(
         graph.sampler_custom(model=model, seed=SEED, eta=0.0),
     ]
     by_euler, by_tcd = latents(server, graph, *(graph.save(node[0]) for node in nodes))
-    assert relative_error(by_euler, by_tcd) < 1e-5, "at eta 0 the target is the next sigma, and the step is euler's"
+    assert relative_error(by_euler, by_tcd) < 1e-5, "at eta 0 the target is the next sigma, and a step is one of euler"
     assert server.log_text()[before:].count(WARNING) == 1
 
 
-def test_a_second_pass_sees_no_time_of_the_first(server: ComfyServer, unet: UNet2DConditionModel) -> None:
+def test_a_second_pass_does_not_get_the_times_of_the_first(server: ComfyServer, unet: UNet2DConditionModel) -> None:
     path, graph = write(server, unet), Graph()
     found = latents(server, graph, graph.save(two_passes(graph, loaded(graph, path), "tcd")[0]))[0]
-    net = of_the_trainer(unet, path)
+    net = trainer_network(unet, path)
     assert relative_error(found, _second_pass(net, _first_pass(net))) < 1e-4
 
 
 def _first_pass(net: Network) -> Tensor:
-    """Two steps of four at eta 1, in the host's scale: each to s = 0, and up again."""
+    """The first two of four steps at eta 1, in the host's scale: each jumps to s = 0 and renoises."""
     table, z = sigma_table(), seeded_noise(SEED)
     x = host_noise(SEED) * (table[999] ** 2 + 1).sqrt()
     for t, t_next in ((999, 759), (759, 499)):
@@ -260,32 +261,32 @@ def test_low_precision(server: ComfyServer, unet: UNet2DConditionModel, dtype: s
     path, graph = write(server, unet), Graph()
     model = graph.add("ModelComputeDtype", model=loaded(graph, path), dtype=dtype)[0]
     (found,) = in_the_host(server, graph, model, [(2, 0.3)])
-    assert 0 < relative_error(found, drawn(of_the_trainer(unet, path), 2, 0.3)) < 0.03
+    assert 0 < relative_error(found, drawn(trainer_network(unet, path), 2, 0.3)) < 0.03
 
 
-def test_weights_of_eight_bits(server: ComfyServer, unet: UNet2DConditionModel) -> None:
+def test_weights_in_float8(server: ComfyServer, unet: UNet2DConditionModel) -> None:
     path = write(server, unet)
     folder = server.models / "diffusion_models"
     folder.mkdir(exist_ok=True)
-    write_sd15_mini(folder / "told-unet.safetensors", unet)
+    write_sd15_mini(folder / "target-time-unet.safetensors", unet)
     graph = Graph()
-    base = graph.add("UNETLoader", unet_name="told-unet.safetensors", weight_dtype="fp8_e4m3fn")[0]
+    base = graph.add("UNETLoader", unet_name="target-time-unet.safetensors", weight_dtype="fp8_e4m3fn")[0]
     (found,) = in_the_host(server, graph, loaded(graph, path, model=base), [(2, 0.3)])
-    expected = drawn(of_the_trainer(unet, path), 2, 0.3)
-    deaf = drawn(network(merged(unet, load_file(path), 1.0)), 2, 0.3)
-    assert relative_error(found, expected) < 0.5 * relative_error(deaf, expected)
+    expected = drawn(trainer_network(unet, path), 2, 0.3)
+    without = drawn(network(merged(unet, load_file(path), 1.0)), 2, 0.3)
+    assert relative_error(found, expected) < 0.5 * relative_error(without, expected)
 
 
-def test_it_comes_back_after_the_host_let_go_of_it(server: ComfyServer, unet: UNet2DConditionModel) -> None:
+def test_it_works_again_after_the_host_unloaded_the_model(server: ComfyServer, unet: UNet2DConditionModel) -> None:
     path = write(server, unet)
     for _ in range(2):
         graph = Graph()
         (found,) = in_the_host(server, graph, loaded(graph, path), [(2, 0.3)])
-        assert relative_error(found, drawn(of_the_trainer(unet, path), 2, 0.3)) < 1e-4
+        assert relative_error(found, drawn(trainer_network(unet, path), 2, 0.3)) < 1e-4
         server.post("/free", {"unload_models": True, "free_memory": False})
 
 
-def test_the_stock_loader_has_the_lora_part(server: ComfyServer, unet: UNet2DConditionModel) -> None:
+def test_the_stock_loader_applies_the_lora_part(server: ComfyServer, unet: UNet2DConditionModel) -> None:
     path, graph = write(server, unet), Graph()
     stock = graph.add("LoraLoaderModelOnly", model=graph.checkpoint()[0], lora_name=path.name, strength_model=1.0)
     (found,) = in_the_host(server, graph, stock[0], [(4, 0.3)])
@@ -295,7 +296,7 @@ def test_the_stock_loader_has_the_lora_part(server: ComfyServer, unet: UNet2DCon
     assert relative_error(found, expected) < 1e-4
 
 
-def test_strength_0_tells_nothing(server: ComfyServer, unet: UNet2DConditionModel) -> None:
+def test_strength_0_leaves_the_model(server: ComfyServer, unet: UNet2DConditionModel) -> None:
     path, graph = write(server, unet), Graph()
     (found,) = in_the_host(server, graph, loaded(graph, path, 0.0), [(2, 0.3)])
     expected = tcd_scheduler_sample(unet, host_noise(SEED), timestep_grid(2), eta=0.3, seed=SEED)
@@ -307,10 +308,10 @@ def _without(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("change", "told", "complaint"),
+    ("change", "target_input", "complaint"),
     [
         (lambda tensors: _without("tcd_target_time.in.bias", tensors), "s", "the file is damaged"),
-        (lambda tensors: tensors, "s/t", "told 's/t', but only s and t-s are known here"),
+        (lambda tensors: tensors, "s/t", "the input 's/t', but this version knows only s and t-s"),
         (
             lambda tensors: tensors | {"tcd_target_time.in.bias": torch.full((1280,), torch.nan)},
             "s",
@@ -322,16 +323,16 @@ def _without(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 | {f"tcd_target_time.{name}": each for name, each in TargetTime(32, 128).state_dict().items()}
             ),
             "s",
-            "its embedding of the target time is 32 x 128, and the model's of the time is 320 x 1280",
+            "its embedding of the target time is 32 x 128, but the model's own, of t, is 320 x 1280",
         ),
     ],
 )
-def test_what_cannot_be_told_is_refused(
-    server: ComfyServer, unet: UNet2DConditionModel, change: Any, told: str, complaint: str
+def test_an_embedding_that_does_not_fit_is_refused(
+    server: ComfyServer, unet: UNet2DConditionModel, change: Any, target_input: str, complaint: str
 ) -> None:
     tensors = change(load_file(write(server, unet)))
-    path = server.models / "loras" / "told-wrong.safetensors"
-    save_file(tensors, path, metadata={"tcd.target_time": told})
+    path = server.models / "loras" / "target-time-wrong.safetensors"
+    save_file(tensors, path, metadata={TARGET_TIME_KEY: target_input})
     graph = Graph()
     graph.save(graph.sampler_custom(model=loaded(graph, path))[0])
     with pytest.raises(ComfyError, match=complaint):

@@ -4,14 +4,14 @@ import pytest
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 
-from trajectory_consistency.tcd import TargetTime, Told, split_target_time
+from trajectory_consistency.tcd import TargetInput, TargetTime, split_target_time
 
 T, S = torch.tensor([999, 519, 19]), torch.tensor([499, 0, 0])
 
 
-def random_embedding(told: Told = "s", channels: int = 32, width: int = 128) -> TargetTime:
+def random_embedding(target_input: TargetInput = "s", channels: int = 32, width: int = 128) -> TargetTime:
     torch.manual_seed(0)
-    embedding = TargetTime(channels, width, told=told)
+    embedding = TargetTime(channels, width, target_input=target_input)
     torch.nn.init.normal_(embedding["out"].weight, std=0.1)
     return embedding.requires_grad_(False)
 
@@ -24,9 +24,9 @@ def test_a_new_one_changes_nothing_and_can_be_trained() -> None:
     assert embedding["out"].weight.grad is not None and embedding["out"].weight.grad.any()
 
 
-@pytest.mark.parametrize(("told", "time"), [("s", S), ("t-s", T - S)])
-def test_it_is_diffusers_embedding_of_a_timestep(told: Told, time: torch.Tensor) -> None:
-    embedding = random_embedding(told)
+@pytest.mark.parametrize(("target_input", "time"), [("s", S), ("t-s", T - S)])
+def test_it_is_diffusers_embedding_of_a_timestep(target_input: TargetInput, time: torch.Tensor) -> None:
+    embedding = random_embedding(target_input)
     theirs = TimestepEmbedding(32, 128).requires_grad_(False)
     theirs.linear_1.load_state_dict(embedding["in"].state_dict())
     theirs.linear_2.load_state_dict(embedding["out"].state_dict())
@@ -44,25 +44,27 @@ def test_a_file_gives_it_back() -> None:
     embedding = random_embedding("t-s")
     tensors = {f"tcd_target_time.{name}": tensor for name, tensor in embedding.state_dict().items()}
     assert sorted(tensors) == [f"tcd_target_time.{name}" for name in ("in.bias", "in.weight", "out.bias", "out.weight")]
-    lora, told = split_target_time({"lora_unet_x.alpha": torch.ones(()), **tensors})
+    lora, read = split_target_time({"lora_unet_x.alpha": torch.ones(()), **tensors})
     assert list(lora) == ["lora_unet_x.alpha"]
-    assert torch.equal(TargetTime.of(told, "t-s")(T, S), embedding(T, S))
-    halves = {name: tensor.half() for name, tensor in told.items()}
-    assert TargetTime.of(halves, "s")(T, S).dtype == torch.float32
+    assert torch.equal(TargetTime.from_state_dict(read, "t-s")(T, S), embedding(T, S))
+    halves = {name: tensor.half() for name, tensor in read.items()}
+    assert TargetTime.from_state_dict(halves, "s")(T, S).dtype == torch.float32
 
 
 @pytest.mark.parametrize(
-    ("changed", "told", "complaint"),
+    ("changed", "target_input", "complaint"),
     [
         ({"out.bias": None}, "s", "the file is damaged"),
         ({"in.weight": torch.zeros(128)}, "s", "the file is damaged"),
         ({"out.weight": torch.zeros(128, 64)}, "s", "the file is damaged"),
         ({"more": torch.zeros(1)}, "s", "the file is damaged"),
         ({"in.weight": torch.zeros(128, 31)}, "s", "the file is damaged"),
-        ({}, "s/t", "told 's/t', but only s and t-s are known"),
+        ({}, "s/t", "the input 's/t', but this version knows only s and t-s"),
     ],
 )
-def test_what_is_no_embedding_is_refused(changed: dict[str, torch.Tensor | None], told: str, complaint: str) -> None:
+def test_what_is_no_embedding_is_refused(
+    changed: dict[str, torch.Tensor | None], target_input: str, complaint: str
+) -> None:
     tensors = {**random_embedding().state_dict(), **changed}
     with pytest.raises(ValueError, match=complaint):
-        TargetTime.of({name: tensor for name, tensor in tensors.items() if tensor is not None}, told)
+        TargetTime.from_state_dict({n: tensor for n, tensor in tensors.items() if tensor is not None}, target_input)

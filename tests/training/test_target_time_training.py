@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, safe_open, save_file
 
 from tiny_base import network, random_dataset, small_config, write_inputs
-from trajectory_consistency.tcd import Told
+from trajectory_consistency.tcd import TargetInput
 from trajectory_consistency.trainer import run
 from trajectory_consistency.trainer.cli import main
 from trajectory_consistency.trainer.errors import UserError
@@ -38,7 +38,7 @@ def base(values: Values) -> Path:
     return Path(str(values["base"]["path"]))
 
 
-def student(base: Path, told: Told | None = "s", *, trained: bool = True) -> Network:
+def student(base: Path, told: TargetInput | None = "s", *, trained: bool = True) -> Network:
     """A tiny network with an adapter, filled as if it had been trained."""
     net = network(base)
     parameters = adapter.add_adapter(net.unet, rank=4, alpha=2.0, seed=0, targets=("attention",), told=told)

@@ -43,7 +43,7 @@ def read_adapter(path: Path) -> AdapterFile:
 
     lora, embedding = split_target_time(tensors)
     try:
-        target_time = TargetTime.of(embedding, metadata.get(TOLD, "s")) if embedding else None
+        target_time = TargetTime.from_state_dict(embedding, metadata.get(TOLD, "s")) if embedding else None
         return AdapterFile(to_kohya(lora, alpha), target_time, metadata)
     except ValueError as error:
         raise UserError(f"{path} is not a LoRA that can be used: {error}") from error

@@ -24,8 +24,8 @@ from torch.nn import functional
 from trajectory_consistency.tcd import (
     DiscreteSchedule,
     Level,
+    TargetInput,
     TargetTime,
-    Told,
     add_noise,
     from_x0,
     jump,
@@ -83,13 +83,13 @@ def teacher(x_t: Tensor, t: Tensor, s: Tensor | None = None) -> Tensor:
 class Student(nn.Module):
     """An MLP with three hidden layers that predicts v, told t and perhaps s."""
 
-    def __init__(self, told: Told | None) -> None:
+    def __init__(self, told: TargetInput | None) -> None:
         super().__init__()
         self.time = nn.Sequential(nn.Linear(64, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
         sizes = (2, WIDTH, WIDTH, WIDTH)
         self.layers = nn.ModuleList(nn.Linear(*pair) for pair in zip(sizes, sizes[1:], strict=False))
         self.last = nn.Linear(WIDTH, 2)
-        self.told = TargetTime(64, WIDTH, told=told) if told else None
+        self.told = TargetTime(64, WIDTH, target_input=told) if told else None
 
     def forward(self, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
         emb = self.time(sinusoid(t, 64))

@@ -1,6 +1,6 @@
-"""Run by the host's interpreter, in the host's folder: TCD in the host's lists beside other packs, and noise_items.
+"""Registers TCD in the host's lists next to other packs' entries, and checks batch_indices and video latents.
 
-Argument: the pack's folder. Prints a JSON object of what was seen.
+Run by the host's interpreter in the host's folder. Argument: the pack's folder. Prints a JSON object of observations.
 """
 
 import importlib
@@ -25,7 +25,7 @@ torch.set_num_threads(1)
 
 
 class Warnings(logging.Handler):
-    """What the pack logs."""
+    """Collects the messages that the pack logs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,8 @@ class Warnings(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(record.getMessage())
 
-    def taken(self) -> list[str]:
+    def pop_all(self) -> list[str]:
+        """Return the messages since the last call."""
         lines, self.lines = self.lines, []
         return lines
 
@@ -49,8 +50,8 @@ def lists() -> dict[str, list[str]]:
     }
 
 
-def forget() -> None:
-    """Have the host as it was, its two pairs of lists each one list."""
+def reset_host() -> None:
+    """Restore the host to its state before registration, where KSampler and the nodes share their lists."""
     if hasattr(kds, "sample_tcd"):
         del kds.sample_tcd
     cs.SCHEDULER_HANDLERS.pop("tcd", None)
@@ -59,8 +60,8 @@ def forget() -> None:
     cs.KSampler.SAMPLERS, cs.KSampler.SCHEDULERS = cs.SAMPLER_NAMES, cs.SCHEDULER_NAMES
 
 
-def registered(host: Any, log: Warnings) -> dict[str, Any]:
-    """Register in a host as it comes, twice, and after another pack did this or that."""
+def observe_registration(host: Any, log: Warnings) -> dict[str, Any]:
+    """Register twice in an unmodified host, and after another pack has changed the lists."""
     found: dict[str, Any] = {}
     identities = [id(each) for each in (cs.SAMPLER_NAMES, cs.SCHEDULER_NAMES, cs.SCHEDULER_HANDLERS)]
     host.register()
@@ -71,44 +72,44 @@ def registered(host: Any, log: Warnings) -> dict[str, Any]:
     found["in place"] = identities == after
     importlib.reload(kds)
     found["after a reload"] = cs.sampler_object("tcd").sampler_function is kds.sample_tcd
-    found["words"] = log.taken()
+    found["messages"] = log.pop_all()
 
-    forget()
+    reset_host()
     cs.KSampler.SAMPLERS = [*cs.SAMPLER_NAMES, "other"]
     cs.SCHEDULER_NAMES = [*cs.SCHEDULER_NAMES, "other"]
     host.register()
-    found["where lists were bound anew"] = lists() | {"words": log.taken()}
+    found["where lists were replaced"] = lists() | {"messages": log.pop_all()}
 
     def other(*args: Any) -> None:
         raise AssertionError
 
-    forget()
+    reset_host()
     kds.sample_tcd = other
     cs.SAMPLER_NAMES.append("tcd")
     host.register()
     host.register()
-    found["beside another's sampler"] = lists() | {"words": log.taken(), "kept": kds.sample_tcd is other}
+    found["beside another pack's sampler"] = lists() | {"messages": log.pop_all(), "kept": kds.sample_tcd is other}
 
-    forget()
+    reset_host()
     host.register()
     model = SimpleNamespace(clone=lambda: SimpleNamespace(model_options={}))
     host.set_eta(model, 0.5)
-    ours = log.taken()
+    ours = log.pop_all()
     kds.sample_tcd = other
     host.set_eta(model, 0.5)
-    found["where another came later"] = {"words before": ours, "words": log.taken()}
+    found["where another came later"] = {"messages before": ours, "messages": log.pop_all()}
 
-    forget()
+    reset_host()
     cs.SCHEDULER_HANDLERS["tcd"] = theirs = cs.SchedulerHandler(other)
     cs.SCHEDULER_NAMES.append("tcd")
     host.register()
     kept = cs.SCHEDULER_HANDLERS["tcd"] is theirs
-    found["beside another's scheduler"] = lists() | {"words": log.taken(), "kept": kept}
+    found["beside another pack's scheduler"] = lists() | {"messages": log.pop_all(), "kept": kept}
     return found
 
 
-def items(noise_items: Any) -> dict[str, Any]:
-    """For each shape and dtype of latents, the items found in noise that the host itself drew."""
+def observe_batch_indices(batch_indices: Any) -> dict[str, Any]:
+    """Return, for each latent shape and dtype, the batch indices found in noise that the host itself drew."""
     found = {}
     low = torch.zeros(1, 4, 8, 8, dtype=torch.float16)
     draws_float32 = torch.equal(comfy.sample.prepare_noise(low, 0), comfy.sample.prepare_noise(low.float(), 0).half())
@@ -117,27 +118,32 @@ def items(noise_items: Any) -> dict[str, Any]:
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             for seed in (0, 7, 2**64 - 1):
 
-                def of(batch: int, indices: list[int] | None) -> Any:
+                def indices_of(batch: int, indices: list[int] | None) -> Any:
                     latent = torch.zeros(batch, *shape, dtype=dtype)  # noqa: B023
                     noise = comfy.sample.prepare_noise(latent, seed, indices)  # noqa: B023
-                    # As samplers get it: newer hosts draw in float32, round to the latent's dtype, and go back.
-                    return noise_items(noise.float() if draws_float32 else noise, seed)  # noqa: B023
+                    # As samplers receive it: newer hosts draw in float32, round to the latent's dtype and convert back.
+                    return batch_indices(noise.float() if draws_float32 else noise, seed)  # noqa: B023
 
-                found[f"{name}, {dtype}, seed {seed}"] = [of(3, None), of(1, [2]), of(3, [5, 1, 5]), of(1, [0])]
+                found[f"{name}, {dtype}, seed {seed}"] = [
+                    indices_of(3, None),
+                    indices_of(1, [2]),
+                    indices_of(3, [5, 1, 5]),
+                    indices_of(1, [0]),
+                ]
     noise = torch.randn(2, 4, 64, 64)
-    found["of another making"] = noise_items(noise, 0)
-    found["large"] = noise_items(comfy.sample.prepare_noise(torch.zeros(1, 16, 128, 128), 0, [20]), 0)
+    found["from elsewhere"] = batch_indices(noise, 0)
+    found["large"] = batch_indices(comfy.sample.prepare_noise(torch.zeros(1, 16, 128, 128), 0, [20]), 0)
     mixed = torch.cat([comfy.sample.prepare_noise(torch.zeros(1, 4, 64, 64), 0, [3]), noise[:1]])
-    found["of another making in part"] = noise_items(mixed, 0)
-    found["none"] = [noise_items(torch.zeros(2, 4, 64, 64), 0), noise_items(None, 0)]
+    found["partly from elsewhere"] = batch_indices(mixed, 0)
+    found["none"] = [batch_indices(torch.zeros(2, 4, 64, 64), 0), batch_indices(None, 0)]
     before = torch.get_rng_state()
-    noise_items(noise, 0)
+    batch_indices(noise, 0)
     found["leaves the global generator alone"] = torch.equal(torch.get_rng_state(), before)
     return found
 
 
 class Guider:
-    """What KSAMPLER is given: a guider around a smooth network, which treats each image by itself."""
+    """The guider that KSAMPLER is called with, around a smooth network that treats each image independently."""
 
     def __init__(self) -> None:
         kind = type("ModelSampling", (comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS), {})
@@ -151,7 +157,7 @@ class Guider:
 
 
 def video(host: Any) -> dict[str, Any]:
-    """Five-dimensional latents: a batch, each video of it by itself, and the batch in two parts."""
+    """Sample five-dimensional latents as a batch, one video at a time, and as a batch in two parts."""
     guider = Guider()
     table = guider.inner_model.model_sampling.sigmas
     sigmas = torch.cat([table[[999, 759, 499, 259]], torch.zeros(1)])
@@ -170,7 +176,7 @@ def video(host: Any) -> dict[str, Any]:
         "shape": list(whole.shape),
         "alone": float((whole - torch.stack(alone)).abs().max()),
         "split": float((whole - split).abs().max()),
-        "apart": float((whole[0] - whole[1]).abs().max()),
+        "difference": float((whole[0] - whole[1]).abs().max()),
     }
 
 
@@ -178,6 +184,10 @@ if __name__ == "__main__":
     host = load_host(sys.argv[1])
     log = Warnings()
     logging.getLogger("trajectory-consistency").addHandler(log)
-    noise_items = importlib.import_module("some_pack.nodes.host.noise").noise_items
-    seen = {"lists": registered(host, log), "items": items(noise_items), "video": video(host)}
+    batch_indices = importlib.import_module("some_pack.nodes.host.batch_index").batch_indices
+    seen = {
+        "lists": observe_registration(host, log),
+        "batch indices": observe_batch_indices(batch_indices),
+        "video": video(host),
+    }
     json.dump(seen, sys.stdout)

@@ -1,4 +1,4 @@
-"""The node that sets the stochasticity of plain KSampler's sampler `tcd`."""
+"""The node that sets eta for the sampler "tcd" of plain KSampler."""
 
 from comfy_api.latest import io
 
@@ -8,11 +8,11 @@ from .ranges import check_range
 
 
 class TCDModelSettings(io.ComfyNode):
-    """A model that carries the eta which samplers chosen by name have no widget for."""
+    """Stores eta in a model, because a sampler that is chosen by name has no widget for it."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Describe the node to the host."""
+        """Return the node's schema."""
         return io.Schema(
             node_id="TCDModelSettings",
             display_name="TCD Model Settings",
@@ -30,6 +30,6 @@ class TCDModelSettings(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: object, eta: float) -> io.NodeOutput:
-        """Return the model with eta set."""
+        """Return a clone of the model with eta set."""
         check_range("eta", eta, 0.0, 1.0)
         return io.NodeOutput(host.set_eta(model, eta))

@@ -1,4 +1,4 @@
-"""The node that gives the SIGMAS of the timesteps a TCD student was trained on."""
+"""The node that returns the SIGMAS of an N-step TCD run."""
 
 from comfy_api.latest import io
 
@@ -6,11 +6,11 @@ from . import host
 
 
 class TCDSigmas(io.ComfyNode):
-    """The noise levels of an N-step TCD run."""
+    """Returns the noise levels of an N-step TCD run, or of timesteps that the user types."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Describe the node to the host."""
+        """Return the node's schema."""
         return io.Schema(
             node_id="TCDSigmas",
             display_name="TCD Sigmas",

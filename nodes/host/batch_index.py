@@ -1,0 +1,46 @@
+"""Each image's batch index, recovered from the initial noise, because the host does not pass it to samplers."""
+
+import logging
+
+import torch
+from torch import Tensor
+
+_MAX_NUMBERS = 2**26  # search limit, about half a second: up to index 1023 at 1024 x 1024, or 255 for SD3's 16 channels
+_COMPARED = 64  # numbers compared per image; two different noises do not agree in that many by accident
+_log = logging.getLogger("trajectory-consistency")
+
+
+def batch_indices(noise: Tensor | None, seed: int) -> list[int] | None:
+    """Return each image's index in the sequence of noises that the host draws from the seed; noise is [B, C, ...].
+
+    The index is the image's place in the batch, unless the latent has a batch_index (LatentFromBatch): the host then
+    draws the noises one by one and keeps the listed ones. They are drawn again here and compared.
+
+    Returns None if the place in the batch is to be used: the noise is in that order, there is none (as in the second
+    half of a split run), or it was not drawn from this seed.
+    """
+    if noise is None or not noise.any():
+        return None
+    noise = noise.cpu()
+    generator = torch.Generator()
+    if _matches(_draw(noise, generator.manual_seed(seed)), noise).all():
+        return None
+    generator.manual_seed(seed)
+    indices = torch.full((len(noise),), -1)
+    for index in range(max(_MAX_NUMBERS // noise[0].numel(), 1)):
+        indices[_matches(_draw(noise[:1], generator), noise)] = index
+        if (indices >= 0).all():
+            return indices.tolist()
+    _log.info("The initial noise was not drawn from the seed: later noise is chosen by each image's place in the batch")
+    return None
+
+
+def _draw(like: Tensor, generator: torch.Generator) -> Tensor:
+    # In the dtype of the given noise: older hosts draw in the latent's dtype, newer ones always in float32.
+    return torch.randn(like.shape, generator=generator, dtype=like.dtype)
+
+
+def _matches(drawn: Tensor, noise: Tensor) -> Tensor:
+    """Whether each image, [B], equals the drawn one up to rounding to the latent's dtype (bfloat16 at worst)."""
+    drawn, noise = (images.flatten(1)[:, :_COMPARED] for images in (drawn, noise))
+    return drawn.isclose(noise, rtol=0.01, atol=1e-6).all(1)
