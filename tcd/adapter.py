@@ -44,7 +44,7 @@ class Lora(nn.Module):
         """The rank r."""
         return self.down.shape[0]
 
-    def forward(self, x: Tensor, layer: nn.Module) -> Tensor:
+    def forward(self, x: Tensor, layer: Any) -> Tensor:
         """Return what is added to layer(x)."""
         down, up = self.down.to(x.dtype), self.up.to(x.dtype)
         if down.ndim == 2:
@@ -203,20 +203,20 @@ def new_weights(
     return AdapterWeights(loras, target_time)
 
 
-def layer_shape(layer: nn.Module) -> tuple[int, ...] | None:
+def layer_shape(layer: Any) -> tuple[int, ...] | None:
     """The weight's shape [out, in, ...] as a layer uses it, however it is stored; None where no LoRA can be beside it.
 
     Layers are told by their attributes, as quantised and cast-on-use ones are of other classes than torch's.
     """
     if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
         return int(layer.out_features), int(layer.in_features)
-    if hasattr(layer, "in_channels") and hasattr(layer, "kernel_size") and getattr(layer, "groups", 0) == 1:
+    if hasattr(layer, "kernel_size") and hasattr(layer, "in_channels") and getattr(layer, "groups", 0) == 1:
         transposed = getattr(layer, "transposed", False)
         return None if transposed else (int(layer.out_channels), int(layer.in_channels), *layer.kernel_size)
     return None
 
 
-def _new_lora(path: str, layer: nn.Module, rank: int, alpha: float, generator: torch.Generator) -> Lora:
+def _new_lora(path: str, layer: Any, rank: int, alpha: float, generator: torch.Generator) -> Lora:
     shape = layer_shape(layer)
     if shape is None:
         raise ValueError(f"{path} is a {type(layer).__name__}, which has no LoRA: use Linear layers and convolutions")

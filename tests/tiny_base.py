@@ -1,16 +1,20 @@
 """A tiny model with random weights, written and read as files: what the trainer's tests train on."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from trajectory_consistency.tcd import AdapterWeights, TargetInput
+from trajectory_consistency.tcd.adapter import STUDENT
 from trajectory_consistency.trainer.config import settings as config
 from trajectory_consistency.trainer.data.buckets import Size
 from trajectory_consistency.trainer.data.dataset import Dataset, Table, caption_of
 from trajectory_consistency.trainer.data.order import Group
-from trajectory_consistency.trainer.models.unet import families as bases
-from trajectory_consistency.trainer.models.unet.network import Network
-from trajectory_consistency.trainer.models.unet.teacher import load_base
+from trajectory_consistency.trainer.models.conditioning import Conditioning
+from trajectory_consistency.trainer.models.unet import families
+from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint
+from trajectory_consistency.trainer.models.unet.model import UNetModel
 from trajectory_consistency.trainer.tiny import teach, world
 
 
@@ -18,7 +22,7 @@ def write_base(path: Path, seed: int = 0) -> Path:
     """Write a whole single-file checkpoint of the tiny family, with seeded weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        parts = bases.empty_unet("tiny"), bases.empty_vae("tiny"), bases.empty_text_encoder("tiny")
+        parts = families.empty_unet("tiny"), families.empty_vae("tiny"), families.empty_text_encoder("tiny")
     teach.write_checkpoint(path, *parts)
     return path
 
@@ -35,10 +39,32 @@ def write_inputs(folder: Path, pictures: int = 6) -> dict[str, dict[str, object]
     }
 
 
-def network(path: Path) -> Network:
-    """The UNet of a checkpoint, as the trainer uses it."""
-    base = load_base(str(path))
-    return Network(base.unet, base.alpha_bar.float(), base.prediction)
+def model_of(path: Path, dtype: torch.dtype = torch.float32) -> UNetModel:
+    """The network of a checkpoint on the CPU, as the trainer uses it."""
+    return UNetCheckpoint(config.BaseConfig(path=str(path))).load(dtype, torch.device("cpu"))
+
+
+def with_adapter(
+    model: UNetModel,
+    *,
+    rank: int = 4,
+    alpha: float = 4.0,
+    seed: int = 0,
+    targets: tuple[str, ...] = ("all",),
+    target_input: TargetInput | None = None,
+    effect: float = 0.0,
+) -> AdapterWeights:
+    """Add a student to a model; effect: the deviation of what is added to its weights, which change nothing at first."""
+    weights = model.new_weights(rank=rank, alpha=alpha, seed=seed, targets=targets, target_input=target_input)
+    generator = torch.Generator().manual_seed(9)
+    for parameter in weights.parameters() if effect else ():
+        parameter.data += effect * torch.randn(parameter.shape, generator=generator)
+    return model.adapter.add(STUDENT, weights)
+
+
+def context(tensor: torch.Tensor) -> Conditioning:
+    """Conditioning of text embeddings [B, 77, D] alone."""
+    return Conditioning.of(context=tensor)
 
 
 def small_config(values: dict[str, dict[str, object]], **training: object) -> config.Config:
@@ -46,14 +72,19 @@ def small_config(values: dict[str, dict[str, object]], **training: object) -> co
     return config.from_mapping({**values, "training": {**values["training"], **training}})
 
 
+def join_captions(captions: Sequence[Conditioning], sizes: torch.Tensor) -> Conditioning:
+    """Join rows as SD1.5 does, which is not conditioned on sizes."""
+    return Conditioning.cat(captions)
+
+
 def random_dataset() -> Dataset:
     """Six random latents [4, 8, 8], each with a random caption, and the empty caption, all in memory."""
     generator = torch.Generator().manual_seed(0)
     latents = {
         "mean": torch.randn((6, 4, 8, 8), generator=generator),
-        "time_ids": torch.tensor([64, 64, 0, 0, 64, 64]).expand(6, -1),
+        "sizes": torch.tensor([64, 64, 0, 0, 64, 64]).expand(6, -1),
     }
     captions = {"context": torch.randn((7, 77, 32), generator=generator)}
     index = torch.tensor([(0, row, 0, row + 1) for row in range(6)])
     table = Table(index, [latents], [captions])
-    return Dataset((Group(Size(64, 64), 6, 1.0),), [table], caption_of(captions, 0))
+    return Dataset((Group(Size(64, 64), 6, 1.0),), [table], caption_of(captions, 0), join_captions)

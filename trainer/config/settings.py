@@ -294,8 +294,8 @@ class Config:
             )
         if self.method.order == 2 and self.method.target_time:
             raise UserError(
-                "method.order is 2 and method.target_time is set: a network that gets the target time needs one call for a "
-                "jump, so use order 1"
+                "method.order is 2 and method.target_time is set: a network that gets the target time needs one call "
+                "for a jump, so use order 1"
             )
         if self.adapter.freeze and not self.method.target_time:
             raise UserError("adapter.freeze leaves nothing to train: set method.target_time, or do not freeze")

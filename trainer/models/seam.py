@@ -10,14 +10,14 @@ An engine is a folder beside this file that has a class for each; `open_checkpoi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ...tcd import Adapter, AdapterWeights, Prediction, Schedule, TimePoint
+from ...tcd import Adapter, AdapterWeights, Prediction, Schedule, TargetInput, TimePoint
 from .conditioning import Conditioning
 
 
@@ -56,7 +56,7 @@ class TextEncoder(Protocol):
         """The same encoder, moved to a device."""
         ...
 
-    def parameters(self) -> Sequence[nn.Parameter]:
+    def parameters(self) -> Iterator[nn.Parameter]:
         """All weights."""
         ...
 
@@ -76,7 +76,7 @@ class Autoencoder(Protocol):
         """The same autoencoder, moved to a device."""
         ...
 
-    def parameters(self) -> Sequence[nn.Parameter]:
+    def parameters(self) -> Iterator[nn.Parameter]:
         """All weights."""
         ...
 
@@ -84,12 +84,18 @@ class Autoencoder(Protocol):
 class Model(Protocol):
     """A frozen network, and the adapter that makes it the student."""
 
-    network: nn.Module
-    """What is compiled, and spread over processes."""
     adapter: Adapter
-    schedule: Schedule
-    """The clock, with its tables on the network's device."""
     latents: LatentFormat
+
+    @property
+    def network(self) -> nn.Module:
+        """What is compiled, and spread over processes."""
+        ...
+
+    @property
+    def schedule(self) -> Schedule:
+        """The clock, with its tables on the network's device."""
+        ...
 
     @property
     def device(self) -> torch.device:
@@ -128,7 +134,7 @@ class Model(Protocol):
         ...
 
     def new_weights(
-        self, *, rank: int, alpha: float, seed: int, targets: Sequence[str], target_input: str | None = None
+        self, *, rank: int, alpha: float, seed: int, targets: Sequence[str], target_input: TargetInput | None = None
     ) -> AdapterWeights:
         """Trainable adapter weights that change nothing yet; target_input: what is embedded."""
         ...
@@ -156,14 +162,17 @@ class Checkpoint(Protocol):
     path: Path
     name: str
     """Without folder and ending."""
-    family: str
     prediction: Prediction
-    schedule: Schedule
     latents: LatentFormat
     resolution: int
     """The side in pixels of the pictures that it was trained on."""
     notes: tuple[str, ...]
     """What was assumed of the model, and how to set it."""
+
+    @property
+    def family(self) -> str:
+        """The kind of model, in one word."""
+        ...
 
     def describe(self) -> str:
         """Say in a line what the model is."""

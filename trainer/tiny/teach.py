@@ -22,8 +22,8 @@ from transformers import CLIPTextModel
 
 from ...tcd import add_noise, scaled_linear_alpha_bar, vp_level
 from ..models.unet import ldm
-from ..models.unet.single_file import SingleFile
 from ..models.unet.families import empty_text_encoder, empty_unet, empty_vae
+from ..models.unet.single_file import SingleFile
 from ..models.unet.text import tokenize
 from ..randomness import generator
 from . import world

@@ -207,7 +207,9 @@ class Training:
     @torch.no_grad()
     def _update_average(self) -> None:
         """Move the average towards the student: average = decay * average + (1 - decay) * student."""
-        average, student = (list(self.model.adapter.weights[state].parameters()) for state in (AVERAGE, STUDENT))
+        average, student = (
+            list[Tensor](self.model.adapter.weights[state].parameters()) for state in (AVERAGE, STUDENT)
+        )
         torch._foreach_lerp_(average, student, 1 - self.config.method.ema_decay)
 
 

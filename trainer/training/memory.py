@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ...tcd import AdapterWeights, TimePoint
+from ...tcd import AdapterWeights, TargetInput, TimePoint
 from ...tcd.adapter import STUDENT
 from ..config.device import placed
 from ..config.settings import Config
@@ -51,8 +51,8 @@ class Settings(NamedTuple):
     calls: int = 1
     """Calls of the student in one prediction, whose activations are all kept: 2 for TCF(2)."""
     targets: tuple[str, ...] = ("all",)
-    target_time: bool = False
-    """Whether the network gets the target time."""
+    target_input: TargetInput | None = None
+    """What of the target time the network gets."""
     preview: Size | None = None
     """Size of a preview's picture, in pixels; None when none are drawn."""
     encoded: int = 1
@@ -77,7 +77,7 @@ class Settings(NamedTuple):
             average=config.method.ema_decay > 0,
             calls=config.method.order,
             targets=config.adapter.targets,
-            target_time=config.method.target_time,
+            target_input=config.method.embedded,
             preview=Size(preview.height or side, preview.width or side) if preview.prompts else None,
             encoded=pictures_together(Size(side, side), device),
             drawn=any(path.endswith(".txt") for path in (source.path for _, source in config.data.named_sources)),
@@ -140,8 +140,9 @@ def estimate(checkpoint: Checkpoint, settings: Settings) -> Memory:
 
 
 def _new_weights(model: Model, settings: Settings) -> AdapterWeights:
-    target_input = "s" if settings.target_time else None
-    return model.new_weights(rank=settings.rank, alpha=1.0, seed=0, targets=settings.targets, target_input=target_input)
+    return model.new_weights(
+        rank=settings.rank, alpha=1.0, seed=0, targets=settings.targets, target_input=settings.target_input
+    )
 
 
 def _training(checkpoint: Checkpoint, model: Model, settings: Settings) -> int:

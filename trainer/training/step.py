@@ -6,7 +6,8 @@ from torch import Tensor
 
 from ...tcd import TimePoint
 from ...tcd.adapter import AVERAGE
-from ...tcd.objective import Points, distance_of, first_order, second_order, tcd_loss, weights
+from ...tcd.objective import distance_of, first_order, second_order, tcd_loss, weights
+from ...tcd.times import Points
 from ..config.settings import Config
 from ..models.seam import Model
 from .examples import Examples

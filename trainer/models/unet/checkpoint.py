@@ -148,9 +148,7 @@ class UNetCheckpoint:
             notes.append(f"{self.path.name} does not say what its UNet predicts: eps is assumed; {other}")
             return "eps"
         if wanted == "auto" and "ComfyUI" in how:
-            notes.append(
-                f"{predicts} is what the UNet predicts according to {how}; set base.prediction if it is wrong"
-            )
+            notes.append(f"{predicts} is what the UNet predicts according to {how}; set base.prediction if it is wrong")
         return predicts
 
     def _settle_zero_snr(self, wanted: str, notes: list[str]) -> bool:
