@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from trajectory_consistency.trainer import run
+from trajectory_consistency.trainer import preflight, run
 from trajectory_consistency.trainer.config.settings import from_mapping
 from trajectory_consistency.trainer.files import export
 from trajectory_consistency.trainer.training import checkpoint, loop
@@ -83,7 +83,7 @@ def _child(values: dict[str, Any], death: str, place: tuple[int, int, int] | Non
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         if place[0] > 0:
             run.whole_file = checkpoint.whole_file = export.whole_file = _refused
-            run.survey = run.identify = _not_asked
+            preflight.survey = preflight.open_checkpoint = _not_asked
     train = run.train
 
     def train_and_tell(*arguments: Any, **options: Any) -> list[float]:
@@ -103,9 +103,9 @@ def _child(values: dict[str, Any], death: str, place: tuple[int, int, int] | Non
 def _tell_share(values: dict[str, Any]) -> None:
     shard = run.sharding.shard
 
-    def shard_and_tell(unet: torch.nn.Module, trained: Any, device: torch.device, processes: Any) -> None:
-        shard(unet, trained, device, processes)
-        spread = [weight for weight in unet.parameters() if isinstance(weight, DTensor)]
+    def shard_and_tell(model: Any, processes: Any) -> None:
+        shard(model, processes)
+        spread = [weight for weight in model.network.parameters() if isinstance(weight, DTensor)]
         share = [sum(w.numel() for w in spread), sum(w.to_local().numel() for w in spread)]
         Path(values["output"]["folder"]).with_suffix(f".{processes.rank}.share.json").write_text(json.dumps(share))
 
@@ -150,13 +150,13 @@ def _at(method: str, name: str, *, after: bool) -> None:
 
 
 def _asked_to_stop() -> None:
-    draw = loop.draw
+    step_losses = loop.step_losses
 
-    def asked_meanwhile(*arguments: Any) -> object:
+    def asked_meanwhile(*arguments: Any) -> torch.Tensor:
         os.kill(os.getpid(), signal.SIGTERM)
-        return draw(*arguments)
+        return step_losses(*arguments)
 
-    loop.draw = asked_meanwhile  # type: ignore[assignment]
+    loop.step_losses = asked_meanwhile
 
 
 POINTS: dict[str, Callable[[], None]] = {

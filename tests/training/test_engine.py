@@ -4,6 +4,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 
-from tiny_base import network, random_dataset, small_config, write_base, write_inputs
-from trajectory_consistency.tcd import scaled_linear_alpha_bar
+from tiny_base import context, model_of, random_dataset, small_config, with_adapter, write_base, write_inputs
+from trajectory_consistency.tcd import DiscreteSchedule, scaled_linear_alpha_bar
+from trajectory_consistency.tcd.adapter import AVERAGE, STUDENT
 from trajectory_consistency.trainer.config.memory_advice import (
     MemoryFullError,
     memory_advice,
@@ -20,16 +22,16 @@ from trajectory_consistency.trainer.config.memory_advice import (
     when_training,
 )
 from trajectory_consistency.trainer.config.settings import Config, from_mapping
-from trajectory_consistency.trainer.config.targets import GROUPS, TARGETS
 from trajectory_consistency.trainer.errors import UserError
+from trajectory_consistency.trainer.files.adapter_weights import start_from
 from trajectory_consistency.trainer.files.export import write_lora
-from trajectory_consistency.trainer.models.conditioning import Conditioning
-from trajectory_consistency.trainer.models.unet import adapter
-from trajectory_consistency.trainer.models.unet.network import Network
-from trajectory_consistency.trainer.run import Inputs, check, run
+from trajectory_consistency.trainer.models.unet.model import UNetModel
+from trajectory_consistency.trainer.models.unet.targets import GROUPS, TARGETS
+from trajectory_consistency.trainer.preflight import Inputs, check
+from trajectory_consistency.trainer.run import run
 from trajectory_consistency.trainer.training import loop, optimizer
 from trajectory_consistency.trainer.training.checkpoint import Checkpoints
-from trajectory_consistency.trainer.training.compiled import compile_unet
+from trajectory_consistency.trainer.training.compiled import compile_network
 
 Values = dict[str, dict[str, object]]
 
@@ -44,24 +46,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_base(tmp_path_factory.mktemp("base") / "base.safetensors")
 
 
-def adapted(checkpoint: Path, dtype: torch.dtype = torch.float32) -> tuple[Network, list[torch.nn.Parameter]]:
+def adapted(checkpoint: Path, dtype: torch.dtype = torch.float32) -> tuple[UNetModel, list[torch.nn.Parameter]]:
     """The tiny network in a dtype, with an adapter that has an effect."""
-    net = network(checkpoint)
-    net.unet.to(dtype)
-    parameters = adapter.add_adapter(net.unet, rank=4, alpha=2.0, seed=0)
-    shake(parameters)
-    return net, parameters
+    net = model_of(checkpoint, dtype)
+    return net, list(with_adapter(net, alpha=2.0, effect=0.02).parameters())
 
 
-def shake(parameters: list[torch.nn.Parameter]) -> None:
-    generator = torch.Generator().manual_seed(9)
-    for parameter in parameters:
-        parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
-
-
-def records(net: Network, parameters: list[torch.nn.Parameter], config: Config) -> list[loop.StepRecord]:
+def records(net: UNetModel, config: Config) -> list[loop.StepRecord]:
     seen: list[loop.StepRecord] = []
-    loop.train(net, parameters, random_dataset(), config, observers=[seen.append])
+    loop.train(net, random_dataset(), config, observers=[seen.append])
     return seen
 
 
@@ -71,7 +64,7 @@ def test_an_observer_is_told_what_each_step_did_when_it_is_done(checkpoint: Path
     states: list[torch.Tensor] = []
     seen: list[loop.StepRecord] = []
     observers = [seen.append, lambda _: states.append(parameters[1].detach().clone())]
-    losses = loop.train(net, parameters, random_dataset(), config, observers=observers)
+    losses = loop.train(net, random_dataset(), config, observers=observers)
     assert [record.step for record in seen] == [1, 2, 3] and [record.loss for record in seen] == losses
     assert [record.lr / 1e-3 for record in seen] == [optimizer.lr_factor(step, 3, 1) for step in range(3)]
     for record in seen:
@@ -83,11 +76,11 @@ def test_an_observer_is_told_what_each_step_did_when_it_is_done(checkpoint: Path
 
 def test_gradient_checkpointing_changes_no_bit(checkpoint: Path, values: Values) -> None:
     net, parameters = adapted(checkpoint)
-    plain = records(net, parameters, small_config(values))
+    plain = records(net, small_config(values))
     other, others = adapted(checkpoint)
     calls = []
-    other.unet.up_blocks[0].resnets[0].register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
-    frugal = records(other, others, small_config(values, gradient_checkpointing=True))
+    other.network.up_blocks[0].resnets[0].register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    frugal = records(other, small_config(values, gradient_checkpointing=True))
     assert [(r.loss, r.norm) for r in frugal] == [(r.loss, r.norm) for r in plain]
     assert all(torch.equal(a, b) for a, b in zip(parameters, others, strict=True))
     assert sum(calls) == 4, "with a gradient it is run twice in each of two steps: forward, and again for the gradient"
@@ -96,11 +89,11 @@ def test_gradient_checkpointing_changes_no_bit(checkpoint: Path, values: Values)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_base_in_half_precision_trains_float32_masters(checkpoint: Path, values: Values, dtype: torch.dtype) -> None:
     net, parameters = adapted(checkpoint)
-    expected = records(net, parameters, small_config(values))
+    expected = records(net, small_config(values))
     half, masters = adapted(checkpoint, dtype)
-    got = records(half, masters, small_config(values))
+    got = records(half, small_config(values))
     assert {parameter.dtype for parameter in masters} == {torch.float32}
-    assert half.unet.conv_in.weight.dtype == dtype
+    assert half.network.conv_in.weight.dtype == dtype
     for ours, exact in zip(got, expected, strict=True):
         assert ours.loss == pytest.approx(exact.loss, rel=0.1) and ours.norm == pytest.approx(exact.norm, rel=0.3)
 
@@ -112,14 +105,14 @@ def test_small_gradients_are_not_lost_in_float16(
     real = loop.step_losses
     monkeypatch.setattr(loop, "step_losses", lambda *arguments: 1e-4 * real(*arguments))
     config = small_config(values, steps=1)
-    exact = records(*adapted(checkpoint), config)[0].norm
-    assert records(*adapted(checkpoint, torch.float16), config)[0].norm == pytest.approx(exact, rel=0.3)
+    exact = records(adapted(checkpoint)[0], config)[0].norm
+    assert records(adapted(checkpoint, torch.float16)[0], config)[0].norm == pytest.approx(exact, rel=0.3)
     monkeypatch.setattr(loop, "FLOAT16_SCALE", 1.0)
-    lost = records(*adapted(checkpoint, torch.float16), config)[0].norm
+    lost = records(adapted(checkpoint, torch.float16)[0], config)[0].norm
     assert abs(lost - exact) > 0.3 * exact
 
 
-def small_network() -> Network:
+def small_network() -> UNetModel:
     """A network that is compiled in seconds."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -133,19 +126,19 @@ def small_network() -> Network:
             norm_num_groups=4,
         )
     unet.requires_grad_(False)
-    return Network(unet, scaled_linear_alpha_bar().float(), "eps")
+    return UNetModel(unet, DiscreteSchedule.from_alpha_bar(scaled_linear_alpha_bar()), "eps")
 
 
-def states_of(net: Network, parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+def states_of(net: UNetModel, parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
     """Student, teacher, average, and the student again, from the same noise, and the student's gradient."""
     x_t = torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(1))
-    t, cond = torch.tensor([999, 19]), Conditioning(torch.ones(2, 77, 32))
+    t, cond = net.schedule.point(torch.tensor([999, 19]), 4), context(torch.ones(2, 77, 32))
     predict: Callable[[], torch.Tensor] = lambda: net.x0(x_t, t, cond)  # noqa: E731
     with torch.no_grad():
         found = [predict()]
-        with adapter.adapters_off(net.unet):
+        with net.adapter.off():
             found.append(predict())
-        with adapter.averaged(net.unet):
+        with net.adapter.using(AVERAGE):
             found.append(predict())
         found.append(predict())
     predict().square().mean().backward()
@@ -158,14 +151,16 @@ def test_a_compiled_unet_is_student_teacher_and_average_in_turn(monkeypatch: pyt
 
     def states(compiled: bool) -> list[torch.Tensor]:
         net = small_network()
-        parameters = adapter.add_adapter(net.unet, rank=2, alpha=2.0, seed=0)
-        shake(parameters)
-        adapter.add_average(net.unet)
-        shake(parameters)
+        student = with_adapter(net, rank=2, alpha=2.0, effect=0.02)
+        net.adapter.add(AVERAGE, deepcopy(student))
+        net.adapter.state = STUDENT
+        parameters = list(student.parameters())
+        for parameter in parameters:
+            parameter.data += 0.02
         if compiled:
-            compile_unet(net.unet, backend="eager")
+            compile_network(net.network, backend="eager")
         first = states_of(net, parameters)
-        net.unet.zero_grad()
+        student.zero_grad()
         assert all(torch.equal(a, b) for a, b in zip(first, states_of(net, parameters), strict=True))
         return first
 
@@ -180,17 +175,16 @@ def test_a_compiled_unet_is_student_teacher_and_average_in_turn(monkeypatch: pyt
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler for what inductor writes")
 def test_a_run_through_the_compilers_own_code_has_the_losses_of_one_without(checkpoint: Path, values: Values) -> None:
-    def few() -> tuple[Network, list[torch.nn.Parameter]]:
-        net = network(checkpoint)  # with an adapter on few modules, of which each is much to compile
-        parameters = adapter.add_adapter(net.unet, rank=4, alpha=2.0, seed=0, targets=("to_q", "conv2"))
-        shake(parameters)
-        return net, parameters
+    def few() -> UNetModel:
+        net = model_of(checkpoint)  # with an adapter on few layers, of which each is much to compile
+        with_adapter(net, alpha=2.0, targets=("to_q", "conv2"), effect=0.02)
+        return net
 
-    plain = records(*few(), small_config(values, steps=2, batch=2))
+    plain = records(few(), small_config(values, steps=2, batch=2))
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
-    compiled = records(*few(), small_config(values, steps=2, batch=2, compile=True))
+    compiled = records(few(), small_config(values, steps=2, batch=2, compile=True))
     assert counters["stats"]["unique_graphs"] >= 3, "the student with a gradient and without, and the teacher"
     for expected, got in zip(plain, compiled, strict=True):
         assert got.loss == pytest.approx(expected.loss, rel=1e-4) and got.norm == pytest.approx(expected.norm, rel=1e-3)
@@ -198,32 +192,30 @@ def test_a_run_through_the_compilers_own_code_has_the_losses_of_one_without(chec
 
 @pytest.mark.parametrize(("targets", "kinds"), [(["attention"], GROUPS["attention"]), (["conv1", "to_q"], None)])
 def test_the_adapter_is_on_its_targets_alone(checkpoint: Path, targets: list[str], kinds: tuple[str, ...]) -> None:
-    net = network(checkpoint)
-    adapter.add_adapter(net.unet, rank=2, alpha=2.0, seed=0, targets=targets)
-    modules = {name.partition(".lora_")[0] for name in adapter.adapter_state(net.unet)}
+    net = model_of(checkpoint)
+    weights = with_adapter(net, rank=2, targets=tuple(targets))
     wanted = tuple(f".{kind}" for kind in kinds or targets)
-    assert modules == {name for name, _ in network(checkpoint).unet.named_modules() if name.endswith(wanted)}
+    assert set(weights.paths) == {name for name, _ in net.network.named_modules() if name.endswith(wanted)}
 
 
 def test_targets_that_do_not_exist_are_refused(values: Values) -> None:
     for targets in ([], ["attention", "to_qq"]):
         with pytest.raises(UserError, match=r"adapter.targets is .*use the groups all, .* or the kinds to_q, "):
-            from_mapping({**values, "adapter": {"targets": targets}})
+            check(from_mapping({**values, "adapter": {"targets": targets}}))
     assert set(TARGETS) == set(GROUPS["all"]) and len(TARGETS) == 14
 
 
 def test_training_starts_from_a_lora_file(checkpoint: Path, values: Values, tmp_path: Path) -> None:
     net, _ = adapted(checkpoint)
     path = tmp_path / "lora.safetensors"
-    write_lora(path, net, small_config(values), {}, Conditioning(torch.ones(1, 77, 32)))
+    write_lora(path, net, small_config(values), {}, context(torch.ones(1, 77, 32)))
 
     def started(rank: int = 4, alpha: float = 2.0, targets: tuple[str, ...] = ("all",)) -> dict[str, torch.Tensor]:
-        fresh = network(checkpoint)
-        adapter.add_adapter(fresh.unet, rank=rank, alpha=alpha, seed=5, targets=targets)
-        adapter.start_from(fresh.unet, path, alpha)
-        return adapter.adapter_state(fresh.unet)
+        weights = with_adapter(model_of(checkpoint), rank=rank, alpha=alpha, seed=5, targets=targets)
+        start_from(weights, path)
+        return weights.tensors()
 
-    expected, got = adapter.adapter_state(net.unet), started()
+    expected, got = net.adapter.weights[STUDENT].tensors(), started()
     assert expected.keys() == got.keys() and all(torch.equal(expected[key].half().float(), got[key]) for key in got)
     with pytest.raises(UserError, match="use its adapter.rank, 4, and adapter.alpha, 2"):
         started(rank=8)
@@ -241,7 +233,7 @@ def test_a_lora_to_start_from_that_does_not_fit_is_refused_before_anything_is_do
 ) -> None:
     net, _ = adapted(checkpoint)
     path, other = tmp_path / "lora.safetensors", tmp_path / "sd15.safetensors"
-    write_lora(path, net, small_config(values), {}, Conditioning(torch.ones(1, 77, 32)))
+    write_lora(path, net, small_config(values), {}, context(torch.ones(1, 77, 32)))
     down, up = torch.ones(4, 320), torch.ones(320, 4)
     name = "lora_unet_down_blocks_0_attentions_0_proj_in"
     save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}, other)
@@ -281,9 +273,9 @@ def test_an_optimizer_in_8_bits_goes_on_from_a_checkpoint_to_the_last_bit(
     config = small_config(values, steps=4, batch=2, optimizer="adamw8bit", weight_decay=0.1)
 
     def begun() -> loop.Training:
-        net = network(checkpoint)
-        parameters = adapter.add_adapter(net.unet, rank=64, alpha=64.0, seed=0)  # below 4096 numbers it keeps 32 bits
-        return loop.Training(net, parameters, random_dataset(), config)
+        net = model_of(checkpoint)
+        with_adapter(net, rank=64, alpha=64.0)  # below 4096 numbers it keeps 32 bits
+        return loop.Training(net, random_dataset(), config)
 
     whole = begun()
     for _ in range(4):
@@ -317,7 +309,7 @@ def test_a_full_memory_is_told_from_other_errors(values: Values) -> None:
 
 PHASES = {
     "models.unet.text.TextEncoder.encode": "pictures of 64 px were encoded into the cache",
-    "run.load_base": "the base's UNet was loaded: close what else uses the memory",
+    "models.unet.single_file.SingleFile.unet": "the base's UNet was loaded: close what else uses the memory",
     "views.preview.Previews.start": "a preview of 64 x 64 px was drawn. Use a smaller preview.width",
     "views.preview.Previews._draw_student": "a preview of 64 x 64 px was drawn",
     "views.preview.Previews.__call__": "a preview of 64 x 64 px was drawn",

@@ -11,13 +11,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from small_bases import random_parts, shrink, to_state, write
-from tiny_base import network, random_dataset, small_config, write_inputs
+from tiny_base import context, model_of, random_dataset, small_config, with_adapter, write_inputs
 from trajectory_consistency.tcd import (
+    DiscreteSchedule,
     Level,
     coverage,
     kohya_name,
     scaled_linear_alpha_bar,
-    timestep_grid,
     zero_terminal_snr,
 )
 from trajectory_consistency.tcd.times import Law
@@ -26,11 +26,10 @@ from trajectory_consistency.trainer.data.encode import prepare
 from trajectory_consistency.trainer.models.conditioning import Conditioning
 from trajectory_consistency.trainer.models.sampling import Guidance, initial_noise, sample_latents
 from trajectory_consistency.trainer.models.solver import draw_latents
-from trajectory_consistency.trainer.models.unet.adapter import add_adapter
 from trajectory_consistency.trainer.models.unet.families import Family
-from trajectory_consistency.trainer.models.unet.network import Network
+from trajectory_consistency.trainer.models.unet.model import UNetModel
 from trajectory_consistency.trainer.run import run
-from trajectory_consistency.trainer.training import step
+from trajectory_consistency.trainer.training import examples, step
 
 ARCHITECTURES = {
     "sd15": ("stable-diffusion-v1", "sd_v1"),
@@ -79,17 +78,16 @@ def test_a_base_becomes_a_lora_that_fits_it(family: Family, prediction: str, tmp
 
 
 @pytest.mark.usefixtures("small")
-def test_sdxl_is_told_the_sizes_and_the_crop_of_each_picture(tmp_path: Path) -> None:
+def test_sdxl_gets_the_sizes_and_the_crop_of_each_picture(tmp_path: Path) -> None:
     dataset = prepare(configured("sdxl", tmp_path), torch.device("cpu"), torch.float32)
     seen = set()
     for number in range(4):
         batch = dataset.batch(number, 2, seed=0, caption_dropout=0)
-        assert batch.cond.time_ids is not None and batch.uncond.time_ids is not None
-        assert torch.equal(batch.cond.time_ids, batch.uncond.time_ids)
-        assert batch.cond.pooled is not None and batch.uncond.pooled is not None
-        assert not torch.equal(batch.cond.pooled, batch.uncond.pooled)
-        assert [8 * side for side in batch.latents.shape[2:]] == batch.cond.time_ids[0, 4:].tolist()
-        seen |= {tuple(row) for row in batch.cond.time_ids.int().tolist()}
+        cond, uncond = batch.cond.tensors, batch.uncond.tensors
+        assert torch.equal(cond["time_ids"], uncond["time_ids"])
+        assert not torch.equal(cond["pooled"], uncond["pooled"])
+        assert [8 * side for side in batch.latents.shape[2:]] == cond["time_ids"][0, 4:].tolist()
+        seen |= {tuple(row) for row in cond["time_ids"].int().tolist()}
     # Resized to 48 x 96 and 96 x 48, of which 8 are cut from either end of the long side.
     assert seen == {(80, 160, 0, 8, 48, 80), (160, 80, 8, 0, 80, 48)}
 
@@ -97,53 +95,57 @@ def test_sdxl_is_told_the_sizes_and_the_crop_of_each_picture(tmp_path: Path) -> 
 @pytest.mark.usefixtures("small")
 def test_every_part_of_sdxls_conditioning_reaches_the_unet_as_in_diffusers() -> None:
     unet, draw = random_parts("sdxl").unet, torch.Generator().manual_seed(0)
-    net = Network(unet, scaled_linear_alpha_bar().float(), "eps")
+    net = UNetModel(unet, DiscreteSchedule.from_alpha_bar(scaled_linear_alpha_bar()), "eps")
 
-    def told(count: int) -> Conditioning:
-        context, pooled = torch.randn((count, 77, 24), generator=draw), torch.randn((count, 16), generator=draw)
-        return Conditioning(context, pooled, torch.randint(0, 2000, (count, 6), generator=draw).float())
+    def some(count: int) -> Conditioning:
+        text, pooled = torch.randn((count, 77, 24), generator=draw), torch.randn((count, 16), generator=draw)
+        sizes = torch.randint(0, 2000, (count, 6), generator=draw).float()
+        return Conditioning.of(context=text, pooled=pooled, time_ids=sizes)
 
-    cond, uncond, x, t = told(3), told(3), initial_noise(0, (3, 4, 8, 8)), torch.tensor([999, 499, 19])
+    cond, uncond, x, times = some(3), some(3), initial_noise(0, (3, 4, 8, 8)), torch.tensor([999, 499, 19])
+    t = net.schedule.point(times, 4)
     with torch.no_grad():
-        added = {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
-        output = unet(x, t, cond.context, added_cond_kwargs=added).sample
-        alpha, sigma = net.level(t)
+        given = cond.tensors
+        added = {"text_embeds": given["pooled"], "time_ids": given["time_ids"]}
+        output = unet(x, times, given["context"], added_cond_kwargs=added).sample
+        alpha, sigma = t.level
         torch.testing.assert_close(net.x0(x, t, cond), (x - sigma * output) / alpha)
         free, given = net.x0(x, t, uncond), net.x0(x, t, cond)
         got = net.guided_x0(x, t, cond, uncond, torch.tensor([3.0, 3.0, 3.0]))
         assert ((got - (free + 3 * (given - free))).norm() / got.norm()).item() < 1e-5
         for part in ("context", "pooled", "time_ids"):
-            changed = Conditioning(**{**vars(cond), part: getattr(uncond, part)})
+            changed = Conditioning({**cond.tensors, part: uncond.tensors[part]})
             assert not torch.allclose(net.x0(x, t, changed), given), part
 
 
 @pytest.fixture
-def without_signal(tmp_path: Path) -> tuple[Network, dict[str, dict[str, object]]]:
+def without_signal(tmp_path: Path) -> tuple[UNetModel, dict[str, dict[str, object]]]:
     """The tiny UNet as one that predicts v at zero terminal SNR, and the values of a configuration."""
     values = write_inputs(tmp_path)
-    unet = network(tmp_path / "base.safetensors").unet
-    return Network(unet, zero_terminal_snr(scaled_linear_alpha_bar()).float(), "v"), values
+    unet = model_of(tmp_path / "base.safetensors").network
+    schedule = DiscreteSchedule.from_alpha_bar(zero_terminal_snr(scaled_linear_alpha_bar()))
+    return UNetModel(unet, schedule, "v"), values
 
 
 def test_levels_are_finite_and_in_order_up_to_where_no_signal_is_left(
-    without_signal: tuple[Network, dict[str, dict[str, object]]],
+    without_signal: tuple[UNetModel, dict[str, dict[str, object]]],
 ) -> None:
     net, _ = without_signal
-    assert net.level(torch.tensor([999])) == Level(torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1))
-    alphas = net.level(torch.tensor([0.0, 500.5, 998.0, 998.5, 999.0])).alpha
+    end = net.schedule.point(torch.tensor([999]), 4).level
+    assert end == Level(torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1))
+    alphas = net.schedule.point(torch.tensor([0.0, 500.5, 998.0, 998.5, 999.0]), 4).level.alpha
     assert isinstance(alphas, torch.Tensor) and alphas.isfinite().all() and (alphas.diff(dim=0) < 0).all()
     t, s = torch.tensor([999, 999, 999, 19]), torch.tensor([0, 979, 998, 0])
-    middle = net.midpoint(t, s)
+    middle = net.schedule.midpoint(t, s)
     assert middle.isfinite().all() and (middle < t).all() and (middle > s).all()
 
 
 def test_every_method_trains_where_no_signal_is_left(
-    without_signal: tuple[Network, dict[str, dict[str, object]]], monkeypatch: pytest.MonkeyPatch
+    without_signal: tuple[UNetModel, dict[str, dict[str, object]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net, values = without_signal
-    parameters = add_adapter(net.unet, rank=4, alpha=2.0, seed=0)
-    batch = random_dataset().batch(0, 3, seed=0, caption_dropout=0)
-    real = step.sample_times
+    parameters = list(with_adapter(net, alpha=2.0).parameters())
+    real = examples.sample_times
     for law, (order, weighting) in product(get_args(Law), ((1, "x0"), (2, "gap"))):
         values["method"] = {"law": law, "order": order, "weighting": weighting, "phases": [2]}
         config = small_config(values)
@@ -152,8 +154,9 @@ def test_every_method_trains_where_no_signal_is_left(
             times = real(*arguments, **options)
             return times._replace(t=torch.full_like(times.t, 999), t_next=torch.full_like(times.t, 979))
 
-        monkeypatch.setattr(step, "sample_times", from_the_end)
-        losses = step.step_losses(net, batch, step.draw(config, 0, batch.latents.shape[1:]), config)
+        monkeypatch.setattr(examples, "sample_times", from_the_end)
+        rows = examples.read(config, random_dataset(), net.schedule, 0, slice(0, 3))
+        losses = step.step_losses(net, rows, config)
         losses.sum().backward()
         assert losses.isfinite().all() and (losses > 0).all(), (law, order, weighting)
         assert all(each.grad is not None and each.grad.isfinite().all() for each in parameters)
@@ -162,18 +165,22 @@ def test_every_method_trains_where_no_signal_is_left(
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_sampling_begins_where_no_signal_is_left(
-    without_signal: tuple[Network, dict[str, dict[str, object]]], steps: int, gamma: float
+    without_signal: tuple[UNetModel, dict[str, dict[str, object]]], steps: int, gamma: float
 ) -> None:
     net, _ = without_signal
     draw = torch.Generator().manual_seed(3)
-    cond, uncond = (Conditioning(torch.randn((2, 77, 32), generator=draw)) for _ in range(2))
+    cond, uncond = (context(torch.randn((2, 77, 32), generator=draw)) for _ in range(2))
     noise = initial_noise(0, (2, 4, 8, 8))
     guidance = Guidance(uncond, 2.0)
-    out = sample_latents(net, cond, timesteps=timestep_grid(steps), gamma=gamma, noise=noise, seed=0, guidance=guidance)
+    out = sample_latents(
+        net, cond, sigmas=net.schedule.sigmas_for(steps), gamma=gamma, noise=noise, seed=0, guidance=guidance
+    )
     assert out.isfinite().all()
     if steps == 1:  # x0 = -v, where x_t is noise alone
         with torch.no_grad():
-            free, given = (-net.unet(noise, torch.tensor(999), each.context).sample for each in (uncond, cond))
+            free, given = (
+                -net.network(noise, torch.tensor(999), each.tensors["context"]).sample for each in (uncond, cond)
+            )
         assert ((out - (free + 2 * (given - free))).norm() / out.norm()).item() < 1e-2
     drawn = draw_latents(net, cond, uncond, noise, steps=steps, guidance=2.0)
     assert drawn.isfinite().all()

@@ -1,17 +1,17 @@
 """Every method that a configuration can ask for, trained for a few steps on a real, tiny UNet."""
 
 import math
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
 
-from tiny_base import network, random_dataset, small_config, write_base, write_inputs
+from tiny_base import context, model_of, random_dataset, small_config, with_adapter, write_base, write_inputs
+from trajectory_consistency.tcd.adapter import AVERAGE, OFF, STUDENT
 from trajectory_consistency.tcd.times import Times, sample_times
-from trajectory_consistency.trainer.models.conditioning import Conditioning
-from trajectory_consistency.trainer.models.unet import adapter
-from trajectory_consistency.trainer.models.unet.network import Network
-from trajectory_consistency.trainer.training import loop, step
+from trajectory_consistency.trainer.models.unet.model import UNetModel
+from trajectory_consistency.trainer.training import examples, loop
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +20,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def net(checkpoint: Path) -> Network:
-    return network(checkpoint)
+def net(checkpoint: Path) -> UNetModel:
+    return model_of(checkpoint)
 
 
 @pytest.fixture
@@ -50,10 +50,10 @@ def test_each_method_trains_in_its_own_way_and_the_same_each_time(
 ) -> None:
     def trained(settings: dict[str, object]) -> tuple[list[float], dict[str, torch.Tensor]]:
         values["method"] = settings
-        net = network(checkpoint)
-        parameters = adapter.add_adapter(net.unet, rank=4, alpha=4.0, seed=0)
-        losses = loop.train(net, parameters, random_dataset(), small_config(values, steps=4, batch=4))
-        return losses, adapter.adapter_state(net.unet)
+        net = model_of(checkpoint)
+        weights = with_adapter(net)
+        losses = loop.train(net, random_dataset(), small_config(values, steps=4, batch=4))
+        return losses, weights.tensors()
 
     (losses, state), (again, same) = trained(METHODS[method]), trained(METHODS[method])
     assert losses == again and all(torch.equal(state[key], same[key]) for key in state)
@@ -62,7 +62,7 @@ def test_each_method_trains_in_its_own_way_and_the_same_each_time(
 
 
 def test_stages_have_equal_shares_of_the_steps(
-    values: dict[str, dict[str, object]], net: Network, monkeypatch: pytest.MonkeyPatch
+    values: dict[str, dict[str, object]], net: UNetModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
 
@@ -70,30 +70,45 @@ def test_stages_have_equal_shares_of_the_steps(
         seen.append(phases)
         return sample_times(*arguments, phases=phases, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(step, "sample_times", watched)
+    monkeypatch.setattr(examples, "sample_times", watched)
     values["method"] = {"law": "segment", "phases": [8, 4, 2]}
-    parameters = adapter.add_adapter(net.unet, rank=4, alpha=4.0, seed=0)
-    loop.train(net, parameters, random_dataset(), small_config(values, steps=6, batch=1))
+    with_adapter(net)
+    for step in range(6):
+        examples.draw(small_config(values, steps=6, batch=1), net.schedule, step)
     assert seen == [8, 8, 4, 4, 2, 2]
 
 
-def test_the_average_follows_the_adapter_and_is_not_trained(net: Network) -> None:
-    parameters = adapter.add_adapter(net.unet, rank=4, alpha=4.0, seed=0)
-    adapter.add_average(net.unet)
-    assert [p for p in net.unet.parameters() if p.requires_grad] == parameters
-    x_t, t, cond = torch.randn(1, 4, 8, 8), torch.tensor([499]), Conditioning(torch.randn(1, 77, 32))
+def test_the_average_follows_the_adapter_and_is_not_trained(
+    values: dict[str, dict[str, object]], net: UNetModel
+) -> None:
+    values["method"] = {"ema_decay": 0.5}
+    student = with_adapter(net)
+    training = loop.Training(net, random_dataset(), small_config(values, steps=4))
+    average = net.adapter.weights[AVERAGE]
+    assert training.parameters == list(student.parameters())
+    assert not any(parameter.requires_grad for parameter in average.parameters())
+    expected = {name: tensor.detach().clone() for name, tensor in student.tensors().items()}
+    for _ in range(3):
+        training.advance()
+        for name, tensor in student.tensors().items():
+            expected[name] = 0.5 * expected[name] + 0.5 * tensor.detach()
+    for name, tensor in average.tensors().items():
+        torch.testing.assert_close(tensor, expected[name])
+    assert not all(torch.equal(tensor, student.tensors()[name]) for name, tensor in average.tensors().items())
+
+
+def test_student_teacher_and_average_are_one_network_in_three_states(net: UNetModel) -> None:
+    student = with_adapter(net)
+    net.adapter.add(AVERAGE, deepcopy(student))
+    net.adapter.state = STUDENT
+    x_t, t, cond = torch.randn(1, 4, 8, 8), net.schedule.point(torch.tensor([499]), 4), context(torch.randn(1, 77, 32))
     with torch.no_grad():
         start = net.x0(x_t, t, cond)
-        for parameter in parameters:
+        for parameter in student.parameters():
             parameter += 0.1
         trained = net.x0(x_t, t, cond)
-        with adapter.averaged(net.unet):
-            assert torch.equal(net.x0(x_t, t, cond), start), "the average has not moved yet"
-        adapter.update_average(net.unet, 0.0)
-        with adapter.averaged(net.unet):
-            assert torch.equal(net.x0(x_t, t, cond), trained)
+        assert not torch.equal(trained, start)
+        for state, expected in ((AVERAGE, start), (OFF, start), (STUDENT, trained)):
+            with net.adapter.using(state):
+                assert torch.equal(net.x0(x_t, t, cond), expected), state
         assert torch.equal(net.x0(x_t, t, cond), trained)
-        with adapter.adapters_off(net.unet):
-            teacher = net.x0(x_t, t, cond)
-        assert not torch.equal(teacher, trained)
-    assert set(adapter.adapter_state(net.unet)) and not any("average" in key for key in adapter.adapter_state(net.unet))

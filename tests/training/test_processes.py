@@ -15,11 +15,10 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 import child_runs
-from tiny_base import network, random_dataset, small_config, write_inputs
+from tiny_base import model_of, random_dataset, small_config, with_adapter, write_inputs
 from trajectory_consistency.trainer.config.settings import from_mapping
 from trajectory_consistency.trainer.errors import UserError
-from trajectory_consistency.trainer.models.unet import adapter
-from trajectory_consistency.trainer.run import check
+from trajectory_consistency.trainer.preflight import check
 from trajectory_consistency.trainer.training import loop
 from trajectory_consistency.trainer.training.processes import Processes
 
@@ -101,12 +100,12 @@ def test_with_the_default_corner_of_huber_shares_differ_from_the_whole_by_roundi
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
     def share(rank: int, count: int, accumulate: int) -> torch.Tensor:
-        net = network(Path(values["base"]["path"]))
-        net.unet.double()
-        parameters = adapter.add_adapter(net.unet, rank=4, alpha=2.0, seed=0)
+        net = model_of(Path(values["base"]["path"]))
+        net.network.double()
+        with_adapter(net, alpha=2.0).double()
         config = small_config({**values, "method": {}}, accumulate=accumulate)
         assert config.method.huber_c == 0.001
-        training = loop.Training(net, parameters, random_dataset(), config, Apart(rank, count))
+        training = loop.Training(net, random_dataset(), config, Apart(rank, count))
         with pytest.raises(InterruptedError):
             training.advance()
         return Apart.shares.pop()
@@ -193,9 +192,9 @@ from torch.distributed.tensor import DTensor
 from trajectory_consistency.trainer.training import sharding
 from trajectory_consistency.trainer.cli import main
 shard = sharding.shard
-def shard_and_tell(unet, *arguments):
-    shard(unet, *arguments)
-    print("spread:", sum(isinstance(weight, DTensor) for weight in unet.parameters()) > 100, flush=True)
+def shard_and_tell(model, *arguments):
+    shard(model, *arguments)
+    print("spread:", sum(isinstance(weight, DTensor) for weight in model.network.parameters()) > 100, flush=True)
 sharding.shard = shard_and_tell
 sys.exit(main())
 """

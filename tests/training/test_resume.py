@@ -23,7 +23,8 @@ from trajectory_consistency.trainer.cli import main
 from trajectory_consistency.trainer.config.settings import from_mapping
 from trajectory_consistency.trainer.errors import UserError
 from trajectory_consistency.trainer.files.export import config_digest
-from trajectory_consistency.trainer.run import check, run
+from trajectory_consistency.trainer.preflight import check
+from trajectory_consistency.trainer.run import run
 from trajectory_consistency.trainer.training import loop
 from trajectory_consistency.trainer.training.checkpoint import Checkpoints
 from trajectory_consistency.trainer.views.history import read_log
@@ -168,7 +169,7 @@ def test_whatever_stops_a_run_it_says_what_to_do_and_the_same_command_goes_on(
         kept = sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())
         assert kept == ["step-00000003.safetensors", "step-00000004.safetensors"]
         code, said = stopped_by(lambda loss: loss, -1)
-        assert code == 0 and "going on from step 4 of 6" in caplog.text
+        assert code == 0 and "resuming at step 4 of 6" in caplog.text
     finally:
         torch.set_num_threads(threads)
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

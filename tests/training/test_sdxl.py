@@ -15,15 +15,16 @@ STEP = """
 import sys
 from pathlib import Path
 import torch
-from trajectory_consistency.tcd import scaled_linear_alpha_bar
+from trajectory_consistency.tcd import DiscreteSchedule, scaled_linear_alpha_bar
 from trajectory_consistency.trainer.models.unet import families as bases
-from trajectory_consistency.trainer.models.unet.adapter import add_adapter
+from trajectory_consistency.tcd.adapter import STUDENT
 from trajectory_consistency.trainer.data.buckets import Size
 from trajectory_consistency.trainer.config.settings import from_mapping
 from trajectory_consistency.trainer.data.dataset import Dataset, Table, caption_of
 from trajectory_consistency.trainer.files.export import write_lora
 from trajectory_consistency.trainer.training.loop import train
-from trajectory_consistency.trainer.models.unet.network import Network
+from trajectory_consistency.trainer.models.conditioning import Conditioning
+from trajectory_consistency.trainer.models.unet.model import UNetModel
 from trajectory_consistency.trainer.data.order import Group
 
 random = torch.Generator().manual_seed(0)
@@ -35,10 +36,12 @@ for name, weight in unet.named_parameters():
         weight.data.fill_(float(name.endswith("weight")))
     else:
         weight.data.normal_(0, weight[0].numel() ** -0.5, generator=random)
-latents = {"mean": torch.randn(1, 4, 8, 8, generator=random), "time_ids": torch.tensor([[64, 64, 0, 0, 64, 64]])}
+latents = {"mean": torch.randn(1, 4, 8, 8, generator=random), "sizes": torch.tensor([[64, 64, 0, 0, 64, 64]])}
 captions = {"context": torch.randn(2, 77, 2048, generator=random), "pooled": torch.randn(2, 1280, generator=random)}
+def join(rows, sizes):
+    return Conditioning({**Conditioning.cat(rows).tensors, "time_ids": sizes.float()})
 table = Table(torch.tensor([[0, 0, 0, 1]]), [latents], [captions])
-dataset = Dataset((Group(Size(64, 64), 1, 1.0),), [table], caption_of(captions, 0))
+dataset = Dataset((Group(Size(64, 64), 1, 1.0),), [table], caption_of(captions, 0), join)
 folder = Path(sys.argv[1])
 config = from_mapping(
     {
@@ -49,11 +52,11 @@ config = from_mapping(
         "output": {"folder": str(folder)},
     }
 )
-network = Network(unet, scaled_linear_alpha_bar().float(), "eps")
-parameters = add_adapter(unet, rank=4, alpha=4.0, seed=0)
-print(*train(network, parameters, dataset, config))
+model = UNetModel(unet, DiscreteSchedule.from_alpha_bar(scaled_linear_alpha_bar()), "eps")
+model.adapter.add(STUDENT, model.new_weights(rank=4, alpha=4.0, seed=0))
+print(*train(model, dataset, config))
 cond = dataset.batch(0, 1, seed=0, caption_dropout=0).cond
-write_lora(folder / "lora.safetensors", network, config, {}, cond, final=True)
+write_lora(folder / "lora.safetensors", model, config, {}, cond, final=True)
 """
 
 

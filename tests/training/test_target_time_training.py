@@ -6,24 +6,27 @@ import pytest
 import torch
 from safetensors.torch import load_file, safe_open, save_file
 
-from tiny_base import network, random_dataset, small_config, write_inputs
-from trajectory_consistency.tcd import TargetInput
+from tiny_base import context, model_of, random_dataset, small_config, with_adapter, write_inputs
+from trajectory_consistency.tcd import DiscreteSchedule, TargetInput, TimePoint, scaled_linear_alpha_bar
+from trajectory_consistency.tcd.adapter import AVERAGE, FILE, STUDENT
 from trajectory_consistency.trainer import run
 from trajectory_consistency.trainer.cli import main
 from trajectory_consistency.trainer.errors import UserError
+from trajectory_consistency.trainer.files.adapter_weights import file_tensors, load_weights, start_from
 from trajectory_consistency.trainer.models.conditioning import Conditioning
-from trajectory_consistency.trainer.models.unet import adapter
-from trajectory_consistency.trainer.models.unet.network import Network
-from trajectory_consistency.trainer.training import loop
+from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint
+from trajectory_consistency.trainer.models.unet.model import UNetModel
+from trajectory_consistency.trainer.training import examples, loop
 from trajectory_consistency.trainer.training.memory import Settings, estimate
 from trajectory_consistency.trainer.training.optimizer import make_optimizer, set_rate
-from trajectory_consistency.trainer.training.step import draw, step_losses
+from trajectory_consistency.trainer.training.step import step_losses
 
 Values = dict[str, dict[str, object]]
 EMBEDDING = [f"tcd_target_time.{name}" for name in ("in.bias", "in.weight", "out.bias", "out.weight")]
+SCHEDULE = DiscreteSchedule.from_alpha_bar(scaled_linear_alpha_bar())
 X_T, T = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([499, 999])
 NEAR, FAR = torch.tensor([479, 979]), torch.tensor([0, 259])
-COND = Conditioning(torch.randn(2, 77, 32, generator=torch.Generator().manual_seed(2)))
+COND = context(torch.randn(2, 77, 32, generator=torch.Generator().manual_seed(2)))
 
 
 @pytest.fixture
@@ -38,95 +41,95 @@ def base(values: Values) -> Path:
     return Path(str(values["base"]["path"]))
 
 
-def student(base: Path, told: TargetInput | None = "s", *, trained: bool = True) -> Network:
+def student(base: Path, target_input: TargetInput | None = "s", *, trained: bool = True) -> UNetModel:
     """A tiny network with an adapter, filled as if it had been trained."""
-    net = network(base)
-    parameters = adapter.add_adapter(net.unet, rank=4, alpha=2.0, seed=0, targets=("attention",), told=told)
-    if trained:
-        generator = torch.Generator().manual_seed(3)
-        for parameter in parameters:
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return net
+    model = model_of(base)
+    with_adapter(model, alpha=2.0, targets=("attention",), target_input=target_input, effect=0.1 if trained else 0.0)
+    return model
 
 
 @torch.no_grad()
-def x0(net: Network, s: torch.Tensor | None) -> torch.Tensor:
-    return net.x0(X_T, T, COND, s)
+def x0(model: UNetModel, s: torch.Tensor | None) -> torch.Tensor:
+    return model.x0(X_T, SCHEDULE.point(T, 4), COND, None if s is None else SCHEDULE.point(s, 4))
 
 
 def test_the_student_heeds_s_and_the_teacher_does_not(base: Path) -> None:
-    net = student(base)
-    assert not torch.allclose(x0(net, NEAR), x0(net, FAR), atol=1e-3)
-    with adapter.adapters_off(net.unet):
-        assert torch.equal(x0(net, NEAR), x0(network(base), None)) and torch.equal(x0(net, FAR), x0(net, None))
-    assert not torch.allclose(x0(net, NEAR), x0(net, FAR), atol=1e-3), "the student is back"
-    with pytest.raises(ValueError, match="class_labels"):
-        x0(net, None)
+    model = student(base)
+    assert not torch.allclose(x0(model, NEAR), x0(model, FAR), atol=1e-3)
+    with model.adapter.off():
+        assert torch.equal(x0(model, NEAR), x0(model_of(base), None))
+        assert torch.equal(x0(model, FAR), x0(model, None))
+    assert not torch.allclose(x0(model, NEAR), x0(model, FAR), atol=1e-3), "the student is back"
+    with pytest.raises(ValueError, match="has an embedding of the target time: give s"):
+        x0(model, None)
 
 
-def test_an_adapter_that_is_told_and_one_that_is_not_share_a_unet(base: Path, tmp_path: Path) -> None:
-    expected = {}
-    for name, told in (("told", "s"), ("untold", None)):
-        net = student(base, told)
-        save_file(adapter.file_tensors(net.unet, 2.0), tmp_path / f"{name}.safetensors", {"tcd.target_time": "s"})
-        expected[name] = x0(net, FAR)
-    both = network(base)
-    for name in expected:
-        adapter.load_adapter(both.unet, tmp_path / f"{name}.safetensors", name)
-    for name in ("told", "untold", "told"):
-        adapter.use_adapter(both.unet, name)
-        assert torch.allclose(x0(both, FAR), expected[name], atol=1e-5), name
+def test_weights_with_an_embedding_of_s_and_without_share_a_network(base: Path, tmp_path: Path) -> None:
+    expected, paths = {}, {}
+    for name, target_input in (("with", "s"), ("without", None)):
+        model = student(base, target_input)
+        paths[name] = tmp_path / f"{name}.safetensors"
+        tensors = file_tensors(model, model.adapter.weights[STUDENT])
+        save_file(tensors, paths[name], {"tcd.target_time": "s"})
+        expected[name] = x0(model, FAR)
+    both = model_of(base)
+    for name, path in paths.items():
+        both.adapter.add(name, load_weights(both, path))
+    for name in ("with", "without", "with"):
+        with both.adapter.using(name):
+            assert torch.allclose(x0(both, FAR), expected[name], atol=1e-5), name
 
 
-def test_a_unet_without_adapters_is_the_teacher_as_it_is(base: Path) -> None:
-    net = network(base)
-    with adapter.adapters_off(net.unet):
-        assert torch.equal(x0(net, None), x0(network(base), None))
+def test_a_network_without_weights_is_the_teacher_as_it_is(base: Path) -> None:
+    model = model_of(base)
+    with model.adapter.off():
+        assert torch.equal(x0(model, None), x0(model_of(base), None))
 
 
-def test_at_first_it_is_as_if_nothing_were_told(base: Path) -> None:
-    untold = student(base, None, trained=False)
-    for told in ("s", "t-s"):
-        net = student(base, told, trained=False)
-        assert torch.equal(x0(net, NEAR), x0(untold, None)) and torch.equal(x0(net, FAR), x0(untold, NEAR))
+def test_a_network_whose_weights_were_removed_is_as_it_was_loaded(base: Path) -> None:
+    model, untouched = student(base), model_of(base)
+    model.adapter.eject()
+    assert torch.equal(x0(model, None), x0(untouched, None))
+    assert not any("forward" in vars(module) for module in model.network.modules())
+    assert list(model.network.state_dict()) == list(untouched.network.state_dict())
 
 
-def test_t_minus_s_is_another_thing_than_s(base: Path) -> None:
-    net = student(base, "t-s")
-    gap = T - FAR
-    with torch.no_grad():
-        as_s = student(base, "s")
-        expected = as_s.x0(X_T, T, COND, gap)
-    assert torch.equal(x0(net, FAR), expected)
+def test_at_first_the_embedding_changes_nothing(base: Path) -> None:
+    plain = student(base, None, trained=False)
+    for target_input in ("s", "t-s"):
+        model = student(base, target_input, trained=False)
+        assert torch.equal(x0(model, NEAR), x0(plain, None)) and torch.equal(x0(model, FAR), x0(plain, NEAR))
 
 
-def test_both_ends_of_the_loss_are_told_s_and_the_teacher_is_not(
+def test_t_minus_s_is_a_different_input_than_s(base: Path) -> None:
+    assert torch.equal(x0(student(base, "t-s"), FAR), x0(student(base, "s"), T - FAR))
+
+
+def test_both_ends_of_the_loss_get_s_and_the_teacher_does_not(
     base: Path, values: Values, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    net, settings = student(base), small_config(values, batch=4)
-    batch = random_dataset().batch(0, 4, seed=0, caption_dropout=0)
-    draws = draw(settings, 0, batch.latents.shape[1:])
+    model, settings = student(base), small_config(values, batch=4)
+    rows = examples.read(settings, random_dataset(), model.schedule, 0, slice(0, 4))
     seen: list[tuple[list[int], list[int] | None]] = []
-    real = Network._output
+    real = UNetModel._output
 
-    def watched(
-        self: Network, x_t: torch.Tensor, t: torch.Tensor, cond: Conditioning, s: torch.Tensor | None
-    ) -> object:
-        seen.append((t.tolist(), None if s is None else s.tolist()))
+    def watched(self: UNetModel, x_t: torch.Tensor, t: TimePoint, cond: Conditioning, s: TimePoint | None) -> object:
+        seen.append((t.network_time.tolist(), None if s is None else s.network_time.tolist()))
         return real(self, x_t, t, cond, s)
 
-    monkeypatch.setattr(Network, "_output", watched)
-    step_losses(net, batch, draws, settings)
-    t, t_next, s = (time.tolist() for time in draws.times)
-    far = [k for k in range(4) if s[k] < t_next[k]]
-    assert seen == [(t + t, None), ([t_next[k] for k in far], [s[k] for k in far]), (t, s)]
+    monkeypatch.setattr(UNetModel, "_output", watched)
+    step_losses(model, rows, settings)
+    t, t_next, s = (time.tolist() for time in rows.times)
+    moved = [k for k in range(4) if s[k] < t_next[k]]
+    assert len(moved) > 0 and rows.moved.tolist() == moved
+    assert seen == [(t + t, None), ([t_next[k] for k in moved], [s[k] for k in moved]), (t, s)]
 
 
 def test_the_embedding_has_a_learning_rate_of_its_own(base: Path, values: Values) -> None:
     settings = small_config(values, lr=1e-3, target_time_lr=1e-2, steps=10).training
-    net = network(base)
-    parameters = adapter.add_adapter(net.unet, rank=4, alpha=2.0, seed=0, told="s")
-    embedding = adapter.embedding_parameters(net.unet)
+    weights = with_adapter(model_of(base), alpha=2.0, target_input="s")
+    assert weights.target_time is not None
+    parameters, embedding = list(weights.parameters()), list(weights.target_time.parameters())
     optimizer = make_optimizer(parameters, settings, embedding)
     assert set_rate(optimizer, 5, settings) == pytest.approx(5e-4)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
@@ -134,20 +137,18 @@ def test_the_embedding_has_a_learning_rate_of_its_own(base: Path, values: Values
     assert all(rates[id(p)] == pytest.approx(5e-3 if any(p is e for e in embedding) else 5e-4) for p in parameters)
 
 
-def test_the_average_has_an_embedding_too(base: Path) -> None:
-    net = student(base)
-    adapter.add_average(net.unet)
-    before = x0(net, FAR)
-    with torch.no_grad():
-        for parameter in adapter.embedding_parameters(net.unet):
-            parameter += 1
-    assert not torch.allclose(x0(net, FAR), before, atol=1e-3)
-    with adapter.averaged(net.unet):
-        assert torch.equal(x0(net, FAR), before)
-    adapter.update_average(net.unet, 0.0)
-    with adapter.averaged(net.unet):
-        averaged = x0(net, FAR)
-    assert torch.equal(averaged, x0(net, FAR))
+def test_the_average_has_an_embedding_too(base: Path, values: Values) -> None:
+    values["method"] |= {"ema_decay": 0.5}
+    model = student(base)
+    before = x0(model, FAR)
+    training = loop.Training(model, random_dataset(), small_config(values, steps=1, target_time_lr=0.1))
+    training.advance()
+    with model.adapter.using(AVERAGE):
+        average = x0(model, FAR)
+    assert not torch.allclose(x0(model, FAR), before, atol=1e-3) and not torch.equal(average, before)
+    embeddings = [model.adapter.weights[state].target_time for state in (STUDENT, AVERAGE)]
+    ours, theirs = (each["out"].weight for each in embeddings if each is not None)
+    assert not torch.equal(ours, theirs)
 
 
 def test_a_run_writes_what_it_trained(values: Values, tmp_path: Path) -> None:
@@ -157,14 +158,13 @@ def test_a_run_writes_what_it_trained(values: Values, tmp_path: Path) -> None:
         assert file.metadata()["tcd.target_time"] == "s"
         assert sorted(name for name in file.keys() if name.startswith("tcd_")) == EMBEDDING  # noqa: SIM118
         assert file.get_tensor("tcd_target_time.out.weight").any()
-    net = network(Path(str(values["base"]["path"])))
-    adapter.load_adapter(net.unet, path)
+    net = model_of(Path(str(values["base"]["path"])))
+    net.adapter.add(FILE, load_weights(net, path))
     assert not torch.allclose(x0(net, NEAR), x0(net, FAR), atol=1e-5)
 
 
-def test_a_run_that_tells_nothing_has_none_of_it(values: Values, base: Path) -> None:
-    net = student(base, None)
-    assert net.unet.class_embedding is None and not adapter.embedding_parameters(net.unet)
+def test_a_run_without_the_target_time_has_none_of_it(values: Values, base: Path) -> None:
+    assert student(base, None).adapter.target_time is None
     del values["method"]
     path = run.run(small_config(values, steps=1))
     with safe_open(path, "pt") as file:
@@ -172,7 +172,7 @@ def test_a_run_that_tells_nothing_has_none_of_it(values: Values, base: Path) -> 
         assert not any(name.startswith("tcd_") for name in file.keys())  # noqa: SIM118
 
 
-@pytest.mark.parametrize("method", [{}, {"ema_decay": 0.5}, {"told": "t-s"}])
+@pytest.mark.parametrize("method", [{}, {"ema_decay": 0.5}, {"target_input": "t-s"}])
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(
     values: Values, method: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,35 +217,38 @@ def test_it_needs_no_second_order(values: Values) -> None:
 
 
 def test_a_frozen_lora_costs_no_gradient(values: Values, base: Path) -> None:
-    net = student(base)
-    parameters = adapter.freeze_lora(net.unet)
-    loop.train(net, parameters, random_dataset(), small_config(values, steps=2, batch=2))
-    assert [p for p in net.unet.parameters() if p.requires_grad] == parameters == adapter.embedding_parameters(net.unet)
-    assert all(p.grad is None for name, p in net.unet.named_parameters() if ".lora_" in name)
+    values["adapter"] |= {"freeze": True}
+    settings = small_config(values, steps=2, batch=2)
+    checkpoint = UNetCheckpoint(settings.base)
+    model = run.load_student(settings, checkpoint, torch.device("cpu"), torch.float32)
+    weights = model.adapter.weights[STUDENT]
+    assert weights.target_time is not None
+    with loop.Training(model, random_dataset(), settings) as training:
+        training.advance()
+        assert training.parameters == list(weights.target_time.parameters())
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in weights.loras.parameters())
 
 
-def test_training_starts_from_a_file_that_is_told(values: Values, base: Path) -> None:
+def test_training_starts_from_a_file_with_an_embedding(values: Values, base: Path) -> None:
     start = run.run(small_config(values, steps=2, lr=1e-2))
-    net = network(base)
-    adapter.add_adapter(net.unet, rank=4, alpha=2.0, seed=5, told="s")
-    adapter.start_from(net.unet, start, 2.0)
-    fresh = network(base)
-    adapter.load_adapter(fresh.unet, start)
-    torch.testing.assert_close(x0(net, FAR), x0(fresh, FAR), rtol=1e-4, atol=1e-5)
-    for told in ("t-s", None):
-        other = network(base)
-        adapter.add_adapter(other.unet, rank=4, alpha=2.0, seed=5, told=told)
-        with pytest.raises(UserError, match='told s: use method.target_time = true and method.told = "s"'):
-            adapter.start_from(other.unet, start, 2.0)
+    model = model_of(base)
+    start_from(with_adapter(model, alpha=2.0, seed=5, target_input="s"), start)
+    fresh = model_of(base)
+    fresh.adapter.add(FILE, load_weights(fresh, start))
+    torch.testing.assert_close(x0(model, FAR), x0(fresh, FAR), rtol=1e-4, atol=1e-5)
+    for target_input in ("t-s", None):
+        weights = with_adapter(model_of(base), alpha=2.0, seed=5, target_input=target_input)
+        with pytest.raises(UserError, match='use method.target_time = true and method.target_input = "s"'):
+            start_from(weights, start)
 
 
-def test_files_are_told_of_spelled_and_merged_as_far_as_can_be(
+def test_files_are_described_renamed_and_merged_as_far_as_can_be(
     values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = run.run(small_config(values, steps=1))
     assert main(["inspect", str(path)]) == 0
     said = capsys.readouterr().out
-    assert "told      the target time, as s" in said and "a LoRA for tiny" in said
+    assert "target    the network gets the target time, as s" in said and "a LoRA for tiny" in said
     assert main(["export", str(path), str(tmp_path / "bf16.safetensors"), "--dtype", "bfloat16"]) == 0
     tensors = load_file(tmp_path / "bf16.safetensors")
     assert tensors["tcd_target_time.in.weight"].dtype == torch.bfloat16
@@ -267,8 +270,9 @@ def test_files_are_told_of_spelled_and_merged_as_far_as_can_be(
 
 def test_its_memory_is_in_the_estimate(values: Values) -> None:
     def total() -> int:
-        return estimate(Settings.of(small_config(values), "sd15", torch.float32)).adapter
+        config = small_config(values)
+        return estimate(UNetCheckpoint(config.base), Settings.of(config, torch.float32)).adapter
 
-    told = total()
+    embedded = total()
     del values["method"]
-    assert told - total() == (320 * 1280 + 1280 + 1280 * 1280 + 1280) * 4 * 3  # and two moments
+    assert embedded - total() == (32 * 128 + 128 + 128 * 128 + 128) * 4 * 3  # and two moments

@@ -8,23 +8,32 @@ from diffusers import DDIMScheduler
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tiny_base import network, random_dataset, small_config, write_base, write_inputs
-from trajectory_consistency.tcd import coverage, kohya_name, timestep_grid
+from tiny_base import context, model_of, random_dataset, small_config, with_adapter, write_base, write_inputs
+from trajectory_consistency.tcd import (
+    DiscreteSchedule,
+    TimePoint,
+    coverage,
+    kohya_name,
+    scaled_linear_alpha_bar,
+    timestep_grid,
+)
+from trajectory_consistency.tcd.adapter import FILE
 from trajectory_consistency.tcd.times import Times, sample_times
-from trajectory_consistency.trainer.config.targets import TARGETS
 from trajectory_consistency.trainer.errors import UserError
+from trajectory_consistency.trainer.files import export
+from trajectory_consistency.trainer.files.adapter_weights import load_weights
 from trajectory_consistency.trainer.files.export import ExportError, write_lora
-from trajectory_consistency.trainer.models.conditioning import Conditioning
 from trajectory_consistency.trainer.models.sampling import initial_noise, sample_latents
-from trajectory_consistency.trainer.models.unet import adapter
-from trajectory_consistency.trainer.models.unet.network import Network
-from trajectory_consistency.trainer.models.unet.teacher import load_base
-from trajectory_consistency.trainer.run import check, run
-from trajectory_consistency.trainer.training import loop, step
+from trajectory_consistency.trainer.models.unet.model import UNetModel
+from trajectory_consistency.trainer.models.unet.targets import TARGETS
+from trajectory_consistency.trainer.preflight import check
+from trajectory_consistency.trainer.run import run
+from trajectory_consistency.trainer.training import examples, loop
 from trajectory_consistency.trainer.training.optimizer import lr_factor
 
-COND = Conditioning(torch.randn((3, 77, 32), generator=torch.Generator().manual_seed(5)))
-UNCOND = Conditioning(torch.zeros(1, 77, 32))
+COND = context(torch.randn((3, 77, 32), generator=torch.Generator().manual_seed(5)))
+UNCOND = context(torch.zeros(1, 77, 32))
+SCHEDULE = DiscreteSchedule.from_alpha_bar(scaled_linear_alpha_bar())
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +42,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def net(checkpoint: Path) -> Network:
-    return network(checkpoint)
+def net(checkpoint: Path) -> UNetModel:
+    return model_of(checkpoint)
 
 
 @pytest.fixture
@@ -42,8 +51,8 @@ def values(tmp_path: Path) -> dict[str, dict[str, object]]:
     return write_inputs(tmp_path)
 
 
-def noisy(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    return initial_noise(seed, (3, 4, 8, 8)), torch.tensor([999, 499, 19])
+def noisy(seed: int = 0) -> tuple[torch.Tensor, TimePoint]:
+    return initial_noise(seed, (3, 4, 8, 8)), SCHEDULE.point(torch.tensor([999, 499, 19]), 4)
 
 
 def shake(parameters: list[torch.nn.Parameter]) -> None:
@@ -53,7 +62,7 @@ def shake(parameters: list[torch.nn.Parameter]) -> None:
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
 
 
-def test_guidance_one_is_the_caption_and_zero_is_no_caption(net: Network) -> None:
+def test_guidance_one_is_the_caption_and_zero_is_no_caption(net: UNetModel) -> None:
     x_t, t = noisy()
     with torch.no_grad():
         cond, free = net.x0(x_t, t, COND), net.x0(x_t, t, UNCOND.expand(3))
@@ -62,19 +71,19 @@ def test_guidance_one_is_the_caption_and_zero_is_no_caption(net: Network) -> Non
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_guidance_belongs_to_its_own_picture(net: Network) -> None:
+def test_guidance_belongs_to_its_own_picture(net: UNetModel) -> None:
     x_t, t = noisy()
     with torch.no_grad():
         whole = net.guided_x0(x_t, t, COND, UNCOND, torch.tensor([1.0, 4.0, 7.0]))
-        alone = net.guided_x0(x_t[1:2], t[1:2], COND[1:2], UNCOND, torch.tensor([4.0]))
+        alone = net.guided_x0(x_t[1:2], t.rows(slice(1, 2)), COND[1:2], UNCOND, torch.tensor([4.0]))
     torch.testing.assert_close(whole[1:2], alone, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
-def test_gamma_zero_is_the_teachers_ddim(net: Network, prediction: str) -> None:
-    net = Network(net.unet, net.alpha_bar, prediction)  # type: ignore[arg-type]
+def test_gamma_zero_is_the_teachers_ddim(net: UNetModel, prediction: str) -> None:
+    net = UNetModel(net.network, net.schedule, prediction)  # type: ignore[arg-type]
     noise = initial_noise(1, (3, 4, 8, 8))
-    got = sample_latents(net, COND, timesteps=timestep_grid(5), gamma=0.0, noise=noise, seed=0)
+    got = sample_latents(net, COND, sigmas=net.schedule.sigmas_for(5), gamma=0.0, noise=noise, seed=0)
     ddim = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -88,36 +97,35 @@ def test_gamma_zero_is_the_teachers_ddim(net: Network, prediction: str) -> None:
     x = noise
     with torch.no_grad():
         for t in ddim.timesteps:
-            x = ddim.step(net.unet(x, t, COND.context).sample, t, x).prev_sample
+            x = ddim.step(net.network(x, t, COND.tensors["context"]).sample, t, x).prev_sample
     assert ((got - x).norm() / x.norm()).item() < 1e-5
 
 
-def test_a_new_adapter_is_the_identity_and_the_only_thing_that_trains(net: Network) -> None:
+def test_a_new_adapter_is_the_identity_and_the_only_thing_that_trains(net: UNetModel) -> None:
     x_t, t = noisy()
     before = net.x0(x_t, t, COND)
-    parameters = adapter.add_adapter(net.unet, rank=4, alpha=4.0, seed=0)
+    parameters = list(with_adapter(net).parameters())
     torch.testing.assert_close(net.x0(x_t, t, COND), before, rtol=0, atol=0)
-    trainable = [name for name, parameter in net.unet.named_parameters() if parameter.requires_grad]
-    assert len(trainable) == len(parameters) > 100 and all("lora_" in name for name in trainable)
+    assert not any(parameter.requires_grad for parameter in net.network.parameters())
+    assert len(parameters) > 100 and all(parameter.requires_grad for parameter in parameters)
 
 
 def test_every_kind_of_target_is_met_and_masters_are_float32(checkpoint: Path) -> None:
-    unet = load_base(str(checkpoint), dtype=torch.bfloat16).unet
-    parameters = adapter.add_adapter(unet, rank=4, alpha=4.0, seed=0)
-    assert {parameter.dtype for parameter in parameters} == {torch.float32} and unet.dtype == torch.bfloat16
-    names = [name.partition(".lora_")[0] for name in adapter.adapter_state(unet)]
+    net = model_of(checkpoint, torch.bfloat16)
+    weights = with_adapter(net)
+    assert {parameter.dtype for parameter in weights.parameters()} == {torch.float32} and net.dtype == torch.bfloat16
     for target in TARGETS:
-        assert any(name.endswith(target) for name in names), target
+        assert any(path.endswith(f".{target}") for path in weights.paths), target
 
 
-def test_the_teacher_is_the_base_and_the_student_comes_back_after_an_error(net: Network) -> None:
+def test_the_teacher_is_the_base_and_the_student_comes_back_after_an_error(net: UNetModel) -> None:
     x_t, t = noisy()
     with torch.no_grad():
         base = net.x0(x_t, t, COND)
-        shake(adapter.add_adapter(net.unet, rank=4, alpha=4.0, seed=0))
+        with_adapter(net, effect=0.05)
         student = net.x0(x_t, t, COND)
         assert not torch.allclose(student, base)
-        with pytest.raises(KeyError), adapter.adapters_off(net.unet):
+        with pytest.raises(KeyError), net.adapter.off():
             torch.testing.assert_close(net.x0(x_t, t, COND), base, rtol=0, atol=0)
             raise KeyError
         torch.testing.assert_close(net.x0(x_t, t, COND), student, rtol=0, atol=0)
@@ -125,7 +133,7 @@ def test_the_teacher_is_the_base_and_the_student_comes_back_after_an_error(net: 
 
 def test_the_same_seed_gives_the_same_adapter(checkpoint: Path) -> None:
     def start(seed: int) -> list[torch.Tensor]:
-        return [p.data for p in adapter.add_adapter(network(checkpoint).unet, rank=4, alpha=4.0, seed=seed)]
+        return [p.data for p in with_adapter(model_of(checkpoint), seed=seed).parameters()]
 
     torch.manual_seed(1)
     first = start(0)
@@ -134,23 +142,34 @@ def test_the_same_seed_gives_the_same_adapter(checkpoint: Path) -> None:
     assert not all(torch.equal(a, b) for a, b in zip(first, start(1), strict=True))
 
 
-def write(net: Network, values: dict[str, dict[str, object]], path: Path, *, final: bool = True) -> None:
+def write(net: UNetModel, values: dict[str, dict[str, object]], path: Path, *, final: bool = True) -> None:
     write_lora(path, net, small_config(values), {"tcd.law": "uniform"}, COND[:1], final=final)
+
+
+def other_alpha(monkeypatch: pytest.MonkeyPatch, alpha: float) -> None:
+    """Let files be written with another alpha than was trained with."""
+    real = export.file_tensors
+
+    def wrong(*arguments: object) -> dict[str, torch.Tensor]:
+        tensors = real(*arguments)  # type: ignore[arg-type]
+        return {key: torch.tensor(alpha) if key.endswith(".alpha") else value for key, value in tensors.items()}
+
+    monkeypatch.setattr(export, "file_tensors", wrong)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_written_file_gives_what_was_trained(
-    net: Network, checkpoint: Path, values: dict[str, dict[str, object]], tmp_path: Path, dtype: str
+    net: UNetModel, checkpoint: Path, values: dict[str, dict[str, object]], tmp_path: Path, dtype: str
 ) -> None:
     values["output"]["dtype"] = dtype
-    shake(adapter.add_adapter(net.unet, rank=4, alpha=2.0, seed=0))
+    with_adapter(net, alpha=2.0, effect=0.05)
     path = tmp_path / "lora.safetensors"
     write(net, values, path)
     x_t, t = noisy()
-    fresh = network(checkpoint)
+    fresh = model_of(checkpoint)
     with torch.no_grad():
         base, trained = fresh.x0(x_t, t, COND), net.x0(x_t, t, COND)
-        adapter.load_adapter(fresh.unet, path)
+        fresh.adapter.add(FILE, load_weights(fresh, path))
         loaded = fresh.x0(x_t, t, COND)
     limit = {"float16": 1e-3, "bfloat16": 1e-2}[dtype]
     assert ((loaded - trained).norm() / (trained - base).norm()).item() < 10 * limit
@@ -158,29 +177,35 @@ def test_a_written_file_gives_what_was_trained(
 
 
 def test_a_written_file_is_not_blamed_for_the_rounding_of_a_half_precision_base(
-    net: Network, values: dict[str, dict[str, object]], tmp_path: Path
+    net: UNetModel, values: dict[str, dict[str, object]], tmp_path: Path
 ) -> None:
-    net.unet.to(torch.bfloat16)
-    shake(adapter.add_adapter(net.unet, rank=4, alpha=2.0, seed=0))
+    net.network.to(torch.bfloat16)
+    with_adapter(net, alpha=2.0, effect=0.05)
     write(net, values, tmp_path / "lora.safetensors")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_half_precision_too_a_file_with_another_effect_does_not_get_its_name(
-    net: Network, values: dict[str, dict[str, object]], tmp_path: Path, dtype: torch.dtype
+    net: UNetModel,
+    values: dict[str, dict[str, object]],
+    tmp_path: Path,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    net.unet.to(dtype)
-    shake(adapter.add_adapter(net.unet, rank=4, alpha=2.0, seed=0))
-    values["adapter"]["alpha"] = 4.0
+    net.network.to(dtype)
+    with_adapter(net, alpha=2.0, effect=0.05)
+    other_alpha(monkeypatch, 4.0)
     with pytest.raises(ExportError, match="away from the trained one"):
         write(net, values, tmp_path / "lora.safetensors")
 
 
 def test_every_tensor_of_the_file_has_a_kohya_name_that_fits_the_model(
-    net: Network, values: dict[str, dict[str, object]], tmp_path: Path
+    net: UNetModel, values: dict[str, dict[str, object]], tmp_path: Path
 ) -> None:
-    shapes = {kohya_name(name): tuple(m.weight.shape) for name, m in net.unet.named_modules() if hasattr(m, "weight")}
-    shake(adapter.add_adapter(net.unet, rank=4, alpha=2.0, seed=0))
+    shapes = {
+        kohya_name(name): tuple(m.weight.shape) for name, m in net.network.named_modules() if hasattr(m, "weight")
+    }
+    with_adapter(net, alpha=2.0, effect=0.05)
     write(net, values, tmp_path / "lora.safetensors")
     state = load_file(tmp_path / "lora.safetensors")
     assert coverage(state, shapes).complete
@@ -189,24 +214,24 @@ def test_every_tensor_of_the_file_has_a_kohya_name_that_fits_the_model(
 
 
 def test_a_file_without_effect_or_with_another_does_not_get_its_name(
-    net: Network, values: dict[str, dict[str, object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    net: UNetModel, values: dict[str, dict[str, object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "files" / "lora.safetensors"
     path.parent.mkdir()
-    parameters = adapter.add_adapter(net.unet, rank=4, alpha=2.0, seed=0)
+    parameters = list(with_adapter(net, alpha=2.0).parameters())
     with pytest.raises(ExportError, match="changes nothing"):
         write(net, values, path)
     shake(parameters)
-    values["adapter"]["alpha"] = 16.0  # the file would say another alpha than was trained with
+    other_alpha(monkeypatch, 16.0)
     with pytest.raises(ExportError, match="away from the trained one"):
         write(net, values, path)
     assert list(path.parent.iterdir()) == []
 
 
 def test_a_file_without_effect_on_the_way_is_warned_of_and_kept(
-    net: Network, values: dict[str, dict[str, object]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    net: UNetModel, values: dict[str, dict[str, object]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    parameters = adapter.add_adapter(net.unet, rank=4, alpha=2.0, seed=0)
+    parameters = list(with_adapter(net, alpha=2.0).parameters())
     path = tmp_path / "preview.safetensors"
     write(net, values, path, final=False)
     assert path.is_file() and f"{path} changes nothing yet" in caplog.text
@@ -249,12 +274,12 @@ def test_rates_with_which_nothing_is_trained_are_refused(
 
 
 def test_a_failed_write_leaves_the_old_file_alone(
-    net: Network, values: dict[str, dict[str, object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    net: UNetModel, values: dict[str, dict[str, object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "files" / "lora.safetensors"
     path.parent.mkdir()
     path.write_bytes(b"the old one")
-    shake(adapter.add_adapter(net.unet, rank=4, alpha=2.0, seed=0))
+    with_adapter(net, alpha=2.0, effect=0.05)
 
     def full_disk(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
@@ -265,7 +290,7 @@ def test_a_failed_write_leaves_the_old_file_alone(
     assert [entry.read_bytes() for entry in path.parent.iterdir()] == [b"the old one"]
 
 
-def test_a_file_that_is_no_lora_for_the_model(net: Network, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_no_lora_for_the_model(net: UNetModel, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "cut.safetensors").write_bytes(b"\x00" * 20)
     complaints = {
         tmp_path / "cut.safetensors": "is not a whole safetensors file",
@@ -274,7 +299,7 @@ def test_a_file_that_is_no_lora_for_the_model(net: Network, checkpoint: Path, tm
     }
     for path, complaint in complaints.items():
         with pytest.raises(UserError, match=complaint):
-            adapter.load_adapter(net.unet, path)
+            load_weights(net, path)
 
 
 def test_a_run_writes_the_file_its_metadata_and_its_configuration(values: dict[str, dict[str, object]]) -> None:
@@ -318,27 +343,29 @@ def test_two_runs_are_equal_to_the_last_bit_and_another_seed_is_not(
 
 
 def test_training_learns_the_teachers_guided_step(
-    values: dict[str, dict[str, object]], net: Network, monkeypatch: pytest.MonkeyPatch
+    values: dict[str, dict[str, object]], net: UNetModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def one_step(*arguments: object, **options: object) -> Times:
         t, t_next, _ = sample_times(*arguments, **options)  # type: ignore[arg-type]
         return Times(t, t_next, t_next)  # here the loss is plain regression, so it must fall
 
-    real = loop.draw
-    monkeypatch.setattr(step, "sample_times", one_step)
-    monkeypatch.setattr(loop, "draw", lambda config, step, shape: real(config, 0, shape))
+    real = examples.read
+    monkeypatch.setattr(examples, "sample_times", one_step)
+    monkeypatch.setattr(
+        examples, "read", lambda config, dataset, schedule, step, rows: real(config, dataset, schedule, 0, rows)
+    )
     values["method"] = {"skip": 400, "guidance_min": 8.0, "guidance_max": 8.0}
     config = small_config(values, steps=60, batch=8, lr=5e-3)
-    parameters = adapter.add_adapter(net.unet, rank=4, alpha=4.0, seed=0)
-    losses = loop.train(net, parameters, random_dataset(), config)
+    with_adapter(net)
+    losses = loop.train(net, random_dataset(), config)
     assert len(losses) == 60 and losses[-1] < 0.5 * losses[0]
 
 
 def test_the_gradient_is_clipped_before_the_step(
-    values: dict[str, dict[str, object]], net: Network, monkeypatch: pytest.MonkeyPatch
+    values: dict[str, dict[str, object]], net: UNetModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small_config(values, steps=1, clip=1e-4)
-    parameters = adapter.add_adapter(net.unet, rank=4, alpha=4.0, seed=0)
+    parameters = list(with_adapter(net).parameters())
     norms = []
     real = torch.optim.AdamW.step
 
@@ -348,24 +375,25 @@ def test_the_gradient_is_clipped_before_the_step(
         real(self, closure)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", watch)
-    batch = random_dataset().batch(0, 3, seed=0, caption_dropout=0.0)
-    loop.step_losses(net, batch, loop.draw(config, 0, batch.latents.shape[1:]), config).mean().backward()
+    rows = examples.read(config, random_dataset(), net.schedule, 0, slice(0, 3))
+    loop.step_losses(net, rows, config).mean().backward()
     assert torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm() > 1e-3
-    net.unet.zero_grad()
-    loop.train(net, parameters, random_dataset(), config)
+    for parameter in parameters:
+        parameter.grad = None
+    loop.train(net, random_dataset(), config)
     assert norms == [pytest.approx(1e-4, rel=1e-2)]
 
 
 def test_a_loss_that_is_no_number_stops_before_the_weights(
-    values: dict[str, dict[str, object]], net: Network, monkeypatch: pytest.MonkeyPatch
+    values: dict[str, dict[str, object]], net: UNetModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small_config(values, steps=3)
-    parameters = adapter.add_adapter(net.unet, rank=4, alpha=4.0, seed=0)
+    parameters = list(with_adapter(net).parameters())
     before = [parameter.detach().clone() for parameter in parameters]
     real = loop.step_losses
     monkeypatch.setattr(loop, "step_losses", lambda *arguments: real(*arguments) * float("nan"))
     with pytest.raises(loop.NonFiniteError, match="step 1: loss nan"):
-        loop.train(net, parameters, random_dataset(), config)
+        loop.train(net, random_dataset(), config)
     assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
 
 

@@ -142,7 +142,7 @@ def describe(path: Path) -> str:
         f"dtype     {', '.join(str(dtype).removeprefix('torch.') for dtype in lora.dtypes)}",
     ]
     if lora.target_time is not None:
-        lines.append(f"told      the target time, as {lora.target_time.target_input}")
+        lines.append(f"target    the network gets the target time, as {lora.target_time.target_input}")
     told = {key: value for key, value in lora.metadata.items() if len(value) <= 200}
     return "\n".join([*lines, *(f"{key} = {value}" for key, value in sorted(told.items()))])
 

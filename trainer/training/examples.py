@@ -101,7 +101,6 @@ class Reader:
     config: Config
     dataset: Dataset
     schedule: Schedule
-    """On the CPU."""
     parts: Sequence[slice]
     """The rows of this process in a step, part by part."""
     pin: bool = False

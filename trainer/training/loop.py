@@ -110,8 +110,7 @@ class Training:
         embedding = [] if student.target_time is None else list(student.target_time.parameters())
         self.optimizer = make_optimizer(self.parameters, config.training, embedding)
         self.parts = processes.parts(config.training.batch, config.training.accumulate)
-        self.schedule = model.schedule.to(torch.device("cpu"))
-        self.reader = Reader(config, dataset, self.schedule, self.parts, pin=model.device.type == "cuda")
+        self.reader = Reader(config, dataset, model.schedule, self.parts, pin=model.device.type == "cuda")
         self.scale = FLOAT16_SCALE if model.dtype == torch.float16 else 1.0
         if config.method.ema_decay:
             model.adapter.add(AVERAGE, deepcopy(student).requires_grad_(False))
@@ -167,7 +166,7 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         if self.config.method.ema_decay:
             self._update_average()
-        times = draw(self.config, self.schedule, self.step).times
+        times = draw(self.config, self.model.schedule, self.step).times
         self.losses.append(loss)
         seconds = time.perf_counter() - began
         record = StepRecord(self.step, loss, rate, norm, times.t, times.s, seen[:-2], training.batch, seconds)

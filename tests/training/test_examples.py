@@ -1,0 +1,111 @@
+"""What a step trains on: a function of (seed, step, row), read one part ahead, and each process only its own rows."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+from tiny_base import random_dataset, small_config, write_inputs
+from trajectory_consistency.tcd import DiscreteSchedule, scaled_linear_alpha_bar
+from trajectory_consistency.trainer.config.settings import Config
+from trajectory_consistency.trainer.training import examples
+from trajectory_consistency.trainer.training.examples import Examples, Reader, read
+from trajectory_consistency.trainer.training.processes import Processes, _buckets
+
+SCHEDULE = DiscreteSchedule.from_alpha_bar(scaled_linear_alpha_bar())
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return small_config(write_inputs(tmp_path), steps=3, batch=6, seed=3)
+
+
+def tensors(rows: Examples) -> list[torch.Tensor]:
+    parts = [rows.latents, rows.eps, rows.times, rows.guidance, dict(rows.cond.tensors), dict(rows.uncond.tensors)]
+    return [leaf for leaf in tree_leaves(parts) if isinstance(leaf, torch.Tensor)]
+
+
+@pytest.mark.parametrize(("count", "accumulate"), [(1, 2), (2, 1), (3, 2)])
+def test_however_a_step_is_divided_its_rows_are_the_same(config: Config, count: int, accumulate: int) -> None:
+    whole = read(config, random_dataset(), SCHEDULE, 1, slice(0, 6))
+    parts = [part for rank in range(count) for part in Processes(rank, count).parts(6, accumulate)]
+    divided = [read(config, random_dataset(), SCHEDULE, 1, part) for part in parts]
+    for several, expected in zip(zip(*map(tensors, divided), strict=True), tensors(whole), strict=True):
+        assert torch.equal(torch.cat(several), expected)
+    moved = torch.cat([each.moved + part.start for each, part in zip(divided, parts, strict=True)])
+    assert torch.equal(moved, whole.moved)
+
+
+def test_a_process_draws_the_noise_of_its_own_rows_alone(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    real = examples.generator
+
+    def watched(seed: int, purpose: str, step: int = 0) -> torch.Generator:
+        drawn.append(purpose)
+        return real(seed, purpose, step)
+
+    monkeypatch.setattr(examples, "generator", watched)
+    read(config, random_dataset(), SCHEDULE, 0, slice(2, 4))
+    assert drawn == ["loss", "noise of row 2", "noise of row 3"]
+
+
+def test_the_noise_of_each_row_and_step_is_new_and_normal(config: Config) -> None:
+    rows = [read(config, random_dataset(), SCHEDULE, 0, slice(0, 6)).eps]
+    rows += [read(config, random_dataset(), SCHEDULE, step, slice(0, 6)).eps for step in (1, 2)]
+    noise = torch.stack(rows)
+    assert abs(noise.mean().item()) < 0.05 and abs(noise.std().item() - 1) < 0.05
+    assert len({tuple(row[0, 0, :3].tolist()) for step in rows for row in step}) == 18
+
+
+class Watched:
+    """A data set that notes which thread read which rows, and can fail."""
+
+    def __init__(self, failing: int = -1) -> None:
+        self.dataset, self.failing = random_dataset(), failing
+        self.read: list[tuple[int, slice, bool]] = []
+
+    def batch(self, step: int, size: int, part: slice, **options: Any) -> Any:
+        self.read.append((step, part, threading.current_thread() is threading.main_thread()))
+        if step == self.failing:
+            raise OSError("the disk is gone")
+        return self.dataset.batch(step, size, part, **options)
+
+
+def test_each_part_is_read_once_while_the_one_before_is_trained_on(config: Config) -> None:
+    watched, parts = Watched(), [slice(0, 3), slice(3, 6)]
+    reader = Reader(config, watched, SCHEDULE, parts)  # type: ignore[arg-type]
+    for step in range(3):
+        for number, part in enumerate(parts):
+            got = reader.get(step, number)
+            expected = read(config, random_dataset(), SCHEDULE, step, part)
+            assert all(torch.equal(a, b) for a, b in zip(tensors(got), tensors(expected), strict=True))
+    reader.close()
+    assert [(step, part) for step, part, _ in watched.read] == [(step, part) for step in range(3) for part in parts]
+    assert [main for _, _, main in watched.read] == [True] + [False] * 5, "all but the first are read ahead"
+
+
+def test_what_reading_ahead_raises_is_raised_where_the_part_is_asked_for(config: Config) -> None:
+    reader = Reader(config, Watched(failing=1), SCHEDULE, [slice(0, 6)])  # type: ignore[arg-type]
+    reader.get(0, 0)
+    with pytest.raises(OSError, match="the disk is gone"):
+        reader.get(1, 0)
+    reader.close()
+
+
+def test_a_run_that_resumes_reads_from_its_step(config: Config) -> None:
+    reader = Reader(config, random_dataset(), SCHEDULE, [slice(0, 6)])
+    expected = read(config, random_dataset(), SCHEDULE, 2, slice(0, 6))
+    assert all(torch.equal(a, b) for a, b in zip(tensors(reader.get(2, 0)), tensors(expected), strict=True))
+    reader.close()
+
+
+def test_gradients_are_exchanged_in_buckets_that_hold_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trajectory_consistency.trainer.training.processes._BUCKET_BYTES", 100)
+    given = [torch.zeros(size) for size in (10, 10, 10, 40, 1)] + [torch.zeros(3, dtype=torch.float64)]
+    found = list(_buckets(given))
+    assert [tensor for bucket in found for tensor in bucket] == given
+    assert [[tensor.numel() for tensor in bucket] for bucket in found] == [[10, 10], [10], [40], [1], [3]]
+    assert list(_buckets([])) == []
