@@ -11,6 +11,7 @@ import zlib
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -60,7 +61,7 @@ def pixels(image: Image.Image, fit: Fit) -> Tensor:
     if fit.resized != fit.original:
         image = image.resize((fit.resized.width, fit.resized.height), Image.Resampling.LANCZOS)
     image = image.crop((fit.left, fit.top, fit.left + fit.bucket.width, fit.top + fit.bucket.height))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return torch.from_numpy(rearrange(np.array(image), "h w c -> c h w"))
 
 
 def _rgb(image: Image.Image) -> Image.Image:

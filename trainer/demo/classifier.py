@@ -9,6 +9,7 @@ import random
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -144,12 +145,12 @@ def _damage(signal: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]
     amounts = torch.rand(len(signal), 2, generator=generator) * is_damaged
     noise = torch.randn(signal.shape, generator=generator)
     noise_std, blur_px = (amounts * torch.tensor([_MAX_NOISE, _MAX_BLUR_PX])).T
-    return _blur(signal, blur_px) + noise_std.view(-1, 1, 1, 1) * noise, amounts
+    return _blur(signal, blur_px) + rearrange(noise_std, "b -> b 1 1 1") * noise, amounts
 
 
 def _blur(signal: Tensor, std_px: Tensor) -> Tensor:
     """Gaussian blur of pictures [B, 3, S, S] by one standard deviation each [B], as a weighted mean along each axis."""
     position = torch.arange(signal.shape[-1])
     squared = (position[:, None] - position).square()
-    weights = torch.softmax(-squared / (2 * std_px.clamp(min=1e-3).square().view(-1, 1, 1, 1)), dim=-1)
+    weights = torch.softmax(-squared / (2 * rearrange(std_px.clamp(min=1e-3).square(), "b -> b 1 1 1")), dim=-1)
     return weights @ signal @ weights.mT

@@ -15,6 +15,7 @@ from typing import cast
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from einops import rearrange
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -124,7 +125,7 @@ def train_unet(
         dropped = torch.rand(batch, generator=generator) < CAPTION_DROPOUT
         timesteps = _draw_timesteps(batch, generator)
         eps = torch.randn(latents[picked].shape, generator=generator)
-        x_t = add_noise(latents[picked], eps, vp_level(alpha_bar[timesteps].view(-1, 1, 1, 1)))
+        x_t = add_noise(latents[picked], eps, vp_level(rearrange(alpha_bar[timesteps], "b -> b 1 1 1")))
         context = text_encoder(torch.where(dropped[:, None], empty, ids[picked])).last_hidden_state
         error = (unet(x_t, timesteps, context).sample - eps).square().mean(dim=(1, 2, 3))
         loss = (error / alpha_bar[timesteps]).mean()  # the error of v, which weighs all levels alike

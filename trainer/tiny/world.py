@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -104,7 +105,7 @@ def _outline(shape: str, x: float, y: float, radius: float, tilt: float) -> list
 def draw_pictures(scenes: Sequence[Scene], rng: random.Random) -> Tensor:
     """One picture for each scene, uint8 [B, 3, 64, 64]."""
     images = np.stack([np.asarray(draw(scene, rng)) for scene in scenes])
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(rearrange(images, "b h w c -> b c h w").copy())
 
 
 def write_folder(folder: Path, count: int, seed: int) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
@@ -95,7 +96,7 @@ def _draw_line(pen: ImageDraw.ImageDraw, layout: _Layout, y: int) -> None:
 
 
 def _draw_pictures(page: Image.Image, pictures: Tensor, layout: _Layout, y: int) -> None:
-    for column, pixels in enumerate(pictures.permute(0, 2, 3, 1).cpu().numpy()):
+    for column, pixels in enumerate(rearrange(pictures.cpu().numpy(), "b c h w -> b h w c")):
         picture = Image.fromarray(pixels).resize(layout.cell, Image.Resampling.LANCZOS)
         framed = ImageOps.expand(picture, 1, _FRAME)  # a white picture on the white page would have no edge
         page.paste(framed, (layout.left + column * layout.step_x - 1, y - 1))

@@ -8,6 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
+from einops import rearrange
 from torch import Tensor, nn
 
 from ....tcd import Adapter, AdapterWeights, Prediction, Schedule, TargetInput, TargetTime, TimePoint, kohya_name, to_x0
@@ -61,8 +62,8 @@ class UNetModel:
         """
         both = Conditioning.cat([cond, uncond.expand(len(cond))])
         output = self._output(torch.cat([x_t, x_t]), _twice(t), both, None if s is None else _twice(s))
-        given, free = output.chunk(2)
-        output = free + guidance.view(-1, 1, 1, 1) * (given - free)
+        given, free = rearrange(output, "(halves b) ... -> halves b ...", halves=2)
+        output = free + rearrange(guidance, "b -> b 1 1 1") * (given - free)
         return to_x0(output, x_t, t.level, self.prediction)
 
     def layers(self, targets: Sequence[str]) -> list[str]:
