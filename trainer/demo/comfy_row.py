@@ -12,16 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from einops import rearrange
-from PIL import Image
 from safetensors.torch import load
 from torch import Tensor
 
 from ..models.unet.checkpoint import TINY
 from ..models.unet.families import config
 from ..tiny.world import SIZE_PX
+from ..views.preview_prompts import load_picture
 from .comfy_server import ComfyServer, Host
 
 _TINY_PACK = Path(__file__).parent / "tiny_pack"
@@ -56,9 +54,7 @@ def _run(server: ComfyServer, graph: dict[str, Any], count: int) -> Drawn:
     outputs = server.run(graph)
     latents = [load(server.fetch(outputs[f"latent {k}"]["latents"][0]))["latent_tensor"] for k in range(count)]
     files = [io.BytesIO(server.fetch(outputs[f"image {k}"]["images"][0])) for k in range(count)]
-    pictures = [
-        torch.from_numpy(rearrange(np.array(Image.open(file).convert("RGB")), "h w c -> c h w")) for file in files
-    ]
+    pictures = [load_picture(file) for file in files]
     # ComfyUI saves latents in the VAE's own scale.
     return Drawn(torch.cat(latents) * config("tiny", "vae")["scaling_factor"], torch.stack(pictures))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,9 +97,9 @@ def save_picture(pixels: Tensor, path: Path) -> None:
         Image.fromarray(rearrange(pixels.cpu().numpy(), "c h w -> h w c")).save(unfinished)
 
 
-def load_picture(path: Path) -> Tensor:
+def load_picture(file: Path | io.BytesIO) -> Tensor:
     """A picture that was saved, uint8 [3, H, W]."""
-    with Image.open(path) as image:
+    with Image.open(file) as image:
         return torch.from_numpy(rearrange(np.array(image.convert("RGB")), "h w c -> c h w"))
 
 
