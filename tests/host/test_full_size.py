@@ -21,18 +21,20 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from trajectory_consistency.tcd import TargetTime, timestep_grid
+from trajectory_consistency.tcd.adapter import FILE
 from trajectory_consistency.tcd.target_time import PREFIX
+from trajectory_consistency.trainer.config.settings import BaseConfig
 from trajectory_consistency.trainer.demo.comfy_server import ComfyServer
+from trajectory_consistency.trainer.files.adapter_weights import load_weights
 from trajectory_consistency.trainer.models.sampling import initial_noise, sample_latents
-from trajectory_consistency.trainer.models.unet.adapter import load_adapter
-from trajectory_consistency.trainer.models.unet.network import Network
-from trajectory_consistency.trainer.models.unet.teacher import load_base, load_encoders
+from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint
 from trajectory_consistency.trainer.tiny import world
 
 pytestmark = [pytest.mark.host, pytest.mark.slow]
 
 CHECKPOINT, LORA = "sd15-random.safetensors", "sd15-tcd.safetensors"
 CAPTION = "a red circle left on a blue background"
+CPU = torch.device("cpu")
 SEED, ETA = 7, 0.3
 
 
@@ -124,7 +126,7 @@ def test_it_agrees_with_diffusers(server: ComfyServer, checkpoint: Path, predict
     done = [graph.sampler_custom(model=sampling[0], eta=eta, seed=SEED) for eta in (0.0, ETA, 1.0)]
     found = latents(server, graph, *(graph.save(node[0]) for node in done))
 
-    unet = load_base(str(checkpoint)).unet.float()
+    unet = UNetCheckpoint(BaseConfig(path=str(checkpoint))).load(torch.float32, CPU).network
     name = {"eps": "epsilon"}.get(prediction, prediction)
     for latent, eta in zip(found, (0.0, ETA, 1.0), strict=True):
         ours = tcd_scheduler_sample(unet, host_noise(SEED), timestep_grid(4), eta=eta, seed=SEED, prediction=name)
@@ -166,13 +168,13 @@ def test_the_host_tells_the_network_what_the_trainer_tells_it(
 
 def draw(checkpoint: Path, lora: Path, grid: Sequence[tuple[int, float]] = ((4, ETA),)) -> list[torch.Tensor]:
     """The trainer's own sampling from the same two files and the same seed: scaled latents [1, 4, 16, 16] each."""
-    base = load_base(str(checkpoint))
-    load_adapter(base.unet, lora)
-    network = Network(base.unet, base.alpha_bar.float(), base.prediction)
-    cond = load_encoders(str(checkpoint)).encode([CAPTION])
+    base = UNetCheckpoint(BaseConfig(path=str(checkpoint)))
+    model = base.load(torch.float32, CPU)
+    model.adapter.add(FILE, load_weights(model, lora))
+    (cond,) = base.load_text_encoder(torch.float32, CPU).encode([CAPTION])
     noise = initial_noise(SEED, (1, 4, 16, 16))
     return [
-        sample_latents(network, cond, timesteps=timestep_grid(steps), gamma=eta, noise=noise, seed=SEED)
+        sample_latents(model, cond, sigmas=model.schedule.sigmas_for(steps), gamma=eta, noise=noise, seed=SEED)
         for steps, eta in grid
     ]
 

@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,16 +14,16 @@ from stand_ins import CLIP_G, CLIP_L, clip, open_clip, save_with_holes, vae
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from trajectory_consistency.tcd import timestep_grid
-from trajectory_consistency.trainer.config.settings import from_mapping
+from trajectory_consistency.tcd.adapter import FILE
+from trajectory_consistency.trainer.config.settings import BaseConfig, from_mapping
 from trajectory_consistency.trainer.demo.comfy_server import ComfyServer
+from trajectory_consistency.trainer.files.adapter_weights import load_weights
 from trajectory_consistency.trainer.models.conditioning import Conditioning
 from trajectory_consistency.trainer.models.sampling import initial_noise, sample_latents
 from trajectory_consistency.trainer.models.unet import families as bases
 from trajectory_consistency.trainer.models.unet import ldm
-from trajectory_consistency.trainer.models.unet.adapter import load_adapter
-from trajectory_consistency.trainer.models.unet.network import Network
-from trajectory_consistency.trainer.models.unet.teacher import load_base, load_encoders
+from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint
+from trajectory_consistency.trainer.models.unet.model import UNetModel
 from trajectory_consistency.trainer.run import run
 from trajectory_consistency.trainer.tiny import world
 
@@ -35,6 +34,7 @@ LORA = "mini-sdxl-tcd.safetensors"
 WHOLE = "whole-sdxl.safetensors"
 CAPTION = "a red circle left on a blue background"
 SCALE = 0.13025 / LATENT_SCALE  # `saved` takes every latent for one of SD 1.5
+CPU = torch.device("cpu")
 SIZES = torch.tensor([64.0, 64, 0, 0, 64, 64])  # of the picture, where it was cropped, and to which size
 
 
@@ -67,17 +67,17 @@ def lora(server: ComfyServer, folder: Path) -> Path:
     return path
 
 
-def network(folder: Path, lora: Path) -> Network:
-    base = load_base(str(folder))
-    load_adapter(base.unet, lora)
-    return Network(base.unet, base.alpha_bar.float(), base.prediction)
+def network(folder: Path, lora: Path) -> UNetModel:
+    net = UNetCheckpoint(BaseConfig(path=str(folder))).load(torch.float32, CPU)
+    net.adapter.add(FILE, load_weights(net, lora))
+    return net
 
 
-def draw(network: Network, cond: Conditioning) -> Tensor:
+def draw(net: UNetModel, cond: Conditioning) -> Tensor:
     """The trainer's own sampling, at the sizes that the host tells: those of the picture."""
-    told = replace(cond, time_ids=SIZES[None])
+    told = Conditioning({**cond.tensors, "time_ids": SIZES[None]})
     noise = initial_noise(SEED, (1, 4, 8, 8))
-    return sample_latents(network, told, timesteps=timestep_grid(4), gamma=ETA, noise=noise, seed=SEED)
+    return sample_latents(net, told, sigmas=net.schedule.sigmas_for(4), gamma=ETA, noise=noise, seed=SEED)
 
 
 def test_the_host_draws_with_an_sdxl_lora_what_the_trainer_draws(
@@ -101,7 +101,7 @@ def test_the_host_draws_with_an_sdxl_lora_what_the_trainer_draws(
 
     generator = torch.Generator().manual_seed(0)  # as TestConditioning draws
     context, pooled = torch.randn(1, 77, 2048, generator=generator), torch.randn(1, 1280, generator=generator)
-    ours = draw(network(folder, lora), Conditioning(context, pooled))
+    ours = draw(network(folder, lora), Conditioning.of(context=context, pooled=pooled))
     assert relative_error(with_lora, ours) <= 1e-3
     assert torch.equal(by_stock_loader, with_lora)
     assert relative_error(without, ours) > 1e-2, "the LoRA must have an effect for the agreement to mean something"
@@ -148,15 +148,15 @@ def test_the_hosts_text_encoders_tell_the_unet_what_ours_do(
         latent = graph.sampler_custom(model=loaded, eta=ETA, seed=SEED, positive=positive, negative=negative)[0]
         nodes: list[Node] = [graph.show(positive), graph.show(negative), graph.save(latent)]
         outputs = server.run(graph)
-        encoders = load_encoders(str(path))
+        encoder = UNetCheckpoint(BaseConfig(path=str(path))).load_text_encoder(torch.float32, CPU)
     finally:
         path.unlink()
-    ours = encoders.encode([CAPTION, ""])
-    for row, node in enumerate(nodes[:2]):
-        assert relative_error(shown_tensor(outputs, node), ours.context[row : row + 1]) < 1e-3
-    assert relative_error(ours.context[:1], ours.context[1:]) > 0.1, "captions must differ for this to mean something"
-    drawn = draw(network(folder, lora), ours[:1])
+    ours, empty = encoder.encode([CAPTION, ""])
+    context, of_empty = (cond.tensors["context"] for cond in (ours, empty))
+    for node, expected in zip(nodes, (context, of_empty), strict=False):
+        assert relative_error(shown_tensor(outputs, node), expected) < 1e-3
+    assert relative_error(context, of_empty) > 0.1, "captions must differ for this to mean something"
+    drawn = draw(network(folder, lora), ours)
     assert relative_error(saved(server, outputs, nodes[2]) * SCALE, drawn) <= 1e-3
-    assert ours.pooled is not None
-    other = draw(network(folder, lora), replace(ours[:1], pooled=ours.pooled[1:]))
+    other = draw(network(folder, lora), Conditioning.of(context=context, pooled=empty.tensors["pooled"]))
     assert relative_error(other, drawn) > 2e-3, "the pooled state must matter for the agreement to mean something"

@@ -55,7 +55,8 @@ def test_text_to_picture(server: ComfyServer, tiny: Tiny) -> None:
     nodes = graph.show(text), graph.save(latent), graph.show(picture)
     outputs = server.run(graph)
 
-    embedding = TextEncoder("tiny", [tiny.text_encoder]).encode([CAPTION]).context
+    (cond,) = TextEncoder("tiny", [tiny.text_encoder]).encode([CAPTION])
+    embedding = cond.tensors["context"]
     assert relative_error(shown_tensor(outputs, nodes[0]), embedding) < 1e-4
 
     expected = tcd_scheduler_sample(tiny.unet, host_noise(2), timestep_grid(4), eta=0.3, seed=2, context=embedding)
@@ -68,7 +69,8 @@ def test_text_to_picture(server: ComfyServer, tiny: Tiny) -> None:
 
 def test_the_caption_matters(server: ComfyServer, tiny: Tiny) -> None:
     def latent_of(caption: str) -> torch.Tensor:
-        context = TextEncoder("tiny", [tiny.text_encoder]).encode([caption]).context
+        (cond,) = TextEncoder("tiny", [tiny.text_encoder]).encode([caption])
+        context = cond.tensors["context"]
         return tcd_scheduler_sample(tiny.unet, host_noise(2), timestep_grid(4), eta=0.3, seed=2, context=context)
 
     assert relative_error(latent_of("a green square"), latent_of(CAPTION)) > 1e-3  # or the above would prove nothing
