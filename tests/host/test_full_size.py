@@ -1,6 +1,6 @@
-"""The main job on real input: a full-size SD1.5 file, trained on by the command line, drawn with by the host.
+"""The main use case at full size: train on an SD1.5 file from the command line, and sample in the host.
 
-The weights are random, so the pictures mean nothing; names, shapes, dtypes and numbers are those of the real thing.
+The weights are random, so the pictures mean nothing, but names, shapes and dtypes are those of the real model.
 """
 
 import shutil
@@ -40,7 +40,7 @@ SEED, ETA = 7, 0.3
 
 @pytest.fixture(scope="module")
 def checkpoint(server: ComfyServer) -> Path:
-    """The checkpoint, which the host has too."""
+    """The checkpoint, also in the host's folder."""
     file = full_size_sd15()
     _lend(file, server.models / "checkpoints" / CHECKPOINT)
     return file
@@ -48,7 +48,7 @@ def checkpoint(server: ComfyServer) -> Path:
 
 @pytest.fixture(scope="module")
 def lora(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The LoRA of two iterations at 128 px on eight captioned pictures, from the command line."""
+    """A LoRA trained from the command line, for two iterations at 128 px on eight captioned pictures."""
     folder = tmp_path_factory.mktemp("full-size")
     world.write_folder(folder / "pictures", 8, seed=0)
     (folder / "run.toml").write_text(
@@ -108,14 +108,14 @@ def test_the_host_draws_what_the_trainer_draws(server: ComfyServer, checkpoint: 
     without, by_stock_loader, with_lora = latents(server, graph, *saves)
     log = server.log_text()[before:]
     assert "lora key not loaded" not in log and "NOT LOADED" not in log and "ERROR lora" not in log
-    assert "loaded completely" in log or "Prompt executed" in log, "the log is not the host's"
+    assert "loaded completely" in log or "Prompt executed" in log, "the log must be the host's"
     with Image.open(next(server.output.rglob("full-size*.png"))) as image:
         assert image.size == (128, 128) and np.asarray(image).std() > 1
 
     (ours,) = draw(checkpoint, lora)
     assert relative_error(with_lora, ours) <= 1e-3
     assert torch.equal(by_stock_loader, with_lora)
-    assert relative_error(without, ours) > 1e-2, "the LoRA must have an effect for the agreement to mean something"
+    assert relative_error(without, ours) > 1e-2, "the LoRA must have an effect, or the agreement proves nothing"
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v_prediction"])
@@ -133,19 +133,19 @@ def test_it_agrees_with_diffusers(server: ComfyServer, checkpoint: Path, predict
         assert relative_error(latent, ours) <= 1e-5
 
 
-def test_the_host_tells_the_network_what_the_trainer_tells_it(
+def test_with_a_target_time_embedding_the_host_draws_what_the_trainer_draws(
     server: ComfyServer, checkpoint: Path, lora: Path
 ) -> None:
     torch.manual_seed(0)
     embedding = TargetTime(320, 1280)
     nn.init.normal_(embedding["out"].weight, std=0.05)
     tensors = {f"{PREFIX}{name}": tensor.detach().half() for name, tensor in embedding.state_dict().items()}
-    told = server.models / "loras" / "sd15-told.safetensors"
-    save_file(load_file(lora) | tensors, told, metadata={"tcd.target_time": "s"})
+    embedded = server.models / "loras" / "sd15-target-time.safetensors"
+    save_file(load_file(lora) | tensors, embedded, metadata={"tcd.target_time": "s"})
 
     graph = Graph()
     base = graph.checkpoint(CHECKPOINT)
-    model = graph.add("TCDLoraLoader", model=base[0], lora_name=told.name, strength_model=1.0)[0]
+    model = graph.add("TCDLoraLoader", model=base[0], lora_name=embedded.name, strength_model=1.0)[0]
     grid = [(steps, eta) for steps in (1, 2, 4) for eta in (0.0, ETA, 1.0)]
     done = [
         graph.sampler_custom(
@@ -159,15 +159,15 @@ def test_the_host_tells_the_network_what_the_trainer_tells_it(
         for steps, eta in grid
     ]
     found = latents(server, graph, *(graph.save(node[0]) for node in done))
-    for latent, (steps, eta), ours, deaf in zip(
-        found, grid, draw(checkpoint, told, grid), draw(checkpoint, lora, grid), strict=True
+    for latent, (steps, eta), ours, without in zip(
+        found, grid, draw(checkpoint, embedded, grid), draw(checkpoint, lora, grid), strict=True
     ):
         assert relative_error(latent, ours) <= 1e-3, (steps, eta)
-        assert relative_error(deaf, ours) > 1e-2, "the embedding must matter"
+        assert relative_error(without, ours) > 1e-2, "the embedding must matter"
 
 
 def draw(checkpoint: Path, lora: Path, grid: Sequence[tuple[int, float]] = ((4, ETA),)) -> list[torch.Tensor]:
-    """The trainer's own sampling from the same two files and the same seed: scaled latents [1, 4, 16, 16] each."""
+    """Sample with the trainer from the same files and seed; returns scaled latents [1, 4, 16, 16]."""
     base = UNetCheckpoint(BaseConfig(path=str(checkpoint)))
     model = base.load(torch.float32, CPU)
     model.adapter.add(FILE, load_weights(model, lora))
@@ -182,5 +182,5 @@ def draw(checkpoint: Path, lora: Path, grid: Sequence[tuple[int, float]] = ((4, 
 def _lend(file: Path, place: Path) -> None:
     try:
         place.symlink_to(file)
-    except OSError:  # Windows gives links to administrators and developers alone
+    except OSError:  # on Windows, only administrators and developers can create links
         shutil.copyfile(file, place)

@@ -1,4 +1,4 @@
-"""SDXL from end to end: a base that the trainer distills, and what the host makes of the same files."""
+"""SDXL end to end: the trainer distills a base, and the host samples with the same files."""
 
 import shutil
 from collections.abc import Mapping
@@ -33,14 +33,14 @@ SEED, ETA = 7, 0.3
 LORA = "mini-sdxl-tcd.safetensors"
 WHOLE = "whole-sdxl.safetensors"
 CAPTION = "a red circle left on a blue background"
-SCALE = 0.13025 / LATENT_SCALE  # `saved` takes every latent for one of SD 1.5
+SCALE = 0.13025 / LATENT_SCALE  # saved() treats every latent as one of SD 1.5
 CPU = torch.device("cpu")
-SIZES = torch.tensor([64.0, 64, 0, 0, 64, 64])  # of the picture, where it was cropped, and to which size
+SIZES = torch.tensor([64.0, 64, 0, 0, 64, 64])  # original size, crop and target size
 
 
 @pytest.fixture(scope="module")
 def folder(mini_sdxl: UNet2DConditionModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MINI_SDXL as a diffusers folder, with text encoders of SDXL's widths and two layers, and a small VAE."""
+    """MINI_SDXL as a diffusers folder, with two-layer text encoders of SDXL's widths and a small VAE."""
     folder = tmp_path_factory.mktemp("sdxl") / "base"
     mini_sdxl.save_pretrained(folder / "unet")
     torch.manual_seed(0)
@@ -53,7 +53,7 @@ def folder(mini_sdxl: UNet2DConditionModel, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="module")
 def lora(server: ComfyServer, folder: Path) -> Path:
-    """The LoRA of two iterations on it, which the host has too."""
+    """A LoRA trained for two iterations on that base, also in the host's folder."""
     world.write_folder(folder.parent / "pictures", 2, seed=0)
     config = {
         "base": {"path": str(folder)},
@@ -74,10 +74,10 @@ def network(folder: Path, lora: Path) -> UNetModel:
 
 
 def draw(net: UNetModel, cond: Conditioning) -> Tensor:
-    """The trainer's own sampling, at the sizes that the host tells: those of the picture."""
-    told = Conditioning({**cond.tensors, "time_ids": SIZES[None]})
+    """Sample with the trainer, conditioned on the sizes that the host passes: those of the picture."""
+    sized = Conditioning({**cond.tensors, "time_ids": SIZES[None]})
     noise = initial_noise(SEED, (1, 4, 8, 8))
-    return sample_latents(net, told, sigmas=net.schedule.sigmas_for(4), gamma=ETA, noise=noise, seed=SEED)
+    return sample_latents(net, sized, sigmas=net.schedule.sigmas_for(4), gamma=ETA, noise=noise, seed=SEED)
 
 
 def test_the_host_draws_with_an_sdxl_lora_what_the_trainer_draws(
@@ -99,12 +99,12 @@ def test_the_host_draws_with_an_sdxl_lora_what_the_trainer_draws(
     assert "lora key not loaded" not in log and "NOT LOADED" not in log and "ERROR lora" not in log
     assert "applied in part" not in log
 
-    generator = torch.Generator().manual_seed(0)  # as TestConditioning draws
+    generator = torch.Generator().manual_seed(0)  # as in TestConditioning
     context, pooled = torch.randn(1, 77, 2048, generator=generator), torch.randn(1, 1280, generator=generator)
     ours = draw(network(folder, lora), Conditioning.of(context=context, pooled=pooled))
     assert relative_error(with_lora, ours) <= 1e-3
     assert torch.equal(by_stock_loader, with_lora)
-    assert relative_error(without, ours) > 1e-2, "the LoRA must have an effect for the agreement to mean something"
+    assert relative_error(without, ours) > 1e-2, "the LoRA must have an effect, or the agreement proves nothing"
     with safe_open(lora, "pt") as file:
         metadata = file.metadata()
     assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
@@ -112,7 +112,7 @@ def test_the_host_draws_with_an_sdxl_lora_what_the_trainer_draws(
 
 
 def whole_checkpoint(path: Path, unet: UNet2DConditionModel) -> Path:
-    """Write `unet` with a VAE and both text encoders of full size, of whose layers the lowest two are not zeros."""
+    """Write `unet` with a VAE and both full-size text encoders, in which only the two lowest layers are not zero."""
     torch.manual_seed(0)
     tensors = ldm.unet_to_ldm(unet.state_dict(), unet.config) | dict(vae(4))
     first, second = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
@@ -126,7 +126,7 @@ def whole_checkpoint(path: Path, unet: UNet2DConditionModel) -> Path:
 
 
 def _lowest_layers(tensors: Mapping[str, Tensor], layers: str) -> dict[str, Tensor]:
-    """Fill the two lowest layers with noise that leaves the sizes of the states as they are."""
+    """Fill the two lowest layers with noise small enough to keep the scale of the hidden states."""
     filled = dict(tensors)
     for name, tensor in tensors.items():
         if f"{layers}0." in name or f"{layers}1." in name:
@@ -136,7 +136,7 @@ def _lowest_layers(tensors: Mapping[str, Tensor], layers: str) -> dict[str, Tens
 
 
 @pytest.mark.slow
-def test_the_hosts_text_encoders_tell_the_unet_what_ours_do(
+def test_the_hosts_text_encoders_agree_with_the_trainers(
     server: ComfyServer, mini_sdxl: UNet2DConditionModel, folder: Path, lora: Path, tmp_path: Path
 ) -> None:
     path = whole_checkpoint(server.models / "checkpoints" / WHOLE, mini_sdxl)
