@@ -56,7 +56,7 @@ def with_adapter(
     target_input: TargetInput | None = None,
     effect: float = 0.0,
 ) -> AdapterWeights:
-    """Add a student, which changes nothing yet; effect: the deviation of what is added to its weights, so that it does."""
+    """Add a student, which changes nothing yet; effect: the deviation of what is added to its weights for it to."""
     weights = model.new_weights(rank=rank, alpha=alpha, seed=seed, targets=targets, target_input=target_input)
     generator = torch.Generator().manual_seed(9)
     for parameter in weights.parameters() if effect else ():

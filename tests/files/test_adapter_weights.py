@@ -7,7 +7,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from tiny_base import context, model_of, small_config, with_adapter, write_base, write_inputs
+from tiny_base import context, model_of, with_adapter, write_base, write_inputs
 from trajectory_consistency.tcd import kohya_name
 from trajectory_consistency.tcd.adapter import FILE
 from trajectory_consistency.trainer import run

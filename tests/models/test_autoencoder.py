@@ -1,6 +1,5 @@
 """The VAE behind the seam: bytes in and out, and latents as the UNet wants them."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
