@@ -75,9 +75,9 @@ def test_the_commands_make_a_lora_from_the_configuration_that_stands_below_them(
     killed = subprocess.run([sys.executable, "-c", KILLED, *run], capture_output=True, text=True)
     assert killed.returncode == -9, killed.stderr
     first = Path("runs/first")
-    assert not (first / "tcd-lora.safetensors").exists() and "going on" not in killed.stderr
+    assert not (first / "tcd-lora.safetensors").exists() and "resuming" not in killed.stderr
     assert main(run) == 0
-    assert "going on from step 2 of 6" in caplog.text and f"look at {first / 'report.html'}" in caplog.text
+    assert "resuming at step 2 of 6" in caplog.text and f"look at {first / 'report.html'}" in caplog.text
     (first / "report.html").unlink()
     assert main(report) == 0
     page = (first / "report.html").read_text(encoding="utf-8")

@@ -6,17 +6,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tiny_base import network, small_config, write_base, write_inputs
+from tiny_base import context, model_of, small_config, with_adapter, write_base, write_inputs
+from trajectory_consistency.tcd.adapter import FILE
 from trajectory_consistency.trainer.cli import main
 from trajectory_consistency.trainer.errors import RunError, UserError
 from trajectory_consistency.trainer.files import lora_file
+from trajectory_consistency.trainer.files.adapter_weights import load_weights
 from trajectory_consistency.trainer.files.export import write_lora
 from trajectory_consistency.trainer.files.lora_file import describe, export, merge
-from trajectory_consistency.trainer.models.conditioning import Conditioning
 from trajectory_consistency.trainer.models.sampling import initial_noise
-from trajectory_consistency.trainer.models.unet import adapter
 
-COND = Conditioning(torch.randn((1, 77, 32), generator=torch.Generator().manual_seed(5)))
+COND = context(torch.randn((1, 77, 32), generator=torch.Generator().manual_seed(5)))
 
 
 @pytest.fixture(scope="module")
@@ -24,20 +24,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base and a LoRA for it that does something, of rank 4 and alpha 2."""
     folder = tmp_path_factory.mktemp("files")
     values = write_inputs(folder, pictures=1)
-    net = network(folder / "base.safetensors")
-    generator = torch.Generator().manual_seed(9)
-    for parameter in adapter.add_adapter(net.unet, rank=4, alpha=2.0, seed=0):
-        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    net = model_of(folder / "base.safetensors")
+    with_adapter(net, rank=4, alpha=2.0, effect=0.05)
     write_lora(folder / "lora.safetensors", net, small_config(values), {"tcd.law": "uniform", "tcd.steps": "4"}, COND)
     return folder
 
 
 def predicted(base: Path, lora: Path | None = None) -> torch.Tensor:
-    net = network(base)
+    net = model_of(base)
     if lora:
-        adapter.load_adapter(net.unet, lora)
+        net.adapter.add(FILE, load_weights(net, lora))
     with torch.no_grad():
-        return net.x0(initial_noise(0, (1, 4, 8, 8)), torch.tensor([499]), COND)
+        return net.x0(initial_noise(0, (1, 4, 8, 8)), net.schedule.point(torch.tensor([499]), 4), COND)
 
 
 def close(one: torch.Tensor, other: torch.Tensor, limit: float = 2e-3) -> bool:

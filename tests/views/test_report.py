@@ -22,7 +22,7 @@ from trajectory_consistency.trainer.views.preview import (
     picture_path,
     step_name,
 )
-from trajectory_consistency.trainer.views.preview_prompts import save_picture, scene_names
+from trajectory_consistency.trainer.views.preview_prompts import picture_names, save_picture
 from trajectory_consistency.trainer.views.report import write_report
 
 PROMPTS = ("a red <circle> & more", "\u00e0 gauche")
@@ -42,7 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Config:
         history(record(step, loss=1 / step))
     folder = config.output_folder / FOLDER
     pictures = world.draw_pictures(world.random_scenes(20, 0), random.Random(0))
-    for k, name in enumerate(scene_names(PROMPTS, [5])):
+    for k, name in enumerate(picture_names(PROMPTS, [5])):
         save_picture(pictures[k], picture_path(folder, TEACHER, name, TEACHER_STEPS))
         for when in TIMES:
             for steps in STEPS:
