@@ -59,5 +59,12 @@ def _check(prediction: str) -> None:
 
 
 def _require_nonzero(value: Tensor | float, name: str, reason: str) -> None:
+    """Raise ValueError for a zero among numbers and tensors on the CPU.
+
+    On other devices the value is not checked, so that the device is not waited for: the result is then infinite, which
+    stops training.
+    """
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        return
     if bool((torch.as_tensor(value) == 0).any()):
         raise ValueError(f"{name} is 0: {reason}")
