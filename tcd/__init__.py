@@ -4,23 +4,14 @@ Tensors in, tensors out, with torch as the only dependency: no files, no logging
 What the trainer trains is what the nodes sample, because both call the functions of this package.
 """
 
+from .flow_time import ContinuousSchedule, FlowSchedule
+from .levels import alpha_bar_to_sigma, scaled_linear_alpha_bar, sigma_to_alpha_bar, vp_level, zero_terminal_snr
 from .lora_alpha import peft_alpha
 from .lora_coverage import Coverage, ShapeMismatch, coverage
 from .lora_keys import LoraModule, kohya_name, lora_modules, split_name, to_kohya
 from .prediction import Prediction, from_x0, to_x0
 from .sampling import Denoise, Noise, Report, sample_tcd, seeded_noise
-from .schedule import (
-    BridgeSchedule,
-    ContinuousSchedule,
-    DiscreteSchedule,
-    FlowSchedule,
-    Schedule,
-    alpha_bar_to_sigma,
-    scaled_linear_alpha_bar,
-    sigma_to_alpha_bar,
-    vp_level,
-    zero_terminal_snr,
-)
+from .schedule import BridgeSchedule, DiscreteSchedule, Schedule, TimePoint
 from .target_time import TargetTime, Told, split_target_time
 from .timesteps import parse_flow_times, parse_timesteps, refined_origin_steps, timestep_grid
 from .trajectory import Level, add_noise, jump, renoise
@@ -40,6 +31,7 @@ __all__ = [
     "Schedule",
     "ShapeMismatch",
     "TargetTime",
+    "TimePoint",
     "Told",
     "add_noise",
     "alpha_bar_to_sigma",

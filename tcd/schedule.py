@@ -1,71 +1,63 @@
-"""Noise schedules and their clocks.
+"""Noise schedules and their clocks: levels, times and grids, for sampling and for training.
 
-A time is told on one of four clocks, and every function here says which it takes:
+A time is on one of these clocks, and every function here says which it takes:
+  training time   a whole number on every clock, so that two of them are equal or not; 0 is the clean end. Of a model
+                  with a table, the timestep 0 .. T - 1; else thousandths, 0 .. 1000, of what tcd/flow_time.py says
   timestep        the integer training timestep, 0 .. 999
   flow time       in [0, 1]; of a rectified flow it equals sigma
-  sigma           the noise level in the host's variance exploding scale, x = x0 + sigma * eps
-  half-log-SNR    log(alpha / sigma); named in the paper, needed by no function here
+  sigma           the noise level in the sampling scale: of a rectified flow, x = (1 - sigma) x0 + sigma eps; else the
+                  host's variance exploding one, x = x0 + sigma * eps
+  network time    what the network gets as its time: the timestep, 1000 sigma of a flow, or a function of sigma
+  half-log-SNR    log(alpha / sigma)
+
+Training is in the paper's scale: variance preserving, or that of the flow itself. The variance exploding one is for
+sampling alone: a loss in it would be that of the highest sigmas.
 """
 
-import math
-from collections.abc import Callable
-from typing import Protocol
+from copy import copy
+from functools import cached_property
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from .timesteps import (
-    ORIGIN_STEPS,
-    check_steps,
-    parse_flow_times,
-    parse_timesteps,
-    refined_origin_steps,
-    timestep_grid,
-)
+from .levels import TERMINAL_SIGMA as TERMINAL_SIGMA
+from .levels import HalfLogSNR, alpha_bar_to_sigma, sigma_to_alpha_bar, to_zero, vp_level, with_ndim
+from .timesteps import ORIGIN_STEPS, parse_timesteps, refined_origin_steps, timestep_grid
 from .trajectory import Level
 
-# A schedule with zero terminal SNR ends at sigma = infinity. In the variance exploding scale a finite stand-in is
-# needed; the host's choice, so that its sigmas and these tables meet.
-TERMINAL_SIGMA = 4518.76
+_Schedule = TypeVar("_Schedule", bound="Schedule")
+_Discrete = TypeVar("_Discrete", bound="DiscreteSchedule")
 
 
-def scaled_linear_alpha_bar(num_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> Tensor:
-    """Return alpha_bar [T], float64, by timestep: betas linear in their square root, as in Stable Diffusion."""
-    beta = torch.linspace(math.sqrt(beta_start), math.sqrt(beta_end), num_timesteps, dtype=torch.float64) ** 2
-    return torch.cumprod(1 - beta, dim=0)
+class TimePoint(NamedTuple):
+    """A training time as the equations and the network meet it; B of them."""
 
+    time: Tensor
+    """[B], training times: int64, or floating where they lie between two."""
+    level: Level
+    """The noise level in the training scale, each part a tensor [B, 1, ...] that broadcasts over x."""
+    network_time: Tensor
+    """[B], the time on the network's own clock."""
 
-def zero_terminal_snr(alpha_bar: Tensor) -> Tensor:
-    """Rescale alpha_bar [T] so that the last one is exactly 0 and the first is kept (arXiv 2305.08891, algorithm 1)."""
-    alpha = alpha_bar.sqrt()
-    first, last = alpha[0], alpha[-1]
-    return ((alpha - last) * first / (first - last)) ** 2
-
-
-def alpha_bar_to_sigma(alpha_bar: Tensor) -> Tensor:
-    """Convert alpha_bar, any shape, to a variance exploding sigma, sqrt((1 - alpha_bar) / alpha_bar); 0 gives inf."""
-    return ((1 - alpha_bar) / alpha_bar).sqrt()
-
-
-def sigma_to_alpha_bar(sigma: Tensor) -> Tensor:
-    """Convert a variance exploding sigma, any shape, to alpha_bar = 1 / (1 + sigma^2); inf gives 0."""
-    return 1 / (1 + sigma**2)
-
-
-def vp_level(alpha_bar: Tensor) -> Level:
-    """Return the variance preserving level (sqrt(alpha_bar), sqrt(1 - alpha_bar)): the paper's scale, for training."""
-    return Level(alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
+    def rows(self, index: Tensor | slice) -> "TimePoint":
+        """Return those of some rows of the batch: int64 [b] on the device of the tensors, or a slice."""
+        alpha, sigma = (torch.as_tensor(part)[index] for part in self.level)
+        return TimePoint(self.time[index], Level(alpha, sigma), self.network_time[index])
 
 
 class Schedule(Protocol):
-    """What a run needs to know of a model's clock: levels, strategic targets, and where its N steps are."""
+    """What sampling and training need to know of a model's clock.
+
+    Sampling: levels, strategic targets, and where N steps are. Training: the grid, and what is at a training time.
+    """
 
     def level(self, sigma: Tensor) -> Level:
-        """Return the noise level of sigmas of any shape."""
+        """Return the noise level, in the sampling scale, of sigmas of any shape."""
         ...
 
     def target(self, sigma_next: Tensor, gamma: float) -> Tensor:
-        """Return the sigma of the strategic target s = (1 - gamma) t', told on the clock the model was trained on.
+        """Return the sigma of the strategic target s = (1 - gamma) t', on the clock the model was trained on.
 
         sigma_next is of any shape. The target is never above it, and is sigma_next itself when gamma or sigma_next
         is 0.
@@ -87,12 +79,57 @@ class Schedule(Protocol):
         """
         ...
 
+    @property
+    def num_times(self) -> int:
+        """How many whole training times there are: T timesteps, or 1001."""
+        ...
+
+    def grid(self, origin_steps: int) -> Tensor:
+        """Return the training times of the distillation grid, int64 [N + 1], ascending, the clean end 0 first.
+
+        Its levels above the clean end are those of a run of as many steps (sigmas_for). Raises ValueError when
+        origin_steps is out of range.
+        """
+        ...
+
+    def visited(self, steps: int, origin_steps: int) -> list[int]:
+        """Return the training times that a sampler of so many steps visits, descending, without the clean end.
+
+        Raises ValueError when steps or origin_steps are out of range.
+        """
+        ...
+
+    def point(self, time: Tensor, ndim: int = 1) -> TimePoint:
+        """Return the points of training times [B], whole numbers or fractions; the level's parts have ndim dimensions.
+
+        time is on the device of the schedule (`to`), and the device is not waited for.
+        """
+        ...
+
+    def point_at(self, sigma: Tensor, ndim: int = 1) -> TimePoint:
+        """Return the points of sigmas [B] in the sampling scale; their training times are the nearest whole ones."""
+        ...
+
+    def midpoint(self, t: Tensor, s: Tensor) -> Tensor:
+        """Return the training times [B], fractions too, half way in half-log-SNR between times t and s <= t, [B].
+
+        t and s are whole numbers or fractions on the device of the schedule, and the device is not waited for.
+        """
+        ...
+
+    def to(self: _Schedule, device: torch.device | str) -> _Schedule:
+        """Return the same schedule with the tables that point and midpoint look into on a device."""
+        ...
+
 
 class DiscreteSchedule:
     """A variance exploding scale over integer timesteps: Stable Diffusion, and all trained on an alpha_bar table.
 
-    sigmas: [T], ascending, one a timestep, float32 or float64; kept on the CPU. A distilled model that knows only each
-    k-th of its timesteps has num_timesteps = k T; then its sigmas are of k - 1, 2 k - 1 ... k T - 1.
+    sigmas: [T], ascending, one a timestep, float32 or float64; for sampling, and kept on the CPU. A distilled model
+    that knows only each k-th of its timesteps has num_timesteps = k T; its sigmas are of k - 1, 2 k - 1 ... k T - 1.
+
+    A training time is a timestep, 0 .. num_timesteps - 1. The clean end, 0, is the cleanest there is, but not without
+    noise: sigma = 0.029 in Stable Diffusion. The level for training is variance preserving.
 
     Raises ValueError if the sigmas are not positive, finite and strictly ascending (who has zero terminal SNR gives a
     finite stand-in or uses from_alpha_bar), or num_timesteps is no multiple of T.
@@ -112,9 +149,28 @@ class DiscreteSchedule:
 
     @classmethod
     def from_alpha_bar(cls, alpha_bar: Tensor) -> "DiscreteSchedule":
-        """Build from alpha_bar [T]; an alpha_bar of exactly 0 (zero terminal SNR) becomes sigma = 4518.76."""
+        """Build from alpha_bar [T]; an alpha_bar of exactly 0 (zero terminal SNR) becomes sigma = 4518.76.
+
+        For training the table is kept as it is, in float32: there, 0 stays 0.
+        """
         sigmas = alpha_bar_to_sigma(alpha_bar)
-        return cls(sigmas.masked_fill(sigmas.isinf(), TERMINAL_SIGMA))
+        schedule = cls(sigmas.masked_fill(sigmas.isinf(), TERMINAL_SIGMA))
+        schedule.alpha_bar = alpha_bar.detach().cpu().float()
+        return schedule
+
+    @cached_property
+    def alpha_bar(self) -> Tensor:
+        """[num_timesteps] float32 by timestep, for training; on the CPU, or the device that `to` was given."""
+        return sigma_to_alpha_bar(self.sigma(torch.arange(self.num_timesteps)).double()).float()
+
+    @cached_property
+    def _half_log_snr(self) -> HalfLogSNR:
+        return HalfLogSNR.of(self.alpha_bar)
+
+    @property
+    def num_times(self) -> int:
+        """num_timesteps."""
+        return self.num_timesteps
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """Return the timestep, int64, nearest to a sigma of any shape in log sigma; sigma = 0 gives the lowest."""
@@ -150,8 +206,41 @@ class DiscreteSchedule:
         """Return the sigmas [N + 1] of whole timesteps, such as "999,759,499,259", and 0 last."""
         return self._down_through(parse_timesteps(timesteps, num_timesteps=self.num_timesteps))
 
+    def grid(self, origin_steps: int) -> Tensor:
+        """Return 0 and the timesteps of timestep_grid, int64, ascending; with origin_steps = T, 0 is one of these."""
+        return torch.tensor(sorted({0, *self.visited(origin_steps, origin_steps)}))
+
+    def visited(self, steps: int, origin_steps: int) -> list[int]:
+        """Return timestep_grid's timesteps, descending; raises ValueError as it does."""
+        return timestep_grid(steps, num_timesteps=self.num_timesteps, origin_steps=origin_steps)
+
+    def point(self, time: Tensor, ndim: int = 1) -> TimePoint:
+        """Return the points of timesteps [B], level variance preserving and float32; network time: the timestep itself.
+
+        Between two timesteps half-log-SNR is linear, with 4518.76 for the sigma of a level without signal. Below the
+        lowest timestep known to a distilled model, the level is the one at that timestep.
+        """
+        between = time.is_floating_point()
+        alpha_bar = (2 * self._half_log_snr.at(time)).sigmoid() if between else self.alpha_bar[time]
+        return TimePoint(time, vp_level(with_ndim(alpha_bar, ndim)), time)
+
+    def point_at(self, sigma: Tensor, ndim: int = 1) -> TimePoint:
+        """Return the points of the timesteps nearest to sigmas [B], variance exploding: the network knows no others."""
+        return self.point(self.timestep(sigma), ndim)
+
+    def midpoint(self, t: Tensor, s: Tensor) -> Tensor:
+        """Return the timesteps [B], fractions too, half way in half-log-SNR between timesteps t and s <= t, [B]."""
+        return self._half_log_snr.midpoint(t, s)
+
+    def to(self: _Discrete, device: torch.device | str) -> _Discrete:
+        """Return the same schedule with its training tables on a device; `sigmas` stay on the CPU, for sampling."""
+        moved = copy(self)
+        moved.alpha_bar = self.alpha_bar.to(device)
+        moved._half_log_snr = self._half_log_snr.to(device)
+        return moved
+
     def _down_through(self, timesteps: list[int]) -> Tensor:
-        return _to_zero(self.sigma(torch.tensor(timesteps, dtype=torch.int64)))
+        return to_zero(self.sigma(torch.tensor(timesteps, dtype=torch.int64)))
 
 
 class BridgeSchedule(DiscreteSchedule):
@@ -166,84 +255,9 @@ class BridgeSchedule(DiscreteSchedule):
             )
         return sigma_next
 
-
-class FlowSchedule:
-    """Rectified flow: x = (1 - sigma) x0 + sigma eps, with sigma as the flow time.
-
-    shift: the model's sigma at times u in [0, 1], of any shape, float32, on the scale on which its steps are even; it
-    rises from 0 to 1.
-    """
-
-    def __init__(self, shift: Callable[[Tensor], Tensor] = lambda u: u) -> None:
-        self._shift = shift
-
-    def level(self, sigma: Tensor) -> Level:
-        """Return the level (1 - sigma, sigma)."""
-        return Level(1 - sigma, sigma)
-
-    def target(self, sigma_next: Tensor, gamma: float) -> Tensor:
-        """Return (1 - gamma) sigma_next."""
-        return (1 - gamma) * sigma_next
-
-    def sigmas_for(self, steps: int, denoise: float = 1.0, *, refine: bool = False) -> Tensor:
-        """Return the sigmas [steps + 1] at shifted times, evenly spaced from `denoise` to 0.
-
-        Raises ValueError also if the model's shift does not give levels from 1 down to 0.
-        """
-        sigmas = self._shift(_even(steps, denoise))
-        if not (sigmas.isfinite().all() and (sigmas.diff() <= 0).all()):
-            raise ValueError("the model's shift gives no sigmas that descend from 1 to 0: set another shift, above 0")
-        return sigmas
-
-    def sigmas_at(self, timesteps: str) -> Tensor:
-        """Return the sigmas [N + 1] of flow times in thousandths, such as "1000,750,500,250", and 0 last.
-
-        They are what the network is told, and what diffusers prints as timesteps: the shift is in them already.
-        """
-        return _to_zero(torch.tensor(parse_flow_times(timesteps)))
-
-
-class ContinuousSchedule:
-    """A variance exploding scale without timesteps (EDM and the like); its clock is flow time, u = sigma / (1 + sigma).
-
-    sigma_max: where a run begins; 80 is EDM's own (arXiv 2206.00364).
-    """
-
-    def __init__(self, sigma_max: float = 80.0) -> None:
-        self._sigma_max = sigma_max
-
-    def level(self, sigma: Tensor) -> Level:
-        """Return the level (1, sigma)."""
-        return Level(torch.ones_like(sigma), sigma)
-
-    def target(self, sigma_next: Tensor, gamma: float) -> Tensor:
-        """Return the sigma at flow time (1 - gamma) u, where u = sigma_next / (1 + sigma_next)."""
-        return _part_of_flow_time(sigma_next, 1 - gamma)
-
-    def sigmas_for(self, steps: int, denoise: float = 1.0, *, refine: bool = False) -> Tensor:
-        """Return the sigmas [steps + 1] at flow times evenly spaced from `denoise` of that of sigma_max to 0."""
-        return _part_of_flow_time(self._sigma_max, _even(steps, denoise).double()).float()
-
-    def sigmas_at(self, timesteps: str) -> Tensor:
-        """Raise ValueError: there are none."""
+    def point(self, time: Tensor, ndim: int = 1) -> TimePoint:
+        """Raise ValueError: there is no training time without noise."""
         raise ValueError(
-            f"timesteps is {timesteps!r}, but this model has none, as its time is its sigma: "
-            "leave timesteps empty, and steps and denoise choose"
+            "this model carries one picture into another and knows no noise: its schedule cannot be trained on, as "
+            "there is no x_t = alpha_t x0 + sigma_t eps"
         )
-
-
-def _part_of_flow_time(sigma: Tensor | float, part: Tensor | float) -> Tensor:
-    """Return the sigma whose flow time is this part of that of sigma, tensors of one shape or numbers."""
-    # part u / (1 - part u), reduced: without a round trip, so that the whole of it is sigma to the last bit.
-    return torch.as_tensor(part * sigma / (1 + (1 - part) * sigma))
-
-
-def _even(steps: int, denoise: float) -> Tensor:
-    """Return times [steps + 1], float32, evenly spaced from denoise down to 0; none for denoise = 0."""
-    check_steps(steps, denoise)
-    return torch.linspace(denoise, 0, steps + 1) if denoise else torch.zeros(0)
-
-
-def _to_zero(sigmas: Tensor) -> Tensor:
-    """Append the clean end to sigmas [N], unless there is no step to it."""
-    return torch.cat([sigmas, sigmas.new_zeros(1)]) if len(sigmas) else sigmas

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 ORIGIN_STEPS = 50  # of the grid that published students were distilled on
-_FLOW_TIMESTEPS = 1000  # a flow has no timesteps of its own; diffusers counts its sigmas in thousandths, as do people
+FLOW_TIMESTEPS = 1000  # a flow has no timesteps of its own; diffusers counts its sigmas in thousandths, as do people
 
 _Number = TypeVar("_Number", int, float)
 
@@ -47,6 +47,17 @@ def refined_origin_steps(steps: int, *, num_timesteps: int = 1000) -> int:
     )
 
 
+def even_grid(steps: int) -> list[int]:
+    """Return 0, 1000 / steps ... 1000, ascending: thousandths of a clock without timesteps, to whole ones.
+
+    Raises ValueError unless steps is a whole number from 1 to 1000.
+    """
+    check_steps(steps, 1.0)
+    if steps > FLOW_TIMESTEPS:
+        raise ValueError(f"steps is {steps}, but the clock is divided in thousandths: use at most {FLOW_TIMESTEPS}")
+    return [round(FLOW_TIMESTEPS * i / steps) for i in range(steps + 1)]
+
+
 def check_steps(steps: int, denoise: float) -> None:
     """Raise ValueError unless steps is a whole number >= 1 and denoise is in [0, 1]."""
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
@@ -82,8 +93,8 @@ def parse_flow_times(text: str) -> list[float]:
     Raises ValueError, which says what to type, for anything else.
     """
     hint = "type numbers from 1000 down to above 0 with commas between, such as 1000,750,500,250"
-    timesteps = _descending(text, float, lambda timestep: 0 < timestep <= _FLOW_TIMESTEPS, hint)
-    return [timestep / _FLOW_TIMESTEPS for timestep in timesteps]
+    timesteps = _descending(text, float, lambda timestep: 0 < timestep <= FLOW_TIMESTEPS, hint)
+    return [timestep / FLOW_TIMESTEPS for timestep in timesteps]
 
 
 def _descending(text: str, number: type[_Number], in_range: Callable[[_Number], bool], hint: str) -> list[_Number]:

@@ -22,3 +22,9 @@ def told_x0(x: Tensor, t: Level, s: Level) -> Tensor:
     """The x0 that a network told s must predict for the jump to follow the exact trajectory of a Gaussian."""
     ratio = s.sigma / t.sigma
     return (gaussian_map(x, t, s) - ratio * x) / (s.alpha - ratio * t.alpha)
+
+
+def half_log_snr(level: Level) -> Tensor:
+    """log(alpha / sigma) in float64; infinite without noise or signal."""
+    alpha, sigma = (torch.as_tensor(part).double() for part in level)
+    return (alpha / sigma).log()
