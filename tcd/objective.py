@@ -1,6 +1,7 @@
 """The consistency distillation loss: one jump from t must end where a teacher's step and a shorter jump end.
 
-Flows in: clean latents, noise, times.  Flows out: one scalar, float32, in the paper's (variance preserving) scale.
+Flows in: clean latents, noise, and the points of the three times on any clock.  Flows out: a distance for each example,
+[B], float32, in the scale of training (variance preserving, or that of a rectified flow).
 """
 
 from __future__ import annotations
@@ -12,23 +13,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import Level, add_noise, jump
-from .times import Times
+from .schedule import TimePoint
+from .times import Points
+from .trajectory import add_noise, jump
 
-Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x_t [B, C, H, W], training timesteps [B], rows [B] of the batch they belong to) -> x0 [B, C, H, W]."""
+Predict = Callable[[Tensor, TimePoint, TimePoint, Tensor], Tensor]
+"""(x_t [B, C, ...], t, s, rows [B], int64, of the batch that they belong to) -> x0 [B, C, ...]; it may ignore s."""
 
-Told = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(x_t [B, C, H, W], t [B], s [B], rows [B]) -> x0 [B, C, H, W]: a prediction that may heed where the jump ends."""
-
-Follow = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""f(x_t, t -> s) of arXiv 2402.19159: (x_t [B, C, H, W], t [B], s [B], rows [B]) -> x_s [B, C, H, W]."""
-
-Levels = Callable[[Tensor], Level]
-"""Training timesteps [B], also between two, -> their noise level, [B, 1, 1, 1]."""
+Follow = Callable[[Tensor, TimePoint, TimePoint, Tensor], Tensor]
+"""f(x_t, t -> s) of arXiv 2402.19159: (x_t [B, C, ...], t, s, rows [B]) -> x_s [B, C, ...]."""
 
 Distance = Callable[[Tensor, Tensor], Tensor]
-"""(prediction, target), both [B, C, H, W] -> how far they are apart, [B]."""
+"""(prediction, target), both [B, C, ...] -> how far they are apart, [B]."""
 
 Weighting = Literal["none", "gap", "x0"]
 
@@ -39,64 +35,69 @@ def tcd_loss(
     teacher: Predict,
     x0: Tensor,
     eps: Tensor,
-    times: Times,
+    points: Points,
     *,
-    level: Levels,
+    moved: Tensor,
     distance: Distance,
 ) -> Tensor:
     """The distances [B] from f(x_t, t -> s) to f(x_next, t_next -> s) of arXiv 2402.19159; the second has no gradient.
 
-    x0, eps: clean latents and noise [B, C, H, W], float32.
+    x0, eps: clean latents and noise [B, C, ...], float32. points: of B examples, their levels broadcast over x0. moved:
+    the rows with s < t_next, int64 [b] on the device of x0 (`Times.moved`); `target` is called for these alone, and
+    not at all without any. `teacher` is given t_next as the time where its step ends.
     """
+    t, t_next, s = points
     rows = torch.arange(len(x0), device=x0.device)
-    x_t = add_noise(x0, eps, level(times.t))
+    x_t = add_noise(x0, eps, t.level)
     with torch.no_grad():
-        x_next = jump(x_t, teacher(x_t, times.t, rows), level(times.t), level(times.t_next))
-        goal = x_next.clone()  # the answer where s = t_next, since f(x, t -> t) = x
-        far = rows[times.s < times.t_next]
-        if len(far):
-            goal[far] = target(x_next[far], times.t_next[far], times.s[far], far)
+        x_next = jump(x_t, teacher(x_t, t, t_next, rows), t.level, t_next.level)
+        goal = x_next  # the answer where s = t_next, since f(x, t -> t) = x
+        if len(moved):
+            among = points.rows(moved)
+            ends = target(x_next.index_select(0, moved), among.t_next, among.s, moved)
+            goal = x_next.index_copy(0, moved, ends.to(x_next.dtype))
     # Last, so that the activations kept for the gradient are alive alone.
-    return distance(student(x_t, times.t, times.s, rows), goal)
+    return distance(student(x_t, t, s, rows), goal)
 
 
-def first_order(predict: Told, level: Levels) -> Follow:
+def first_order(predict: Predict) -> Follow:
     """TCF(1) of arXiv 2402.19159: one jump by the prediction at (x_t, t); TCF(S+) where that heeds s."""
 
-    def follow(x_t: Tensor, t: Tensor, s: Tensor, rows: Tensor) -> Tensor:
-        return jump(x_t, predict(x_t, t, s, rows), level(t), level(s))
+    def follow(x_t: Tensor, t: TimePoint, s: TimePoint, rows: Tensor) -> Tensor:
+        return jump(x_t, predict(x_t, t, s, rows), t.level, s.level)
 
     return follow
 
 
-def second_order(predict: Told, level: Levels, midpoint: Callable[[Tensor, Tensor], Tensor]) -> Follow:
+def second_order(predict: Predict, midpoint: Callable[[TimePoint, TimePoint], TimePoint]) -> Follow:
     """TCF(2) of arXiv 2402.19159: a jump by the prediction half way, in half-log-SNR, where a first jump has led.
 
-    midpoint: (t [B], s [B]) -> the timesteps [B], fractions too, half way between them.
+    midpoint: (t, s) -> the points half way between them (`Schedule.midpoint` gives their times).
     """
 
-    def follow(x_t: Tensor, t: Tensor, s: Tensor, rows: Tensor) -> Tensor:
+    def follow(x_t: Tensor, t: TimePoint, s: TimePoint, rows: Tensor) -> Tensor:
         u = midpoint(t, s)
-        x_u = jump(x_t, predict(x_t, t, s, rows), level(t), level(u))
+        x_u = jump(x_t, predict(x_t, t, s, rows), t.level, u.level)
         # The trajectory through x_t whose clean end is the prediction at u.
-        return jump(x_t, predict(x_u, u, s, rows), level(t), level(s))
+        return jump(x_t, predict(x_u, u, s, rows), t.level, s.level)
 
     return follow
 
 
-def weights(times: Times, level: Levels, weighting: Weighting) -> Tensor:
+def weights(points: Points, weighting: Weighting) -> Tensor:
     """What each example's distance counts, [B].
 
-    none: 1. gap: (t - t_next) / (t - s), as the error of a jump is the sum of those of so many steps (the weighting of
-    consistency training, arXiv 2303.01469, in discrete time). x0: the inverse of the weight that x0 has in the jump,
-    alpha_s - alpha_t sigma_s / sigma_t, so that an error of x0 counts the same wherever the jump goes.
+    none: 1. gap: (t - t_next) / (t - s) in training times, as the error of a jump is the sum of those of so many steps
+    (the weighting of consistency training, arXiv 2303.01469, in discrete time). x0: the inverse of the weight that x0
+    has in the jump, alpha_s - alpha_t sigma_s / sigma_t, so that an error of x0 counts the same wherever the jump goes.
     """
+    t, t_next, s = points
     if weighting == "none":
-        return torch.ones(len(times.t), device=times.t.device)
+        return torch.ones(len(t.time), device=t.time.device)
     if weighting == "gap":
-        return (times.t - times.t_next) / (times.t - times.s)
-    t, s = level(times.t), level(times.s)
-    return 1 / torch.as_tensor(s.alpha - t.alpha * s.sigma / t.sigma).flatten()
+        return (t.time - t_next.time) / (t.time - s.time)
+    share = s.level.alpha - t.level.alpha * s.level.sigma / t.level.sigma
+    return 1 / torch.as_tensor(share).flatten()
 
 
 def huber(pred: Tensor, target: Tensor, *, c: float) -> Tensor:

@@ -1,6 +1,7 @@
 """The three times of a training example: t, the time after the teacher's step, and the target time s.
 
-All are integer training timesteps.  Flows in: how many, and a generator.  Flows out: s <= t_next < t.
+All are training times of a schedule (tcd/schedule.py), whole numbers on every clock.  Flows in: how many, a schedule
+and a generator.  Flows out: s <= t_next < t, on the CPU.
 """
 
 from __future__ import annotations
@@ -10,41 +11,66 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from . import timestep_grid
+from .schedule import Schedule, TimePoint
 
 Law = Literal["uniform", "zero", "segment", "phase", "target"]
 
-NUM_TIMESTEPS = 1000
-# Of arXiv 2409.01347: the schedules whose times are targets, how far below t_next they are drawn from, in timesteps,
-# and the largest part by which a sampler with gamma would fall below them.
+# Of arXiv 2409.01347: the schedules whose times are targets, how far below t_next they are drawn from, in training
+# times, of which that paper has 1000, and the largest part by which a sampler with gamma would fall below them.
 TARGET_STEPS, TARGET_REACH, TARGET_FALL = range(4, 9), 260, 0.3
 
 
 class Times(NamedTuple):
-    """Integer training timesteps, int64 [B], with 0 <= s <= t_next < t."""
+    """Training times, int64 [B], with 0 <= s <= t_next < t."""
 
     t: Tensor
     t_next: Tensor
     s: Tensor
 
+    @property
+    def moved(self) -> Tensor:
+        """The rows with s < t_next, int64 [b]: for tcd_loss. Of times on a GPU, this waits for it."""
+        return (self.s < self.t_next).nonzero().flatten()
+
+
+class Points(NamedTuple):
+    """What is at the three times of B examples."""
+
+    t: TimePoint
+    t_next: TimePoint
+    s: TimePoint
+
+    def rows(self, index: Tensor | slice) -> Points:
+        """Return those of some rows of the batch: int64 [b] on the device of the tensors, or a slice."""
+        return Points(*(point.rows(index) for point in self))
+
 
 def sample_times(
-    batch: int, *, law: Law, origin_steps: int, skip: int, generator: torch.Generator, phases: int = 1
+    batch: int,
+    *,
+    schedule: Schedule,
+    law: Law,
+    origin_steps: int,
+    skip: int,
+    generator: torch.Generator,
+    phases: int = 1,
 ) -> Times:
     """Draw t > 0 on the distillation grid, step to t_next = max(t - skip, 0), and draw s by `law`.
 
-    uniform: over the points of the grid, and 0, that are at most t_next (TCD, arXiv 2402.19159).
+    skip: the teacher's step in training times of the schedule; generator: of the CPU.
+
+    uniform: over the points of the grid that are at most t_next (TCD, arXiv 2402.19159).
     zero: s = 0 (LCM, arXiv 2310.04378).
-    segment: over all timesteps from the start of t's segment, one of `phases` equal ones, to t_next (TSCD, of
+    segment: over all training times from the start of t's segment, one of `phases` equal ones, to t_next (TSCD, of
     Hyper-SD, arXiv 2404.13686).
     phase: the nearest of the `phases` times of a sampler of so many steps that is below t (PCM, arXiv 2405.18407).
     target: a time that samplers of 4 to 8 steps visit, at most 260 below t_next, times 1 - 0.3 u with u uniform in
     [0, 1] (TDD, arXiv 2409.01347).
 
-    Where a law would have s above t_next, s = t_next.
+    Where a law would have s above t_next, s = t_next. Raises ValueError as schedule.grid and schedule.visited do.
     """
-    # 0 is a point of the finest grid itself, and no t: there is no noise to jump from.
-    grid = torch.tensor(sorted({0, *timestep_grid(origin_steps, origin_steps=origin_steps)}))
+    # 0 is a point of the grid itself, and no t: there is nothing below it to jump to.
+    grid = schedule.grid(origin_steps)
     t = grid[torch.randint(1, len(grid), (batch,), generator=generator)]
     t_next = (t - skip).clamp(min=0)
     if law == "zero":
@@ -52,11 +78,11 @@ def sample_times(
     elif law == "uniform":
         s = _uniform(grid, torch.zeros_like(t), t_next, generator)
     elif law == "segment":
-        s = _segment(t, t_next, phases, generator)
+        s = _segment(t, t_next, schedule.num_times, phases, generator)
     elif law == "phase":
-        s = _phase(t, timestep_grid(phases, origin_steps=origin_steps))
+        s = _phase(t, schedule.visited(phases, origin_steps))
     else:
-        s = _target(t_next, origin_steps, generator)
+        s = _target(t_next, schedule, origin_steps, generator)
     return Times(t, t_next, torch.minimum(s, t_next))
 
 
@@ -67,11 +93,11 @@ def _uniform(points: Tensor, low: Tensor, high: Tensor, generator: torch.Generat
     return points[first + (torch.rand(len(low), generator=generator) * count).long()]
 
 
-def _segment(t: Tensor, t_next: Tensor, segments: int, generator: torch.Generator) -> Tensor:
-    edges = torch.arange(segments) * NUM_TIMESTEPS // segments
+def _segment(t: Tensor, t_next: Tensor, num_times: int, segments: int, generator: torch.Generator) -> Tensor:
+    edges = torch.arange(segments) * num_times // segments
     start = edges[torch.searchsorted(edges, t, right=True) - 1]
     start = torch.minimum(start, t_next)  # the teacher's step may have left the segment
-    return _uniform(torch.arange(NUM_TIMESTEPS), start, t_next, generator)
+    return _uniform(torch.arange(num_times), start, t_next, generator)
 
 
 def _phase(t: Tensor, visited: list[int]) -> Tensor:
@@ -79,9 +105,9 @@ def _phase(t: Tensor, visited: list[int]) -> Tensor:
     return edges[torch.searchsorted(edges, t) - 1]
 
 
-def _target(t_next: Tensor, origin_steps: int, generator: torch.Generator) -> Tensor:
-    visited = {time for steps in TARGET_STEPS for time in timestep_grid(steps, origin_steps=origin_steps)}
-    points = torch.tensor(sorted({0, *visited} - {NUM_TIMESTEPS - 1}))
+def _target(t_next: Tensor, schedule: Schedule, origin_steps: int, generator: torch.Generator) -> Tensor:
+    visited = {time for steps in TARGET_STEPS for time in schedule.visited(steps, origin_steps)}
+    points = torch.tensor(sorted({0, *visited} - {schedule.num_times - 1}))
     highest = points[torch.searchsorted(points, t_next, right=True) - 1]
     chosen = _uniform(points, (highest - TARGET_REACH).clamp(min=0), highest, generator)
     return ((1 - TARGET_FALL * torch.rand(len(t_next), generator=generator)) * chosen).long()
