@@ -5,18 +5,16 @@ Flows in: a path.  Flows out: tensors by kohya's names, each module with an alph
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
-from ...tcd import TargetTime, peft_alpha, split_target_time, to_kohya
+from ...tcd import PEFT_CONFIG_KEY, TargetTime, parse_peft_config, peft_alpha, split_target_time, to_kohya
 from ..errors import UserError
 from ..safetensors_file import read_safetensors
 
-PEFT_SETTINGS = "lora_adapter_metadata"  # where diffusers writes with which alpha PEFT trained
 TOLD = "tcd.target_time"
 """In the metadata: what of the target time the network is told, or "none"."""
 
@@ -36,10 +34,13 @@ def read_adapter(path: Path) -> AdapterFile:
     Raises UserError when the file is none.
     """
     tensors, metadata = read_safetensors(path)
-    settings = _peft_settings(metadata)
+    try:
+        peft_config = parse_peft_config(metadata.get(PEFT_CONFIG_KEY, "{}"))
+    except ValueError as error:
+        raise UserError(f"{path} has damaged metadata, {PEFT_CONFIG_KEY}: {error}") from error
 
     def alpha(module: str, rank: int) -> float:
-        return peft_alpha(settings, module, rank) if settings else float(rank)
+        return peft_alpha(peft_config, module, rank) if peft_config else float(rank)
 
     lora, embedding = split_target_time(tensors)
     try:
@@ -47,11 +48,3 @@ def read_adapter(path: Path) -> AdapterFile:
         return AdapterFile(to_kohya(lora, alpha), target_time, metadata)
     except ValueError as error:
         raise UserError(f"{path} is not a LoRA that can be used: {error}") from error
-
-
-def _peft_settings(metadata: Mapping[str, str]) -> dict[str, Any] | None:
-    """PEFT's settings for the UNet, as diffusers writes them, each key beginning with the part of the pipeline."""
-    if PEFT_SETTINGS not in metadata:
-        return None
-    given = json.loads(metadata[PEFT_SETTINGS])
-    return {key.removeprefix("unet."): value for key, value in given.items()}

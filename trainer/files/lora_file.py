@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...tcd import LoraModule, TargetTime, coverage, kohya_name, lora_modules
+from ...tcd import PEFT_CONFIG_KEY, LoraModule, TargetTime, coverage, kohya_name, lora_modules
 from ...tcd.lora_keys import ALPHA, DOWN, UP
 from ...tcd.target_time import PREFIX
 from ..atomic import whole_file
@@ -23,7 +23,7 @@ from ..errors import RunError, UserError
 from ..models.unet import families as bases
 from ..models.unet import ldm
 from ..safetensors_file import read_safetensors
-from .adapter_file import PEFT_SETTINGS, read_adapter
+from .adapter_file import read_adapter
 from .adapter_weights import refuse_other_parts
 
 Spelling = Literal["kohya", "peft"]
@@ -85,7 +85,7 @@ def export(source: Path, target: Path, *, spelling: Spelling, dtype: torch.dtype
             refuse_other_parts(name, module.tensors)
             tensors[f"unet.{paths[name]}.lora_A.weight"] = module.tensors[DOWN]
             tensors[f"unet.{paths[name]}.lora_B.weight"] = module.tensors[UP].float() * _scale(module)
-    metadata = {key: value for key, value in lora.metadata.items() if key != PEFT_SETTINGS}
+    metadata = {key: value for key, value in lora.metadata.items() if key != PEFT_CONFIG_KEY}
     _write(target, {key: _cast(key, value, dtype) for key, value in tensors.items()}, metadata)
 
 
