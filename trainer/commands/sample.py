@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     """Draw, and say where the grid is."""
+    from ...tcd.lora_metadata import CFG_KEY, DEFAULT_CFG, DEFAULT_ETA, DEFAULT_STEPS, ETA_KEY, STEPS_KEY
     from ..config.device import device_of
     from ..config.schema import build
     from ..config.settings import PreviewConfig
@@ -51,9 +52,9 @@ def execute(options: argparse.Namespace) -> int:
         {
             "prompts": options.prompt,
             "seeds": options.seed,
-            "steps": options.steps or [_recommended(metadata, "steps", 4)],
-            "eta": _recommended(metadata, "eta", 0.3) if options.eta is None else options.eta,
-            "cfg": _recommended(metadata, "cfg", 1.0) if options.cfg is None else options.cfg,
+            "steps": options.steps or [_recommended(metadata, STEPS_KEY, DEFAULT_STEPS)],
+            "eta": _recommended(metadata, ETA_KEY, DEFAULT_ETA) if options.eta is None else options.eta,
+            "cfg": _recommended(metadata, CFG_KEY, DEFAULT_CFG) if options.cfg is None else options.cfg,
             "width": options.width,
             "height": options.height,
         },
@@ -77,9 +78,14 @@ def _base(options: argparse.Namespace) -> BaseConfig:
 
 
 def _recommended(metadata: Mapping[str, str], key: str, default: float) -> float:
-    """What the file's metadata recommend, a number like `default`."""
-    text = metadata.get(f"tcd.{key}", default)
+    """The value of a metadata key such as tcd.eta as a number of the default's type, or the default without the key.
+
+    Raises UserError if the value is not such a number.
+    """
+    text = metadata.get(key, default)
     try:
         return type(default)(text)
     except ValueError:
-        raise UserError(f"tcd.{key} in the metadata is {text!r}, but must be a number: give --{key}") from None
+        number = "a whole number" if isinstance(default, int) else "a number"
+        option = f"--{key.removeprefix('tcd.')}"
+        raise UserError(f"{key} in the metadata is {text!r}, but must be {number}: give {option}") from None

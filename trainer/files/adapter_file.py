@@ -12,11 +12,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ...tcd import PEFT_CONFIG_KEY, TargetTime, parse_peft_config, peft_alpha, split_target_time, to_kohya
+from ...tcd.lora_metadata import DEFAULT_TARGET_INPUT, TARGET_TIME_KEY
 from ..errors import UserError
 from ..safetensors_file import read_safetensors
-
-TOLD = "tcd.target_time"
-"""In the metadata: what of the target time the network is told, or "none"."""
 
 
 class AdapterFile(NamedTuple):
@@ -44,7 +42,11 @@ def read_adapter(path: Path) -> AdapterFile:
 
     lora, embedding = split_target_time(tensors)
     try:
-        target_time = TargetTime.from_state_dict(embedding, metadata.get(TOLD, "s")) if embedding else None
+        target_time = (
+            TargetTime.from_state_dict(embedding, metadata.get(TARGET_TIME_KEY, DEFAULT_TARGET_INPUT))
+            if embedding
+            else None
+        )
         return AdapterFile(to_kohya(lora, alpha), target_time, metadata)
     except ValueError as error:
         raise UserError(f"{path} is not a LoRA that can be used: {error}") from error

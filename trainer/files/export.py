@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...tcd.adapter import STUDENT
+from ...tcd.lora_metadata import CFG_KEY, ETA_KEY, STEPS_KEY, TARGET_TIME_KEY
 from ..atomic import whole_file
 from ..config.settings import Config
 from ..errors import RunError
 from ..models.conditioning import Conditioning
 from ..models.seam import Checkpoint, Model
-from .adapter_file import TOLD
 from .adapter_weights import file_in_use, file_tensors
 
 _METHODS = {"uniform": "tcd", "zero": "lcm", "segment": "tscd", "phase": "pcm", "target": "tdd"}
@@ -116,10 +116,10 @@ def describe(config: Config, checkpoint: Checkpoint) -> dict[str, str]:
         "tcd.guidance_min": str(method.guidance_min),
         "tcd.guidance_max": str(method.guidance_max),
         "tcd.prediction_type": checkpoint.prediction,
-        TOLD: method.target_input if method.target_time else "none",
-        "tcd.steps": str(output.steps),
-        "tcd.eta": str(output.eta),
-        "tcd.cfg": str(output.cfg),
+        TARGET_TIME_KEY: method.target_input if method.target_time else "none",
+        STEPS_KEY: str(output.steps),
+        ETA_KEY: str(output.eta),
+        CFG_KEY: str(output.cfg),
         CONFIG_DIGEST: config_digest(config),
     }
 
