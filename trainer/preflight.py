@@ -14,7 +14,7 @@ from .data.cache import input_fingerprints, open_cached
 from .data.survey import Survey, survey
 from .errors import UserError
 from .files.adapter_weights import start_from
-from .files.export import CONFIG_DIGEST, config_digest
+from .files.metadata import CONFIG_DIGEST_KEY, config_digest
 from .models import open_checkpoint
 from .models.seam import Checkpoint
 from .safetensors_file import SafetensorsFile
@@ -103,7 +103,7 @@ def is_finished(config: Config) -> bool:
         metadata = SafetensorsFile(config.lora_path).metadata
     except UserError:
         return False
-    return not changes(ended, config) and metadata.get(CONFIG_DIGEST) == config_digest(ended)
+    return not changes(ended, config) and metadata.get(CONFIG_DIGEST_KEY) == config_digest(ended)
 
 
 def checkpoints_of(config: Config, dtype: torch.dtype) -> Checkpoints:

@@ -15,7 +15,8 @@ from .config.settings import FILE_NAME, Config
 from .data.buckets import Size
 from .data.encode import prepare
 from .files.adapter_weights import start_from
-from .files.export import describe, write_lora
+from .files.metadata import lora_metadata
+from .files.write import write_lora
 from .models import open_checkpoint
 from .models.seam import Checkpoint, Model
 from .preflight import CHECKPOINTS, check, checkpoints_of, is_finished, plan
@@ -36,7 +37,7 @@ def run(config: Config) -> Path:
     """Distill, or resume from the last checkpoint in the output folder, and return the LoRA file's path.
 
     Of several processes the first checks everything and writes everything.  Raises UserError for bad input, what
-    `prepare` and `train` raise, and ExportError if the file does not hold what was trained.
+    `prepare` and `train` raise, and VerificationError if the file does not hold what was trained.
     """
     device, dtype = placed(config)
     processes, device = join(device)
@@ -48,7 +49,7 @@ def run(config: Config) -> Path:
     )
     checkpoints = processes.once(lambda: _resumable(config, dtype))
     checkpoint = open_checkpoint(config.base)
-    metadata = describe(config, checkpoint)
+    metadata = lora_metadata(config, checkpoint)
     prompts = _preview_prompts(config, checkpoint, device, dtype) if processes.main and config.preview.prompts else None
     model = load_student(config, checkpoint, device, dtype)
     if sharding.wanted():

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiny_base import drawn_by_hand, small_config, write_base, write_inputs
 from trajectory_consistency.trainer import run
 from trajectory_consistency.trainer.config.settings import Config, from_mapping
-from trajectory_consistency.trainer.files.export import describe
+from trajectory_consistency.trainer.files.write import describe
 from trajectory_consistency.trainer.models import open_checkpoint
 from trajectory_consistency.trainer.views import preview
 from trajectory_consistency.trainer.views.grid import Row, draw_grid

@@ -25,12 +25,13 @@ def execute(options: argparse.Namespace) -> int:
     """Write the file and say so."""
     import torch
 
-    from ..files.lora_file import export, merge
+    from ..files.convert import convert
+    from ..files.merge import merge
 
     dtype = getattr(torch, options.dtype) if options.dtype else None
     if options.into:
         merge(options.file, options.into, options.target, strength=options.strength, dtype=dtype)
     else:
-        export(options.file, options.target, spelling=options.names, dtype=dtype or torch.float16)
+        convert(options.file, options.target, naming=options.names, dtype=dtype or torch.float16)
     sys.stdout.write(f"wrote {options.target}\n")
     return 0

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     """Print the description."""
-    from ..files.lora_file import describe
+    from ..files.describe_file import describe_file
 
-    sys.stdout.write(f"{describe(options.file)}\n")
+    sys.stdout.write(f"{describe_file(options.file)}\n")
     return 0

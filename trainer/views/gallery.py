@@ -18,6 +18,7 @@ from ..config.settings import BaseConfig, PreviewConfig
 from ..data.buckets import Size
 from ..errors import UserError
 from ..files.adapter_weights import load_weights
+from ..files.family import family_of
 from ..files.lora_file import read_lora
 from ..models import open_checkpoint
 from ..models.seam import Model
@@ -37,7 +38,7 @@ def draw_gallery(lora: Path, base: BaseConfig, wanted: PreviewConfig, folder: Pa
     paths = _free_paths(folder, wanted)
     checkpoint = open_checkpoint(base)
     checkpoint.check_encoders()
-    made_for = read_lora(lora).family
+    made_for = family_of(read_lora(lora))
     if made_for != checkpoint.family:
         raise UserError(
             f"{lora} is a LoRA for {made_for or 'no family that is known here'}, and {base.path} is "

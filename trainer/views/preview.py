@@ -16,8 +16,8 @@ import torch
 
 from ..atomic import whole_file
 from ..config.settings import Config
-from ..files.adapter_weights import file_in_use
-from ..files.export import write_lora
+from ..files.adapter_weights import using_file
+from ..files.write import write_lora
 from ..models.seam import Checkpoint, Model
 from ..training.loop import StepRecord
 from .grid import Row, draw_grid
@@ -56,7 +56,7 @@ class Previews:
     def __call__(self, record: StepRecord) -> None:
         """Draw if it is time, from a LoRA file that is written first and stays, but for the last, which is the run's.
 
-        Raises ExportError when the file does not hold up.
+        Raises VerificationError when the file does not hold up.
         """
         last = record.step == self.config.training.steps
         if record.step % self.config.preview.every and not last:
@@ -64,7 +64,7 @@ class Previews:
         path = self.folder / f"{self.config.output.name}-{step_name(record.step)}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_lora(path, self.model, self.config, self.metadata, self.wanted.cond[0])
-        with file_in_use(self.model, path):
+        with using_file(self.model, path):
             self._draw_student(record.step)
         if last:
             path.unlink()
