@@ -70,6 +70,8 @@ def read_lora(path: Path) -> LoraFile:
     target_input = metadata.get(TARGET_TIME_KEY, DEFAULT_TARGET_INPUT)
     try:
         target_time = TargetTime.from_state_dict(embedding, target_input) if embedding else None
+        if not lora:
+            raise ValueError("it has no LoRA tensors")
         return LoraFile(to_kohya(lora, alpha), target_time, metadata)
     except ValueError as error:
         raise UserError(f"{path} is not a LoRA that can be used: {error}") from error
