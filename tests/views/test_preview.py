@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiny_base import drawn_by_hand, small_config, write_base, write_inputs
 from trajectory_consistency.trainer import run
 from trajectory_consistency.trainer.config.settings import Config, from_mapping
-from trajectory_consistency.trainer.files.write import describe
+from trajectory_consistency.trainer.files.metadata import lora_metadata
 from trajectory_consistency.trainer.models import open_checkpoint
 from trajectory_consistency.trainer.views import preview
 from trajectory_consistency.trainer.views.grid import Row, draw_grid
@@ -126,7 +126,7 @@ def redrawn(done: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
         checkpoint = open_checkpoint(config.base)
         student = run.load_student(config, checkpoint, device, dtype)
         wanted = run._preview_prompts(config, checkpoint, device, dtype)
-        preview.Previews(student, checkpoint, wanted, config, describe(config, checkpoint)).start()
+        preview.Previews(student, checkpoint, wanted, config, lora_metadata(config, checkpoint)).start()
         assert not shown_anywhere_missing(config)
         return list(counts)
 
