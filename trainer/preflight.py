@@ -22,7 +22,7 @@ from .training import sharding
 from .training.checkpoint import Checkpoints
 from .training.optimizer import optimizer_class
 from .training.processes import ALONE, Processes
-from .views.trackers import require
+from .views.trackers import check_installed
 
 CHECKPOINTS = "checkpoints"
 
@@ -128,7 +128,7 @@ def _check_settings(config: Config, processes: Processes) -> Checkpoint:
             "preview.prompts are drawn by one process, and FSDP leaves none with the whole base: "
             "use preview.prompts=[], or gpus.yaml in the place of fsdp.yaml"
         )
-    require(config.log)
+    check_installed(config.log)
     checkpoint = open_checkpoint(config.base)
     checkpoint.check_encoders()
     _check_adapter(config, checkpoint)

@@ -28,7 +28,7 @@ from .views.history import History
 from .views.preview import Previews
 from .views.preview_prompts import PreviewPrompts, encode_prompts
 from .views.report import write_report
-from .views.trackers import trackers
+from .views.trackers import start_trackers
 
 log = logging.getLogger("trajectory-consistency")
 
@@ -57,7 +57,7 @@ def run(config: Config) -> Path:
     observers: list[Observer] = []
     if processes.main:
         _claim(config)
-        observers += [History(config.output_folder), *trackers(config)]
+        observers += [History(config.output_folder), *start_trackers(config)]
         if prompts is not None:
             observers.append(_previews(Previews(model, checkpoint, prompts, config, metadata), config))
         if checkpoints.steps():

@@ -20,7 +20,7 @@ from ..config.settings import Config
 from ..errors import UserError
 from ..models import TINY_NAME
 from .curves import color_map, curve
-from .history import BIN, BINS, LogRow, read_log, read_loss_by_time
+from .history import BIN_COUNT, BIN_WIDTH, LogRow, read_log, read_loss_by_time
 from .preview import FOLDER, TEACHER, TEACHER_STEPS, picture_path, step_name, teacher_guidance
 from .preview_prompts import picture_names
 
@@ -96,8 +96,8 @@ def _by_time(folder: Path, rows: Sequence[LogRow]) -> str:
     loss, count = read_loss_by_time(folder, since=rows[-1].step // 2 if rows else 0)
     if not count.sum():
         return '<p class="empty">nothing yet</p>'
-    labels = [f"{k * BIN}-{k * BIN + BIN - 1}" for k in range(BINS)]
-    middles = [(k + 0.5) * BIN for k in range(BINS)]
+    labels = [f"{k * BIN_WIDTH}-{k * BIN_WIDTH + BIN_WIDTH - 1}" for k in range(BIN_COUNT)]
+    middles = [(k + 0.5) * BIN_WIDTH for k in range(BIN_COUNT)]
     total = loss.nan_to_num(0.0) * count
     curves = [
         curve(
