@@ -19,7 +19,7 @@ from ..training.loop import StepRecord
 
 LOG_NAME, BY_TIME_NAME = "log.csv", "loss_by_time.csv"
 BIN_WIDTH, BIN_COUNT = 100, 10
-"""Timesteps in a bin of t or t - s, and the number of bins. Training times are 0 ... 999, or 0 ... 1000 in flow models."""
+"""Timesteps in a bin of t or t - s, and number of bins. Training times are 0 ... 999, or 0 ... 1000 in flow models."""
 
 
 class LogRow(NamedTuple):

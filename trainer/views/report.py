@@ -21,7 +21,7 @@ from ..errors import UserError
 from ..models import TINY_NAME
 from .curves import color_map, curve
 from .history import BIN_COUNT, BIN_WIDTH, LogRow, read_log, read_loss_by_time
-from .preview import FOLDER, TEACHER, TEACHER_STEPS, picture_path, step_name, teacher_guidance
+from .preview import PREVIEW_FOLDER, TEACHER_FOLDER, TEACHER_STEPS, picture_path, step_label, teacher_guidance
 from .preview_prompts import picture_names
 
 NAME = "report.html"
@@ -44,7 +44,7 @@ def write_report(folder: Path) -> Path:
         subtitle=escape(f"{run.base.path}, law {run.method.law}"),
         base=escape(_base_name(run)),
         facts=_facts(run, rows),
-        pictures=_pictures(run, folder / FOLDER),
+        pictures=_pictures(run, folder / PREVIEW_FOLDER),
         curves=_curves(rows),
         by_time=_by_time(folder, rows),
         file=escape(f"{run.output.name}.safetensors"),
@@ -136,13 +136,13 @@ def _pictures(run: Config, folder: Path) -> str:
 
 def _strip(run: Config, folder: Path, name: str, times: Sequence[int]) -> str:
     """The table of one prompt and seed."""
-    teacher = _image(picture_path(folder, TEACHER, name, TEACHER_STEPS), "the teacher")
+    teacher = _image(picture_path(folder, TEACHER_FOLDER, name, TEACHER_STEPS), "the teacher")
     heads = [*("start" if when == 0 else f"{when:,}" for when in times), "teacher"]
     body = []
     for steps in run.preview.steps:
         sampled = f"{steps} step{'s' if steps > 1 else ''}"
         cells = [
-            _image(picture_path(folder, step_name(when), name, steps), f"{sampled}, after {when} steps of training")
+            _image(picture_path(folder, step_label(when), name, steps), f"{sampled}, after {when} steps of training")
             for when in times
         ]
         columns = "".join(f"<td>{cell}</td>" for cell in cells)
