@@ -122,9 +122,9 @@ def test_a_curve_falls_where_its_numbers_do_and_skips_what_is_no_number() -> Non
 def test_a_logarithmic_axis_has_round_ticks(low: float, high: float, ticks: list[float]) -> None:
     axis = Axis([high, low], logarithmic=True)
     assert axis.ticks == pytest.approx(ticks) and (axis.low, axis.high) == pytest.approx((ticks[0], ticks[-1]))
-    shares = [axis.share(tick) for tick in ticks]
+    shares = [axis.fraction(tick) for tick in ticks]
     assert shares == sorted(shares) and (shares[0], shares[-1]) == (0, 1)
-    assert axis.share((axis.low * axis.high) ** 0.5) == pytest.approx(0.5)
+    assert axis.fraction((axis.low * axis.high) ** 0.5) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("seed", range(50))
