@@ -1,4 +1,4 @@
-"""`tcd-train inspect`: say what a LoRA file holds."""
+"""`tcd-train inspect`: describe a LoRA file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-HELP = "say what a LoRA file holds"
+HELP = "describe the content of a LoRA file"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
