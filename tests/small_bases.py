@@ -54,6 +54,7 @@ def shrink(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
             (folder / family / part / "config.json").write_text(text, encoding="utf-8")
     monkeypatch.setattr(bases, "ROOT", folder)
     monkeypatch.setattr(bases, "_FAMILIES", LAYOUTS)
+    monkeypatch.setattr(bases, "layer_shapes", cache(bases.layer_shapes.__wrapped__))  # without what it has seen
 
 
 class Parts(NamedTuple):
