@@ -54,7 +54,7 @@ def with_adapter(
     target_input: TargetInput | None = None,
     effect: float = 0.0,
 ) -> AdapterWeights:
-    """Add a student to a model; effect: the deviation of what is added to its weights, which change nothing at first."""
+    """Add a student to a model; effect: standard deviation of the noise added to its weights, none by default."""
     weights = model.new_weights(rank=rank, alpha=alpha, seed=seed, targets=targets, target_input=target_input)
     generator = torch.Generator().manual_seed(9)
     for parameter in weights.parameters() if effect else ():
