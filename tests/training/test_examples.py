@@ -31,7 +31,7 @@ def tensors(rows: Examples) -> list[torch.Tensor]:
 @pytest.mark.parametrize(("count", "accumulate"), [(1, 2), (2, 1), (3, 2)])
 def test_however_a_step_is_divided_its_rows_are_the_same(config: Config, count: int, accumulate: int) -> None:
     whole = read(config, random_dataset(), SCHEDULE, 1, slice(0, 6))
-    parts = [part for rank in range(count) for part in Processes(rank, count).parts(6, accumulate)]
+    parts = [part for rank in range(count) for part in Processes(rank, count).micro_batches(6, accumulate)]
     divided = [read(config, random_dataset(), SCHEDULE, 1, part) for part in parts]
     for several, expected in zip(zip(*map(tensors, divided), strict=True), tensors(whole), strict=True):
         assert torch.equal(torch.cat(several), expected)

@@ -21,7 +21,7 @@ from ..models.seam import Model
 from .checkpoint import Checkpoints
 from .compiled import compile_network
 from .examples import Reader, draw
-from .interrupt import Interrupted, asked_to_stop
+from .interrupt import Interrupted, watch_stop_signals
 from .optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from .processes import ALONE, Processes
 from .step import step_losses
@@ -81,7 +81,7 @@ def train(
         unit_scale=True,
         disable=not processes.main,
     )
-    with bar, training, asked_to_stop() as asked, memory_advice(when_training(config, training.largest)):
+    with bar, training, watch_stop_signals() as asked, memory_advice(when_training(config, training.largest)):
         while training.step < steps:
             record, stop = training.advance(asked)
             if processes.main:
@@ -109,7 +109,7 @@ class Training:
         self.parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
         embedding = [] if student.target_time is None else list(student.target_time.parameters())
         self.optimizer = make_optimizer(self.parameters, config.training, embedding)
-        self.parts = processes.parts(config.training.batch, config.training.accumulate)
+        self.parts = processes.micro_batches(config.training.batch, config.training.accumulate)
         self.reader = Reader(config, dataset, model.schedule, self.parts, pin=model.device.type == "cuda")
         self.scale = FLOAT16_SCALE if model.dtype == torch.float16 else 1.0
         if config.method.ema_decay:
@@ -150,7 +150,7 @@ class Training:
             losses[rows] = part.detach()
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         stops = losses.new_full((1,), float(asked()))
-        self.processes.add_up([*gradients, losses, stops])
+        self.processes.all_reduce([*gradients, losses, stops])
         if self.scale != 1:
             torch._foreach_div_(gradients, self.scale)
         length = nn.utils.clip_grad_norm_(self.parameters, training.clip)
