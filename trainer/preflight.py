@@ -43,7 +43,7 @@ def check(config: Config, processes: Processes = ALONE) -> Inputs:
     if why := output_conflict(config):
         raise UserError(why)
     checkpoint = _check_settings(config, processes)
-    checkpoints_of(config, dtype).refuse_different_inputs()
+    checkpoints_of(config, dtype).check_fingerprints()
     return Inputs(checkpoint, _find_data(config, dtype))
 
 

@@ -68,7 +68,7 @@ def run(config: Config) -> Path:
         report = write_report(config.output_folder)
         any_caption = dataset.batch(0, 1, seed=config.training.seed, caption_dropout=0).cond
         write_lora(config.lora_path, model, config, metadata, any_caption.to(device), final=True)
-        checkpoints.clear()
+        checkpoints.remove_all()
         log.info("wrote %s; look at %s", config.lora_path, report)
     processes.barrier()
     return config.lora_path
@@ -137,7 +137,7 @@ def _resumable(config: Config, dtype: torch.dtype) -> Checkpoints:
     Raises UserError if they were made from different data or a different model.
     """
     checkpoints = checkpoints_of(config, dtype)
-    checkpoints.refuse_different_inputs()
+    checkpoints.check_fingerprints()
     return checkpoints
 
 
@@ -146,7 +146,7 @@ def _finish(config: Config) -> bool:
     if not is_finished(config):
         return False
     report = write_report(config.output_folder)
-    Checkpoints(config.output_folder / CHECKPOINTS, 1, 1).clear()
+    Checkpoints(config.output_folder / CHECKPOINTS, 1, 1).remove_all()
     log.info("%s is there, and the run is done; look at %s", config.lora_path, report)
     return True
 

@@ -68,7 +68,7 @@ class Ours:
         self._training = Training(network, adapted(network, config), data, config)
 
     def step(self) -> None:
-        self._training.advance()
+        self._training.train_step()
 
 
 class Separate:

@@ -155,7 +155,7 @@ def test_every_method_trains_where_no_signal_is_left(
             return times._replace(t=torch.full_like(times.t, 999), t_next=torch.full_like(times.t, 979))
 
         monkeypatch.setattr(examples, "sample_times", from_the_end)
-        rows = examples.read(config, random_dataset(), net.schedule, 0, slice(0, 3))
+        rows = examples.read_examples(config, random_dataset(), net.schedule, 0, slice(0, 3))
         losses = step.step_losses(net, rows, config)
         losses.sum().backward()
         assert losses.isfinite().all() and (losses > 0).all(), (law, order, weighting)

@@ -107,7 +107,7 @@ def test_with_the_default_corner_of_huber_shares_differ_from_the_whole_by_roundi
         assert config.method.huber_c == 0.001
         training = loop.Training(net, random_dataset(), config, Apart(rank, count))
         with pytest.raises(InterruptedError):
-            training.advance()
+            training.train_step()
         return Apart.shares.pop()
 
     whole = share(0, 1, 1)
