@@ -17,7 +17,7 @@ from trajectory_consistency.trainer.models.conditioning import Conditioning
 from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint
 from trajectory_consistency.trainer.models.unet.model import UNetModel
 from trajectory_consistency.trainer.training import examples, loop
-from trajectory_consistency.trainer.training.memory import Settings, estimate
+from trajectory_consistency.trainer.training.memory import MemorySettings, estimate_memory
 from trajectory_consistency.trainer.training.optimizer import make_optimizer, set_learning_rates
 from trajectory_consistency.trainer.training.step import step_losses
 
@@ -271,7 +271,7 @@ def test_files_are_described_renamed_and_merged_as_far_as_can_be(
 def test_its_memory_is_in_the_estimate(values: Values) -> None:
     def total() -> int:
         config = small_config(values)
-        return estimate(UNetCheckpoint(config.base), Settings.of(config, torch.float32)).adapter
+        return estimate_memory(UNetCheckpoint(config.base), MemorySettings.from_config(config, torch.float32)).adapter
 
     embedded = total()
     del values["method"]

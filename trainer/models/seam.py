@@ -151,7 +151,7 @@ class Model(Protocol):
         """The blocks that repeat in the network, which FSDP gathers one at a time."""
         ...
 
-    def recompute_activations(self) -> None:
+    def enable_gradient_checkpointing(self) -> None:
         """Keep few activations for the gradient from here on, and compute the others again (gradient checkpointing)."""
         ...
 
@@ -204,7 +204,7 @@ class Checkpoint(Protocol):
         """
         ...
 
-    def blank(self, rows: int, device: torch.device) -> Conditioning:
+    def placeholder_conditioning(self, rows: int, device: torch.device) -> Conditioning:
         """Conditioning of the usual shape without content, to measure memory with."""
         ...
 

@@ -132,7 +132,7 @@ class Training:
             model.adapter.add(AVERAGE, deepcopy(student).requires_grad_(False))
         model.adapter.state = STUDENT
         if config.training.gradient_checkpointing:
-            model.recompute_activations()
+            model.enable_gradient_checkpointing()
         if config.training.compile:
             compile_network(model.network)
 

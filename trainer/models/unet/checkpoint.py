@@ -95,7 +95,7 @@ class UNetCheckpoint:
             return joined
         return Conditioning({**joined.tensors, "time_ids": sizes.float()})
 
-    def blank(self, rows: int, device: torch.device) -> Conditioning:
+    def placeholder_conditioning(self, rows: int, device: torch.device) -> Conditioning:
         """Conditioning of the usual shape without content, to measure memory with."""
         config = families.config(self.family, "unet")
         context = torch.empty(rows, MAX_TOKENS, config["cross_attention_dim"], device=device)

@@ -101,7 +101,7 @@ class UNetModel:
         """Transformer and residual blocks."""
         return [module for module in self.network.modules() if isinstance(module, _BLOCKS)]
 
-    def recompute_activations(self) -> None:
+    def enable_gradient_checkpointing(self) -> None:
         """Use diffusers' own gradient checkpointing."""
         self.network.enable_gradient_checkpointing()
 
