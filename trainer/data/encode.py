@@ -251,7 +251,7 @@ class _Filling:
         store = self.stores["captions"]
         places = [store.places[_caption_key(caption)] for caption in captions]
         rows = [caption_of(open_shard(store.folder / shard), row) for shard, row in places]
-        return self.checkpoint.join(rows, sizes.expand(len(rows), -1))
+        return self.checkpoint.collate(rows, sizes.expand(len(rows), -1))
 
 
 def _caption_kind(row: Mapping[str, torch.Tensor]) -> str:

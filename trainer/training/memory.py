@@ -91,7 +91,6 @@ class MemorySettings(NamedTuple):
 class MemoryEstimate(NamedTuple):
     """Peak memory of each phase of a run, in bytes. A phase frees its memory before the next one starts."""
 
-
     weights: int
     """Training: the frozen network."""
     adapter: int

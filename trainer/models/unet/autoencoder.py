@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from ..seam import Encoded
+from ..seam import LatentDistribution
 
 _TOGETHER = 16  # latents that are decoded in one call
 
@@ -21,10 +21,10 @@ class Vae:
         self.scale: float = vae.config.scaling_factor
 
     @torch.no_grad()
-    def encode(self, pixels: Tensor) -> Encoded:
+    def encode(self, pixels: Tensor) -> LatentDistribution:
         """Encode pictures, uint8 [B, 3, H, W] on the VAE's device, to normalized latents [B, 4, H / 8, W / 8]."""
         posterior = self.vae.encode(pixels.float() / 127.5 - 1).latent_dist
-        return Encoded(posterior.mean * self.scale, posterior.std * self.scale)
+        return LatentDistribution(posterior.mean * self.scale, posterior.std * self.scale)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

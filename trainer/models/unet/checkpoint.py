@@ -88,7 +88,7 @@ class UNetCheckpoint:
             vae = self._vae_source.vae(self.family).to(device)
         return Vae(vae.requires_grad_(False).eval())
 
-    def join(self, captions: Sequence[Conditioning], sizes: Tensor) -> Conditioning:
+    def collate(self, captions: Sequence[Conditioning], sizes: Tensor) -> Conditioning:
         """Join rows of 77 tokens; a UNet with pooled captions, SDXL's, also gets the sizes [B, 6] as time_ids."""
         joined = Conditioning.cat(captions)
         if "pooled" not in joined.tensors:
@@ -117,7 +117,7 @@ class UNetCheckpoint:
         """A hash of the content of the base and, where base.vae names one, of the VAE."""
         return self._fingerprints
 
-    def metadata(self) -> Mapping[str, str]:
+    def lora_metadata(self) -> Mapping[str, str]:
         """What a LoRA file for this model says of it, for other tools."""
         metadata = {
             "modelspec.architecture": f"{self._architecture()}/lora",

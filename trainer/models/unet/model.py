@@ -89,11 +89,11 @@ class UNetModel:
                 embedding = TargetTime(first.in_features, first.out_features, target_input=target_input)
         return new_weights(self.network, self.layers(targets), rank=rank, alpha=alpha, seed=seed, target_time=embedding)
 
-    def kind(self, layer: str) -> str:
+    def layer_kind(self, layer: str) -> str:
         """The kind of a layer, such as to_q."""
         return next(kind for kind in TARGETS if layer.endswith(f".{kind}"))
 
-    def key(self, layer: str) -> str:
+    def lora_key(self, layer: str) -> str:
         """The layer's kohya name."""
         return kohya_name(layer)
 
