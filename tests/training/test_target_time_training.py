@@ -111,13 +111,13 @@ def test_both_ends_of_the_loss_get_s_and_the_teacher_does_not(
     model, settings = student(base), small_config(values, batch=4)
     rows = examples.read_examples(settings, random_dataset(), model.schedule, 0, slice(0, 4))
     seen: list[tuple[list[int], list[int] | None]] = []
-    real = UNetModel._output
+    real = UNetModel._predict
 
     def watched(self: UNetModel, x_t: torch.Tensor, t: TimePoint, cond: Conditioning, s: TimePoint | None) -> object:
         seen.append((t.network_time.tolist(), None if s is None else s.network_time.tolist()))
         return real(self, x_t, t, cond, s)
 
-    monkeypatch.setattr(UNetModel, "_output", watched)
+    monkeypatch.setattr(UNetModel, "_predict", watched)
     step_losses(model, rows, settings)
     t, t_next, s = (time.tolist() for time in rows.times)
     moved = [k for k in range(4) if s[k] < t_next[k]]
