@@ -164,7 +164,6 @@ class Model(Protocol):
 class Checkpoint(Protocol):
     """A model on disk. Opening it only identifies it; the `load` methods read its weights."""
 
-
     path: Path
     name: str
     """Name of the file or folder, without suffix."""
