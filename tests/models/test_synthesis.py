@@ -15,7 +15,7 @@ from trajectory_consistency.trainer.data.cache import open_cached
 from trajectory_consistency.trainer.data.dataset import Dataset
 from trajectory_consistency.trainer.data.store import digest
 from trajectory_consistency.trainer.models.conditioning import Conditioning
-from trajectory_consistency.trainer.models.solver import draw_latents
+from trajectory_consistency.trainer.models.solver import dpm_solver_sample
 from trajectory_consistency.trainer.models.unet.network import Network
 from trajectory_consistency.trainer.models.unet.teacher import load_encoders
 from trajectory_consistency.trainer.randomness import generator
@@ -51,7 +51,7 @@ def test_it_is_diffusers_dpm_solver(checkpoint: Path, prediction: str, steps: in
         for t in scheduler.timesteps:
             free, given = (net.unet(x, t, each.context).sample for each in (uncond, cond))
             x = scheduler.step(free + 3.0 * (given - free), t, x).prev_sample
-    found = draw_latents(net, cond, uncond, noise(), steps=steps, guidance=3.0)
+    found = dpm_solver_sample(net, cond, uncond, noise(), steps=steps, guidance=3.0)
     assert ((found - x).norm() / x.norm()).item() < 1e-4
 
 
@@ -90,7 +90,7 @@ def test_it_ends_nearer_to_the_exact_trajectory_than_ddim(terminal: str) -> None
         grid = timestep_grid(steps)
         last = torch.tensor([grid[-1]])
         wanted = exact.guided_x0(exact.follow(x, grid[0], grid[-1]), last)
-        found = draw_latents(cast(Network, exact), nothing, nothing, x, steps=steps, guidance=1.0)
+        found = dpm_solver_sample(cast(Network, exact), nothing, nothing, x, steps=steps, guidance=1.0)
         ddim = x
         for t, s in zip(grid, grid[1:], strict=False):
             here, there = torch.tensor([t]), torch.tensor([s])
@@ -123,7 +123,7 @@ def test_prompts_alone_are_enough_and_what_is_drawn_is_kept(
     batch = cached.dataset.batch(0, 4, seed=0, caption_dropout=0.0)
     assert sorted(map(str, batch.latents.half().tolist())) == sorted(str(each.tolist()) for each in first)
     monkeypatch.setattr(encode, "load_encoders", None)
-    monkeypatch.setattr(encode, "draw_latents", None)
+    monkeypatch.setattr(encode, "dpm_solver_sample", None)
     again = drawn(settings)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     fewer = drawn(prompts(checkpoint, tmp_path / "p", "a blue star\n", per_prompt=1))  # nothing is drawn anew
@@ -135,7 +135,7 @@ def test_a_drawing_is_a_function_of_its_prompt_and_number(checkpoint: Path, tmp_
     key = digest(b"0 a red square")
     start = torch.randn((1, 4, 8, 8), generator=generator(0, f"drawing {key.hex()}"))
     cond, uncond = (load_encoders(str(checkpoint)).encode([text]) for text in ("a red square", ""))
-    expected = draw_latents(network(checkpoint), cond, uncond, start, steps=2, guidance=4.0)
+    expected = dpm_solver_sample(network(checkpoint), cond, uncond, start, steps=2, guidance=4.0)
     torch.testing.assert_close(found.float(), expected[0], rtol=2e-2, atol=2e-2)
 
 
