@@ -43,7 +43,7 @@ def check(config: Config, processes: Processes = ALONE) -> Inputs:
     if why := output_conflict(config):
         raise UserError(why)
     checkpoint = _check_settings(config, processes)
-    checkpoints_of(config, dtype).refuse_different_inputs()
+    checkpoints_of(config, dtype).check_fingerprints()
     return Inputs(checkpoint, _find_data(config, dtype))
 
 
@@ -122,8 +122,8 @@ def _check_settings(config: Config, processes: Processes) -> Checkpoint:
     _check_writable("output.folder", config.output_folder)
     optimizer_class(config.training)
     _check_learning_rates(config)
-    processes.parts(config.training.batch, config.training.accumulate)
-    if sharding.wanted() and config.preview.prompts:
+    processes.micro_batches(config.training.batch, config.training.accumulate)
+    if sharding.fsdp_requested() and config.preview.prompts:
         raise UserError(
             "preview.prompts are drawn by one process, and FSDP leaves none with the whole base: "
             "use preview.prompts=[], or gpus.yaml in the place of fsdp.yaml"

@@ -22,7 +22,7 @@ from .preflight import CHECKPOINTS, check, checkpoints_of, is_finished, plan
 from .training import sharding
 from .training.checkpoint import Checkpoints
 from .training.loop import Observer, StepRecord, train
-from .training.processes import Processes, join
+from .training.processes import Processes, join_processes
 from .views.history import History
 from .views.preview import Previews
 from .views.preview_prompts import PreviewPrompts, encode_prompts
@@ -39,19 +39,19 @@ def run(config: Config) -> Path:
     `prepare` and `train` raise, and ExportError if the file does not hold what was trained.
     """
     device, dtype = placed(config)
-    processes, device = join(device)
-    if processes.once(lambda: _finish(config)):
+    processes, device = join_processes(device)
+    if processes.on_main_process(lambda: _finish(config)):
         return config.lora_path
-    found = processes.once(lambda: _begin(config, processes))
+    found = processes.on_main_process(lambda: _begin(config, processes))
     dataset = prepare(
-        config, device, dtype, part=processes.rank, parts=processes.count, total=found, wait=processes.wait
+        config, device, dtype, part=processes.rank, parts=processes.count, total=found, wait=processes.barrier
     )
-    checkpoints = processes.once(lambda: _resumable(config, dtype))
+    checkpoints = processes.on_main_process(lambda: _resumable(config, dtype))
     checkpoint = open_checkpoint(config.base)
     metadata = describe(config, checkpoint)
     prompts = _preview_prompts(config, checkpoint, device, dtype) if processes.main and config.preview.prompts else None
     model = load_student(config, checkpoint, device, dtype)
-    if sharding.wanted():
+    if sharding.fsdp_requested():
         sharding.shard(model, processes)
     observers: list[Observer] = []
     if processes.main:
@@ -63,14 +63,14 @@ def run(config: Config) -> Path:
             log.info("resuming at step %d of %d", checkpoints.steps()[0], config.training.steps)
     train(model, dataset, config, observers=observers, checkpoints=checkpoints, processes=processes)
     if processes.main:
-        if sharding.wanted():
+        if sharding.fsdp_requested():
             model = _unsharded(model, checkpoint, device, dtype)
         report = write_report(config.output_folder)
         any_caption = dataset.batch(0, 1, seed=config.training.seed, caption_dropout=0).cond
         write_lora(config.lora_path, model, config, metadata, any_caption.to(device), final=True)
-        checkpoints.clear()
+        checkpoints.remove_all()
         log.info("wrote %s; look at %s", config.lora_path, report)
-    processes.wait()
+    processes.barrier()
     return config.lora_path
 
 
@@ -137,7 +137,7 @@ def _resumable(config: Config, dtype: torch.dtype) -> Checkpoints:
     Raises UserError if they were made from different data or a different model.
     """
     checkpoints = checkpoints_of(config, dtype)
-    checkpoints.refuse_different_inputs()
+    checkpoints.check_fingerprints()
     return checkpoints
 
 
@@ -146,7 +146,7 @@ def _finish(config: Config) -> bool:
     if not is_finished(config):
         return False
     report = write_report(config.output_folder)
-    Checkpoints(config.output_folder / CHECKPOINTS, 1, 1).clear()
+    Checkpoints(config.output_folder / CHECKPOINTS, 1, 1).remove_all()
     log.info("%s is there, and the run is done; look at %s", config.lora_path, report)
     return True
 

@@ -121,17 +121,19 @@ def test_without_data_everything_has_the_shapes_and_dtypes_that_it_has_with_it(f
 
     assert shapes(meta) == shapes(CPU)
     rows = base.load_text_encoder(FLOAT, CPU).encode(["a red circle", ""])
-    joined, blank = base.join(rows, torch.zeros(2, 6)).tensors, base.blank(2, CPU).tensors
+    joined, blank = base.collate(rows, torch.zeros(2, 6)).tensors, base.placeholder_conditioning(2, CPU).tensors
     assert {name: each.shape for name, each in joined.items()} == {name: each.shape for name, each in blank.items()}
-    assert ("time_ids" in blank) == (family == "sdxl") and base.blank(2, meta).tensors["context"].is_meta
+    assert ("time_ids" in blank) == (family == "sdxl") and base.placeholder_conditioning(2, meta).tensors[
+        "context"
+    ].is_meta
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_lora_trains_all_kinds_of_layer_wherever_they_are(family: Family, tmp_path: Path) -> None:
     model = opened(write(tmp_path / "a.safetensors", to_state(random_parts(family)))).load(FLOAT, CPU)
     layers = model.layers(("all",))
-    assert set(map(model.kind, layers)) == set(TARGETS) and layers == model.layers(TARGETS)
-    assert len({model.key(layer) for layer in layers}) == len(layers)
+    assert set(map(model.layer_kind, layers)) == set(TARGETS) and layers == model.layers(TARGETS)
+    assert len({model.lora_key(layer) for layer in layers}) == len(layers)
     assert not set(model.layers(("attention",))) & set(model.layers(("convolution", "feed_forward")))
     assert bases.layer_shapes(family).keys() >= set(layers)
 

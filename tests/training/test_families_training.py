@@ -25,7 +25,7 @@ from trajectory_consistency.trainer.config.settings import Config, from_mapping
 from trajectory_consistency.trainer.data.encode import prepare
 from trajectory_consistency.trainer.models.conditioning import Conditioning
 from trajectory_consistency.trainer.models.sampling import Guidance, initial_noise, sample_latents
-from trajectory_consistency.trainer.models.solver import draw_latents
+from trajectory_consistency.trainer.models.solver import dpm_solver_sample
 from trajectory_consistency.trainer.models.unet.families import Family
 from trajectory_consistency.trainer.models.unet.model import UNetModel
 from trajectory_consistency.trainer.run import run
@@ -155,7 +155,7 @@ def test_every_method_trains_where_no_signal_is_left(
             return times._replace(t=torch.full_like(times.t, 999), t_next=torch.full_like(times.t, 979))
 
         monkeypatch.setattr(examples, "sample_times", from_the_end)
-        rows = examples.read(config, random_dataset(), net.schedule, 0, slice(0, 3))
+        rows = examples.read_examples(config, random_dataset(), net.schedule, 0, slice(0, 3))
         losses = step.step_losses(net, rows, config)
         losses.sum().backward()
         assert losses.isfinite().all() and (losses > 0).all(), (law, order, weighting)
@@ -182,5 +182,5 @@ def test_sampling_begins_where_no_signal_is_left(
                 -net.network(noise, torch.tensor(999), each.tensors["context"]).sample for each in (uncond, cond)
             )
         assert ((out - (free + 2 * (given - free))).norm() / out.norm()).item() < 1e-2
-    drawn = draw_latents(net, cond, uncond, noise, steps=steps, guidance=2.0)
+    drawn = dpm_solver_sample(net, cond, uncond, noise, steps=steps, guidance=2.0)
     assert drawn.isfinite().all()

@@ -23,12 +23,12 @@ def execute(options: argparse.Namespace) -> int:
     from ..data.survey import bucket_table, data_report
     from ..files.describe_keys import describe_keys
     from ..preflight import check, check_inputs, output_conflict, plan
-    from ..training.memory import Settings, estimate
+    from ..training.memory import MemorySettings, estimate_memory
 
     why = output_conflict(config)
     inputs = check_inputs(config) if why else check(config)
     _, dtype = placed(config)
-    memory = estimate(inputs.checkpoint, Settings.of(config, dtype))
+    memory = estimate_memory(inputs.checkpoint, MemorySettings.from_config(config, dtype))
     sections = [
         plan(config, inputs) + (f"\n          not free for a new run: {why}" if why else ""),
         data_report(inputs.found, config),

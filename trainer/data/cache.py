@@ -208,7 +208,7 @@ def open_cached(config: Config, dtype: torch.dtype) -> Cached | None:
     shards, ordered = ShardFiles(paths), sorted(index.groups.items())
     groups = order_groups(config.data, [(which, len(rows.keys)) for which, rows in ordered])
     tables = [Table(rows.places, shards, shards) for _, rows in ordered]
-    return Cached(Dataset(groups, tables, empty, checkpoint.join), index.found)
+    return Cached(Dataset(groups, tables, empty, checkpoint.collate), index.found)
 
 
 def input_fingerprints(config: Config, dtype: torch.dtype) -> dict[str, str]:

@@ -23,7 +23,7 @@ Shard = Mapping[str, Tensor]
 normalized latent, [n, C, ...], and `sizes` [n, 6].  Captions: the model's conditioning by name, [n, ...] each."""
 
 Join = Callable[[Sequence[Conditioning], Tensor], Conditioning]
-"""(a row for each picture, its sizes [B, 6]) -> B rows, as the model's `Checkpoint.join`."""
+"""(a row for each picture, its sizes [B, 6]) -> B rows, as the model's `Checkpoint.collate`."""
 
 
 class Batch(NamedTuple):

@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..models import open_checkpoint
 from ..models.conditioning import Conditioning
 from ..models.seam import Autoencoder, Checkpoint, Model, TextEncoder
-from ..models.solver import draw_latents
+from ..models.solver import dpm_solver_sample
 from ..randomness import generator
 from .buckets import Fit, Size
 from .cache import Entry, Index, layout, merge_parts, open_cached
@@ -187,7 +187,7 @@ class _Filling:
         for start in range(0, len(waiting), together):
             some = waiting[start : start + together]
             noise = [torch.randn(shape, generator=generator(0, f"drawing {key.hex()}")) for key, _ in some]
-            latents = draw_latents(
+            latents = dpm_solver_sample(
                 model,
                 self._cond([prompt for _, prompt in some], sizes).to(self.device),
                 self._cond([""] * len(some), sizes).to(self.device),
@@ -251,7 +251,7 @@ class _Filling:
         store = self.stores["captions"]
         places = [store.places[_caption_key(caption)] for caption in captions]
         rows = [caption_of(open_shard(store.folder / shard), row) for shard, row in places]
-        return self.checkpoint.join(rows, sizes.expand(len(rows), -1))
+        return self.checkpoint.collate(rows, sizes.expand(len(rows), -1))
 
 
 def _caption_kind(row: Mapping[str, torch.Tensor]) -> str:

@@ -77,7 +77,7 @@ def file_tensors(model: Model, weights: AdapterWeights) -> dict[str, Tensor]:
     """The tensors of weights under the names that a file for `model` has, each module with its alpha."""
     tensors: dict[str, Tensor] = {}
     for layer, lora in weights.items():
-        name = model.key(layer)
+        name = model.lora_key(layer)
         tensors |= {f"{name}.{DOWN}": lora.down.detach(), f"{name}.{UP}": lora.up.detach()}
         tensors[f"{name}.{ALPHA}"] = torch.tensor(float(lora.alpha))
     if weights.target_time is not None:

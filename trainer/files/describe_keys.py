@@ -19,11 +19,11 @@ def describe_keys(checkpoint: Checkpoint, adapter: AdapterConfig) -> str:
     layers = model.layers(adapter.targets)
     weights = model.new_weights(rank=adapter.rank, alpha=adapter.alpha, seed=0, targets=adapter.targets)
     numbers = sum(parameter.numel() for parameter in weights.parameters())
-    counts = Counter(map(model.kind, layers))
+    counts = Counter(map(model.layer_kind, layers))
     lines = [
         f"LoRA      {len(layers)} modules of {checkpoint.family}'s network, {3 * len(layers)} tensors, "
         f"{numbers / 1e6:.1f} million numbers, {readable(2 * numbers)}",
         *(f"{count:>9} {kind}" for kind, count in counts.most_common()),
-        *(f"          {model.key(layer)}.lora_down.weight" for layer in layers[:_SHOWN]),
+        *(f"          {model.lora_key(layer)}.lora_down.weight" for layer in layers[:_SHOWN]),
     ]
     return "\n".join(lines)

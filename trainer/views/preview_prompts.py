@@ -69,7 +69,7 @@ def encode_prompts(
     """
     encoded = checkpoint.load_text_encoder(dtype, device).encode([*prompts, ""])
     sizes = torch.tensor([Fit(size, size, size, 0, 0).sizes], device=device)
-    *cond, uncond = (checkpoint.join([row], sizes) for row in encoded)
+    *cond, uncond = (checkpoint.collate([row], sizes) for row in encoded)
     return PreviewPrompts(tuple(prompts), tuple(seeds), tuple(cond), uncond, (1, *checkpoint.latents.shape(*size)))
 
 

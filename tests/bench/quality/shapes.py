@@ -26,7 +26,7 @@ from trajectory_consistency.trainer.demo import methods as demo
 from trajectory_consistency.trainer.demo.classifier import Classifier, train_classifier, world_sample
 from trajectory_consistency.trainer.demo.metrics import caption_accuracy
 from trajectory_consistency.trainer.files.adapter_weights import load_weights
-from trajectory_consistency.trainer.models.solver import draw_latents
+from trajectory_consistency.trainer.models.solver import dpm_solver_sample
 from trajectory_consistency.trainer.run import run
 from trajectory_consistency.trainer.tiny import world
 from trajectory_consistency.trainer.views.grid import Row, draw_grid
@@ -158,7 +158,7 @@ def measure_references(seed: int, folder: Path) -> dict[str, dict[str, float]]:
         found[row.label] = measure_pictures(studio.pictures(row, PICTURES, start), folder)
         if steps > TUNED_AT[-1]:
             continue  # where it is DDIM's own distance
-        latents = draw_latents(
+        latents = dpm_solver_sample(
             studio.model,
             studio.cond,
             studio.guidance.uncond,
