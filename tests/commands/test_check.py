@@ -18,7 +18,7 @@ from trajectory_consistency.trainer.data.buckets import Size
 from trajectory_consistency.trainer.data.encode import prepare
 from trajectory_consistency.trainer.errors import UserError
 from trajectory_consistency.trainer.files.lora_keys import describe_keys
-from trajectory_consistency.trainer.format_bytes import readable
+from trajectory_consistency.trainer.format_bytes import format_bytes
 from trajectory_consistency.trainer.models.unet import families as bases
 from trajectory_consistency.trainer.run import check, run
 from trajectory_consistency.trainer.training.memory import Memory, Settings, estimate
@@ -198,11 +198,13 @@ def test_all_phases_are_told_and_the_one_that_takes_most(values: dict[str, dict[
 
     plain = memory()
     assert plain.preview == 0 and plain.total == max(plain.training, plain.caching)
-    assert str(plain).startswith(f"{readable(plain.total)} at the most: {readable(plain.training)} in training (")
-    assert f", no previews, {readable(plain.caching)} while caching" in str(plain)
+    assert str(plain).startswith(
+        f"{format_bytes(plain.total)} at the most: {format_bytes(plain.training)} in training ("
+    )
+    assert f", no previews, {format_bytes(plain.caching)} while caching" in str(plain)
     large = memory(preview={"prompts": ["a"], "width": 512, "height": 1024})
     assert large.total == large.preview > large.training == plain.training
-    assert f"{readable(large.preview)} with a preview" in str(large)
+    assert f"{format_bytes(large.preview)} with a preview" in str(large)
     assert memory(data={**values["data"], "resolution": 256}).caching > 2 * plain.caching - plain.weights
     (Path(str(values["base"]["path"])).parent / "prompts.txt").write_text("a red circle\n", encoding="utf-8")
     drawn = memory(data={**values["data"], "folder": str(Path(str(values["base"]["path"])).parent / "prompts.txt")})

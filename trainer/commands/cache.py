@@ -29,12 +29,12 @@ def execute(options: argparse.Namespace) -> int:
     config = resolve(options)
     part, parts = _part(options.part)
 
-    from ..config.device import placed
+    from ..config.device import device_and_dtype
     from ..data.cache import merge_parts, open_cached
     from ..data.encode import fill
     from ..data.survey import survey
 
-    device, dtype = placed(config)
+    device, dtype = device_and_dtype(config)
     merge_parts(config, dtype)
     cached = open_cached(config, dtype)
     found = cached.found if cached else None

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..atomic import whole_file
+from ..atomic import atomic_write
 from ..config.settings import Config
 from ..errors import UserError
 from ..models import open_checkpoint
@@ -146,7 +146,7 @@ class Index:
             "names": self.found.names,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as unfinished:
+        with atomic_write(path) as unfinished:
             save_file(tensors, unfinished, metadata={"index": json.dumps(header)})
 
     @staticmethod

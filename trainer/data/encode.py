@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from tqdm import tqdm
 
-from ..config.memory_advice import memory_advice, when_caching
+from ..config.memory_advice import caching_advice, memory_advice
 from ..config.settings import Config
 from ..errors import UserError
 from ..models import open_checkpoint
@@ -95,7 +95,7 @@ def fill(
         return
     filling = _Filling(config, checkpoint, device, dtype, stores)
     bar = tqdm(total=total, desc="caching", unit="img", disable=part > 0)
-    with bar, memory_advice(when_caching(config, device, dtype)):
+    with bar, memory_advice(caching_advice(config, device, dtype)):
         for number, source in enumerate(open_sources(config.data)):
             if isinstance(source, Prompts):
                 filling.read_prompts(number, source, part, parts)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..atomic import whole_file
+from ..atomic import atomic_write
 
 DIGESTS = "digest"
 """The name of the tensor of a shard that holds the digests of its rows, uint8 [n, 16]."""
@@ -105,7 +105,7 @@ class Store:
         tensors[DIGESTS] = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, 16)
         # Named by its rows, so that another process that writes into the folder cannot have the name for other rows.
         path = self.folder / f"{kind}-{digest(b''.join(keys)).hex()}.safetensors"
-        with whole_file(path) as unfinished:
+        with atomic_write(path) as unfinished:
             save_file(tensors, unfinished, metadata={"crc32": _checksum(tensors)})
         for row, key in enumerate(keys):
             self.places[key] = Place(path.name, row)

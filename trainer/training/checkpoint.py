@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..atomic import whole_file
+from ..atomic import atomic_write
 from ..errors import UserError
 
 log = logging.getLogger("trajectory-consistency")
@@ -47,7 +47,7 @@ class Checkpoints:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self._path(step)
-        with whole_file(path) as unfinished:
+        with atomic_write(path) as unfinished:
             whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             save_file(whole, unfinished, metadata=dict(self.inputs))
         for old in self.steps()[self.keep :]:

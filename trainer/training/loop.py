@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ...tcd.adapter import AVERAGE, STUDENT
-from ..config.memory_advice import memory_advice, when_training
+from ..config.memory_advice import memory_advice, training_advice
 from ..config.settings import Config
 from ..data.dataset import Dataset
 from ..errors import RunError, UserError
@@ -81,7 +81,7 @@ def train(
         unit_scale=True,
         disable=not processes.main,
     )
-    with bar, training, asked_to_stop() as asked, memory_advice(when_training(config, training.largest)):
+    with bar, training, asked_to_stop() as asked, memory_advice(training_advice(config, training.largest)):
         while training.step < steps:
             record, stop = training.advance(asked)
             if processes.main:

@@ -19,11 +19,11 @@ from torch.utils._pytree import tree_leaves
 
 from ...tcd import AdapterWeights, TargetInput, TimePoint
 from ...tcd.adapter import STUDENT
-from ..config.device import placed
+from ..config.device import device_and_dtype
 from ..config.settings import Config
 from ..data.buckets import Size
 from ..data.encode import pictures_together
-from ..format_bytes import readable
+from ..format_bytes import format_bytes
 from ..models.conditioning import Conditioning
 from ..models.seam import Autoencoder, Checkpoint, Model
 
@@ -64,7 +64,7 @@ class Settings(NamedTuple):
     def of(config: Config, dtype: torch.dtype) -> Settings:
         """Those of a configuration, for one process."""
         training, preview, side = config.training, config.preview, config.data.resolution
-        device, _ = placed(config)
+        device, _ = device_and_dtype(config)
         return Settings(
             rank=config.adapter.rank,
             batch=-(-training.batch // training.accumulate),
@@ -110,11 +110,11 @@ class Memory(NamedTuple):
 
     def __str__(self) -> str:
         parts = {"the frozen network": self.weights, "the adapter and its optimizer": self.adapter, "a step": self.step}
-        listed = ", ".join(f"{readable(amount)} for {name}" for name, amount in parts.items())
-        previews = f"{readable(self.preview)} with a preview" if self.preview else "no previews"
+        listed = ", ".join(f"{format_bytes(amount)} for {name}" for name, amount in parts.items())
+        previews = f"{format_bytes(self.preview)} with a preview" if self.preview else "no previews"
         return (
-            f"{readable(self.total)} at the most: {readable(self.training)} in training ({listed}), {previews}, "
-            f"{readable(self.caching)} while caching"
+            f"{format_bytes(self.total)} at the most: {format_bytes(self.training)} in training ({listed}), "
+            f"{previews}, {format_bytes(self.caching)} while caching"
         )
 
 
