@@ -241,8 +241,8 @@ def test_a_changed_bit_is_found_by_the_cache_command(
     shard.unlink()
     shard.write_bytes(content)
     assert open_cached(settings, FLOAT) is not None  # lengths and header are right
-    encode.fill(settings, CPU, FLOAT, thorough=True)
-    assert "is damaged (its checksum is another)" in caplog.text
+    encode.fill(settings, CPU, FLOAT, verify=True)
+    assert "is damaged (its checksum does not match)" in caplog.text
     cached = open_cached(settings, FLOAT)
     assert cached is not None
     assert all(
@@ -289,7 +289,7 @@ def test_a_full_store_writes_its_largest_kind_and_memory_stays_bounded(
     found.flush()
     again = store.Store(tmp_path / "rows")
     for k in range(60):
-        shard, row = again.places[store.digest(b"%d" % k)]
+        shard, row = again.locations[store.digest(b"%d" % k)]
         assert (store.open_shard(tmp_path / "rows" / shard)["x"][row] == k).all()
         assert again.kind(store.digest(b"%d" % k)) == "ab"[k % 3 == 0]
     assert len(list((tmp_path / "rows").iterdir())) >= 6
@@ -303,7 +303,7 @@ def test_rows_that_are_long_in_coming_are_written_before_the_shard_is_full(
     assert list((tmp_path / "rows").iterdir()) == []
     monkeypatch.setattr(store, "SHARD_SECONDS", 0.0)
     found.add("a", store.digest(b"2"), {"x": torch.zeros(1)})
-    assert len(store.Store(tmp_path / "rows").places) == 2
+    assert len(store.Store(tmp_path / "rows").locations) == 2
 
 
 KILLED = """

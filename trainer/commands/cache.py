@@ -42,7 +42,7 @@ def execute(options: argparse.Namespace) -> int:
         found = survey(config, part, parts)
     if found:
         _report(config, found)
-    fill(config, device, dtype, part=part, parts=parts, total=found.seen if found else None, thorough=True)
+    fill(config, device, dtype, part=part, parts=parts, total=found.seen if found else None, verify=True)
     cached = open_cached(config, dtype)
     if cached and not found:
         _report(config, cached.found)

@@ -31,7 +31,7 @@ from ..models.seam import Checkpoint
 from .buckets import Size
 from .dataset import Dataset, Table, caption_of
 from .sources import open_sources
-from .store import Place, ShardFiles, open_shard
+from .store import RowLocation, ShardFiles, open_shard
 from .survey import Survey, order_groups
 
 VERSION = 2
@@ -89,12 +89,12 @@ class Index:
     """Files, as paths from the cache's folder."""
     groups: dict[tuple[int, Size], Rows]
     """By source and bucket."""
-    empty: Place
+    empty: RowLocation
     """The empty caption."""
     found: Survey
 
     @staticmethod
-    def of(entries: Mapping[tuple[int, Size], Sequence[Entry]], empty: Place, found: Survey) -> Index:
+    def of(entries: Mapping[tuple[int, Size], Sequence[Entry]], empty: RowLocation, found: Survey) -> Index:
         """The index of pictures whose places are known."""
         places = (place for group in entries.values() for entry in group for place in (entry.latent, entry.caption))
         shards = {name: number for number, name in enumerate(dict.fromkeys(place.shard for place in places))}
@@ -168,15 +168,15 @@ class Index:
             Counter(header["problems"]),
             header["names"],
         )
-        return Index(header["shards"], groups, Place(*header["empty"]), found)
+        return Index(header["shards"], groups, RowLocation(*header["empty"]), found)
 
 
 class Entry(NamedTuple):
     """One picture of a data set."""
 
     key: int
-    latent: Place
-    caption: Place
+    latent: RowLocation
+    caption: RowLocation
 
 
 @dataclass(frozen=True)

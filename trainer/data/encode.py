@@ -79,19 +79,19 @@ def fill(
     part: int = 0,
     parts: int = 1,
     total: int | None = None,
-    thorough: bool = False,
+    verify: bool = False,
 ) -> None:
     """Compute every row of every `parts`-th file from `part` on that the cache does not have, and write the index.
 
-    total: how many samples there are, for the progress bar.  thorough: read all files that are there, too, and compute
+    total: how many samples there are, for the progress bar.  verify: read all files that are there, too, and compute
     anew what does not have its checksum; return when then nothing is missing.
 
     Killed at any moment, it goes on where it was.  Raises UserError for data that cannot be used, and MemoryFullError.
     """
     checkpoint = open_checkpoint(config.base)
     where = layout(config, checkpoint, dtype)
-    stores = {kind: Store(where.store(kind), thorough=thorough) for kind in where.settings}
-    if thorough and open_cached(config, dtype):
+    stores = {kind: Store(where.store(kind), verify=verify) for kind in where.settings}
+    if verify and open_cached(config, dtype):
         return
     filling = _Filling(config, checkpoint, device, dtype, stores)
     bar = tqdm(total=total, desc="caching", unit="img", disable=part > 0)
@@ -205,12 +205,16 @@ class _Filling:
         captions = self.stores["captions"]
         places = {
             group: [
-                Entry(_sort_key(key, caption), self.stores[kind].path_of(key), captions.path_of(caption))
+                Entry(
+                    _sort_key(key, caption),
+                    self.stores[kind].location_in_cache(key),
+                    captions.location_in_cache(caption),
+                )
                 for kind, key, caption in entries
             ]
             for group, entries in self.entries.items()
         }
-        return Index.of(places, captions.path_of(_caption_key("")), self.found)
+        return Index.of(places, captions.location_in_cache(_caption_key("")), self.found)
 
     def _caption(self, caption: str) -> bytes:
         """The digest of a caption, which is encoded if it is new."""
@@ -249,7 +253,7 @@ class _Filling:
     def _cond(self, captions: list[str], sizes: torch.Tensor) -> Conditioning:
         """The conditioning of cached captions, for pictures that all have these sizes [6]."""
         store = self.stores["captions"]
-        places = [store.places[_caption_key(caption)] for caption in captions]
+        places = [store.locations[_caption_key(caption)] for caption in captions]
         rows = [caption_of(open_shard(store.folder / shard), row) for shard, row in places]
         return self.checkpoint.join(rows, sizes.expand(len(rows), -1))
 
