@@ -232,9 +232,9 @@ def test_an_interrupt_is_code_130(
             "run",
             "error: interrupted; the same command goes on from what is saved\n",
         ),
-        ("data.survey.look_at", "check", "error: interrupted\n"),
+        ("data.survey.inspect_sample", "check", "error: interrupted\n"),
         (
-            "data.encode.look_at",
+            "data.encode.inspect_sample",
             "cache",
             "error: interrupted; the same command goes on from what is saved\n",
         ),

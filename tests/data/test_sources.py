@@ -11,7 +11,7 @@ from PIL import Image
 from trajectory_consistency.trainer.config import settings as config
 from trajectory_consistency.trainer.data.buckets import Size
 from trajectory_consistency.trainer.data.sources import Folder, Listed, Prompts, Sample, Shards, Source, open_sources
-from trajectory_consistency.trainer.data.survey import bucket_table, data_report, order_groups, survey
+from trajectory_consistency.trainer.data.survey import bucket_table, data_report, make_groups, survey
 from trajectory_consistency.trainer.errors import UserError
 
 
@@ -252,5 +252,5 @@ def test_weights_are_shares_of_an_epoch(tmp_path: Path) -> None:
     settings = configured(tmp_path, sources=sources)
     lines = bucket_table(survey(settings), settings, 1).splitlines()
     assert lines[1].split() == ["64x64", "12", "12", "12", "0"]
-    groups = order_groups(settings.data, survey(settings).groups.items())
+    groups = make_groups(settings.data, survey(settings).groups.items())
     assert [group.shown(1) for group in groups] == [3, 9]

@@ -32,7 +32,7 @@ from .buckets import Size
 from .dataset import Dataset, Table, caption_of
 from .sources import open_sources
 from .store import RowLocation, ShardFiles, open_shard
-from .survey import Survey, order_groups
+from .survey import Survey, make_groups
 
 VERSION = 2
 """Version of the cached rows; increase it when the same input would produce different rows."""
@@ -125,7 +125,7 @@ class Index:
             for which, rows in part.groups.items():
                 pieces[which].append(Rows(rows.keys, rows.places + offset))
             shards += part.shards
-            found.add(part.found)
+            found.merge(part.found)
         groups = {
             which: _sorted(torch.cat([rows.keys for rows in each]), torch.cat([rows.places for rows in each]))
             for which, each in pieces.items()
@@ -206,7 +206,7 @@ def open_cached(config: Config, dtype: torch.dtype) -> Cached | None:
     if not index.groups:
         raise UserError(f"no picture is left to train on: {index.found.complaints()}")
     shards, ordered = ShardFiles(paths), sorted(index.groups.items())
-    groups = order_groups(config.data, [(which, len(rows.keys)) for which, rows in ordered])
+    groups = make_groups(config.data, [(which, len(rows.keys)) for which, rows in ordered])
     tables = [Table(rows.places, shards, shards) for _, rows in ordered]
     return Cached(Dataset(groups, tables, empty, checkpoint.join), index.found)
 

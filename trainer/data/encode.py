@@ -26,7 +26,15 @@ from .cache import Entry, Index, layout, merge_parts, open_cached
 from .dataset import Dataset, caption_of
 from .sources import PictureSource, Prompts, open_sources
 from .store import Store, digest, open_shard
-from .survey import Look, Survey, ahead, buckets_of, look_at, refuse, square
+from .survey import (
+    Inspection,
+    Survey,
+    configured_buckets,
+    drawn_bucket,
+    inspect_sample,
+    parallel_map,
+    raise_for_problems,
+)
 
 CACHED_DTYPE = torch.float16
 """Of cached latents and embeddings: float16 is eight times more precise than bfloat16 here, and the values are far
@@ -103,7 +111,7 @@ def fill(
                 filling.read_pictures(number, source, part, parts, bar)
         filling.finish_encoding()
         filling.draw(bar)
-    refuse(filling.found, config.data)
+    raise_for_problems(filling.found, config.data)
     filling.index().write(where.index(config, part, parts))
 
 
@@ -119,7 +127,7 @@ class _Filling:
     found: Survey = field(default_factory=Survey)
     entries: dict[tuple[int, Size], list[tuple[str, bytes, bytes]]] = field(default_factory=lambda: defaultdict(list))
     """By source and bucket, for each picture: the store of its latent, its digest there, and that of its caption."""
-    _pictures: dict[Size, dict[bytes, Look]] = field(default_factory=lambda: defaultdict(dict))
+    _pictures: dict[Size, dict[bytes, Inspection]] = field(default_factory=lambda: defaultdict(dict))
     _captions: dict[bytes, str] = field(default_factory=dict)
     _drawings: dict[bytes, str] = field(default_factory=dict)
     """The prompts to be drawn, by the digest of the drawing."""
@@ -136,13 +144,14 @@ class _Filling:
 
     def read_pictures(self, number: int, source: PictureSource, part: int, parts: int, bar: tqdm) -> None:
         """Go through a source, and encode what is new."""
-        store, buckets = self.stores["latents"], buckets_of(self.config.data)
-        looks = ahead(
-            lambda sample: look_at(sample, buckets, known=store.__contains__, pixels=True), source.samples(part, parts)
+        store, buckets = self.stores["latents"], configured_buckets(self.config.data)
+        looks = parallel_map(
+            lambda sample: inspect_sample(sample, buckets, is_cached=store.__contains__, pixels=True),
+            source.samples(part, parts),
         )
         for look in looks:
             bar.update()
-            self.found.note(look)
+            self.found.count(look)
             if look.problems:
                 continue
             bucket = look.fit.bucket if look.fit else Size.parse(store.kind(look.key))
@@ -154,7 +163,7 @@ class _Filling:
 
     def read_prompts(self, number: int, source: Prompts, part: int, parts: int) -> None:
         """Go through prompts, and note what the teacher has to draw."""
-        bucket, store = square(self.config.data), self.stores["drawn"]
+        bucket, store = drawn_bucket(self.config.data), self.stores["drawn"]
         for prompt in source.captions()[part::parts]:
             for drawing in range(self.config.data.draw.per_prompt):
                 key = digest(f"{drawing} {prompt}".encode())
@@ -179,7 +188,7 @@ class _Filling:
         if not self._drawings:
             return
         model: Model = self.checkpoint.load(self.dtype, self.device)
-        bucket, draw, store = square(self.config.data), self.config.data.draw, self.stores["drawn"]
+        bucket, draw, store = drawn_bucket(self.config.data), self.config.data.draw, self.stores["drawn"]
         sizes = torch.tensor(Fit(bucket, bucket, bucket, 0, 0).sizes, dtype=torch.int32)
         waiting = list(self._drawings.items())
         together = pictures_together(bucket, self.device)
