@@ -140,7 +140,7 @@ def _find_data(config: Config, dtype: torch.dtype) -> Survey:
     cached = open_cached(config, dtype)
     if cached is None:
         _check_writable("data.cache", config.cache_folder)
-    found = cached.found if cached else survey(config)
+    found = cached.survey if cached else survey(config)
     if not found.pictures:
         raise UserError(f"no picture is left to train on: {found.complaints()}")
     return found

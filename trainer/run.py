@@ -13,7 +13,7 @@ from .config.device import device_and_dtype
 from .config.memory_advice import loading_advice, memory_advice, preview_advice
 from .config.settings import FILE_NAME, Config
 from .data.buckets import Size
-from .data.encode import prepare
+from .data.encode import load_or_encode
 from .files.adapter_weights import start_from
 from .files.export import describe, write_lora
 from .models import open_checkpoint
@@ -36,15 +36,15 @@ def run(config: Config) -> Path:
     """Distill, or resume from the last checkpoint in the output folder, and return the LoRA file's path.
 
     Of several processes the first checks everything and writes everything.  Raises UserError for bad input, what
-    `prepare` and `train` raise, and ExportError if the file does not hold what was trained.
+    `load_or_encode` and `train` raise, and ExportError if the file does not hold what was trained.
     """
     device, dtype = device_and_dtype(config)
     processes, device = join(device)
     if processes.once(lambda: _finish(config)):
         return config.lora_path
     found = processes.once(lambda: _begin(config, processes))
-    dataset = prepare(
-        config, device, dtype, part=processes.rank, parts=processes.count, total=found, wait=processes.wait
+    dataset = load_or_encode(
+        config, device, dtype, part=processes.rank, parts=processes.count, total=found, barrier=processes.wait
     )
     checkpoints = processes.once(lambda: _resumable(config, dtype))
     checkpoint = open_checkpoint(config.base)

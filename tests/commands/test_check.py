@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiny_base import small_config, write_inputs
 from trajectory_consistency.trainer.cli import main
 from trajectory_consistency.trainer.data.buckets import Size
-from trajectory_consistency.trainer.data.encode import prepare
+from trajectory_consistency.trainer.data.encode import load_or_encode
 from trajectory_consistency.trainer.errors import UserError
 from trajectory_consistency.trainer.files.lora_keys import describe_keys
 from trajectory_consistency.trainer.format_bytes import format_bytes
@@ -126,7 +126,7 @@ def test_folders_where_nothing_can_be_written_are_refused(values: dict[str, dict
 
 def test_a_complete_cache_need_not_be_writable(values: dict[str, dict[str, object]]) -> None:
     config = small_config(values)
-    prepare(config, torch.device("cpu"), torch.float32)
+    load_or_encode(config, torch.device("cpu"), torch.float32)
 
     def refused(key: str, folder: Path) -> None:
         assert key == "output.folder", folder

@@ -22,7 +22,7 @@ from ...tcd.adapter import STUDENT
 from ..config.device import device_and_dtype
 from ..config.settings import Config
 from ..data.buckets import Size
-from ..data.encode import pictures_together
+from ..data.encode import pictures_per_call
 from ..format_bytes import format_bytes
 from ..models.conditioning import Conditioning
 from ..models.seam import Autoencoder, Checkpoint, Model
@@ -79,7 +79,7 @@ class Settings(NamedTuple):
             targets=config.adapter.targets,
             target_input=config.method.embedded,
             preview=Size(preview.height or side, preview.width or side) if preview.prompts else None,
-            encoded=pictures_together(Size(side, side), device),
+            encoded=pictures_per_call(Size(side, side), device),
             drawn=any(path.endswith(".txt") for path in (source.path for _, source in config.data.named_sources)),
         )
 
