@@ -24,7 +24,7 @@ from ..randomness import generator
 from .buckets import Fit, Size
 from .cache import Index, IndexEntry, cache_paths, merge_parts, open_cached
 from .dataset import Dataset, caption_of
-from .sources import PictureSource, Prompts, open_sources
+from .sources import PictureSource, PromptFile, open_sources
 from .store import Store, digest, open_shard
 from .survey import (
     Inspection,
@@ -106,7 +106,7 @@ def fill_cache(
     bar = tqdm(total=total, desc="caching", unit="img", disable=part > 0)
     with bar, memory_advice(caching_advice(config, device, dtype)):
         for number, source in enumerate(open_sources(config.data)):
-            if isinstance(source, Prompts):
+            if isinstance(source, PromptFile):
                 filler.add_prompts(number, source, part, parts)
             else:
                 filler.add_pictures(number, source, part, parts, bar)
@@ -163,7 +163,7 @@ class _CacheFiller:
             if len(self._pending_pictures[bucket]) >= pictures_per_call(bucket, self.device):
                 self._encode_pictures(bucket)
 
-    def add_prompts(self, number: int, source: Prompts, part: int, parts: int) -> None:
+    def add_prompts(self, number: int, source: PromptFile, part: int, parts: int) -> None:
         """Add the prompts of a file, encode new ones, and collect those that the teacher has to draw."""
         bucket, store = drawn_bucket(self.config.data), self.stores["drawn"]
         for prompt in source.captions()[part::parts]:

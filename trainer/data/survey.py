@@ -17,7 +17,7 @@ from ..errors import UserError
 from . import pictures
 from .buckets import Buckets, Fit, Size
 from .order import Group, Order
-from .sources import Prompts, Sample, open_sources
+from .sources import PromptFile, Sample, open_sources
 from .store import digest
 
 BROKEN, UNREADABLE, SMALL = "do not decode", "cannot be read", "are smaller than every bucket"
@@ -91,7 +91,7 @@ def survey(config: Config, part: int = 0, parts: int = 1) -> Survey:
     """
     found, buckets = Survey(), configured_buckets(config.data)
     for number, source in enumerate(open_sources(config.data)):
-        if isinstance(source, Prompts):
+        if isinstance(source, PromptFile):
             count = len(source.captions()[part::parts]) * config.data.draw.per_prompt
             found.groups[number, drawn_bucket(config.data)] += count
             found.seen += count
