@@ -289,5 +289,7 @@ def _to_cached(tensor: torch.Tensor, name: str) -> torch.Tensor:
     """
     row = tensor.to("cpu", CACHED_DTYPE) if tensor.is_floating_point() else tensor.cpu()
     if not row.isfinite().all():
-        raise UserError(f"{name!r} is encoded to numbers that are not finite: use another VAE, or base.dtype float32")
+        raise UserError(
+            f"{name!r} has an encoding that is not finite in float16: use a different VAE, or base.dtype float32"
+        )
     return row
