@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from .config.device import placed
+from .config.device import device_and_dtype
 from .config.settings import FILE_NAME, Config, changes, load
 from .data.cache import input_fingerprints, open_cached
 from .data.survey import Survey, survey
@@ -39,7 +39,7 @@ def check(config: Config, processes: Processes = ALONE) -> Inputs:
 
     Raises UserError for whatever would stop the run.
     """
-    _, dtype = placed(config)
+    _, dtype = device_and_dtype(config)
     if why := output_conflict(config):
         raise UserError(why)
     checkpoint = _check_settings(config, processes)
@@ -49,14 +49,14 @@ def check(config: Config, processes: Processes = ALONE) -> Inputs:
 
 def check_inputs(config: Config) -> Inputs:
     """Like `check` for one process, but ignores the output folder's contents."""
-    _, dtype = placed(config)
+    _, dtype = device_and_dtype(config)
     return Inputs(_check_settings(config, ALONE), _find_data(config, dtype))
 
 
 def plan(config: Config, inputs: Inputs) -> str:
     """Say in words what a run would do."""
     training, method, found = config.training, config.method, inputs.found
-    device, dtype = placed(config)
+    device, dtype = device_and_dtype(config)
     return "\n".join(
         [
             f"base      {config.base.path} ({inputs.checkpoint.describe()}), in {dtype} on {device}",
@@ -140,7 +140,7 @@ def _find_data(config: Config, dtype: torch.dtype) -> Survey:
     cached = open_cached(config, dtype)
     if cached is None:
         _check_writable("data.cache", config.cache_folder)
-    found = cached.found if cached else survey(config)
+    found = cached.survey if cached else survey(config)
     if not found.pictures:
         raise UserError(f"no picture is left to train on: {found.complaints()}")
     return found

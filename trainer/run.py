@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from ..tcd.adapter import STUDENT
-from .atomic import whole_file
-from .config.device import placed
-from .config.memory_advice import memory_advice, when_loading, when_previewing
+from .atomic import atomic_write
+from .config.device import device_and_dtype
+from .config.memory_advice import loading_advice, memory_advice, preview_advice
 from .config.settings import FILE_NAME, Config
 from .data.buckets import Size
-from .data.encode import prepare
+from .data.encode import load_or_encode
 from .files.adapter_weights import start_from
 from .files.export import describe, write_lora
 from .models import open_checkpoint
@@ -38,13 +38,13 @@ def run(config: Config) -> Path:
     Of several processes the first checks everything and writes everything.  Raises UserError for bad input, what
     `prepare` and `train` raise, and ExportError if the file does not hold what was trained.
     """
-    device, dtype = placed(config)
+    device, dtype = device_and_dtype(config)
     processes, device = join_processes(device)
     if processes.on_main_process(lambda: _finish(config)):
         return config.lora_path
     found = processes.on_main_process(lambda: _begin(config, processes))
-    dataset = prepare(
-        config, device, dtype, part=processes.rank, parts=processes.count, total=found, wait=processes.barrier
+    dataset = load_or_encode(
+        config, device, dtype, part=processes.rank, parts=processes.count, total=found, barrier=processes.barrier
     )
     checkpoints = processes.on_main_process(lambda: _resumable(config, dtype))
     checkpoint = open_checkpoint(config.base)
@@ -76,7 +76,7 @@ def run(config: Config) -> Path:
 
 def load_student(config: Config, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Model:
     """Load the base with an adapter on it as training begins."""
-    with memory_advice(when_loading(dtype)):
+    with memory_advice(loading_advice(dtype)):
         model = checkpoint.load(dtype, device)
     adapter = config.adapter
     weights = model.new_weights(
@@ -107,13 +107,13 @@ def _preview_prompts(
     """What previews draw, encoded."""
     preview, side = config.preview, config.data.resolution
     size = Size(preview.height or side, preview.width or side)
-    with memory_advice(when_previewing(config)):
+    with memory_advice(preview_advice(config)):
         return encode_prompts(checkpoint, preview.prompts, preview.seeds, size, device=device, dtype=dtype)
 
 
 def _previews(previews: Previews, config: Config) -> Observer:
     """Draw the pictures of the start; return the observer that draws the later ones."""
-    advice = when_previewing(config)
+    advice = preview_advice(config)
 
     def observe(record: StepRecord) -> None:
         with memory_advice(advice):
@@ -154,5 +154,5 @@ def _finish(config: Config) -> bool:
 def _claim(config: Config) -> None:
     """Write the resolved configuration into the output folder."""
     config.output_folder.mkdir(parents=True, exist_ok=True)
-    with whole_file(config.output_folder / FILE_NAME) as unfinished:
+    with atomic_write(config.output_folder / FILE_NAME) as unfinished:
         unfinished.write_text(config.to_toml(), encoding="utf-8")

@@ -17,10 +17,10 @@ from tiny_base import small_config, write_inputs
 from trajectory_consistency.trainer.cli import main
 from trajectory_consistency.trainer.config.settings import AdapterConfig, BaseConfig
 from trajectory_consistency.trainer.data.buckets import Size
-from trajectory_consistency.trainer.data.encode import prepare
+from trajectory_consistency.trainer.data.encode import load_or_encode
 from trajectory_consistency.trainer.errors import UserError
 from trajectory_consistency.trainer.files.describe_keys import describe_keys
-from trajectory_consistency.trainer.format_bytes import readable
+from trajectory_consistency.trainer.format_bytes import format_bytes
 from trajectory_consistency.trainer.models import open_checkpoint
 from trajectory_consistency.trainer.models.seam import Checkpoint
 from trajectory_consistency.trainer.models.unet import families as bases
@@ -176,7 +176,7 @@ def test_folders_where_nothing_can_be_written_are_refused(values: dict[str, dict
 
 def test_a_complete_cache_need_not_be_writable(values: dict[str, dict[str, object]]) -> None:
     config = small_config(values)
-    prepare(config, torch.device("cpu"), torch.float32)
+    load_or_encode(config, torch.device("cpu"), torch.float32)
 
     def refused(key: str, folder: Path) -> None:
         assert key == "output.folder", folder
@@ -248,11 +248,13 @@ def test_all_phases_are_told_and_the_one_that_takes_most(values: dict[str, dict[
 
     plain = memory()
     assert plain.preview == 0 and plain.total == max(plain.training, plain.caching)
-    assert str(plain).startswith(f"{readable(plain.total)} at the most: {readable(plain.training)} in training (")
-    assert f", no previews, {readable(plain.caching)} while caching" in str(plain)
+    assert str(plain).startswith(
+        f"{format_bytes(plain.total)} at the most: {format_bytes(plain.training)} in training ("
+    )
+    assert f", no previews, {format_bytes(plain.caching)} while caching" in str(plain)
     large = memory(preview={"prompts": ["a"], "width": 512, "height": 1024})
     assert large.total == large.preview > large.training == plain.training
-    assert f"{readable(large.preview)} with a preview" in str(large)
+    assert f"{format_bytes(large.preview)} with a preview" in str(large)
     assert memory(data={**values["data"], "resolution": 256}).caching > 2 * plain.caching - plain.weights
     (Path(str(values["base"]["path"])).parent / "prompts.txt").write_text("a red circle\n", encoding="utf-8")
     drawn = memory(data={**values["data"], "folder": str(Path(str(values["base"]["path"])).parent / "prompts.txt")})

@@ -119,7 +119,7 @@ def prompts(checkpoint: Path, folder: Path, text: str, **draw: object) -> config
 
 
 def drawn(settings: config.Config) -> list[torch.Tensor]:
-    dataset = encode.prepare(settings, CPU, FLOAT)
+    dataset = encode.load_or_encode(settings, CPU, FLOAT)
     return [table.latents[shard]["mean"][row] for table in dataset.tables for shard, row, *_ in table.index.tolist()]
 
 

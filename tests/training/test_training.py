@@ -295,7 +295,7 @@ def test_a_failed_write_leaves_the_old_file_alone(
 def test_a_file_that_is_no_lora_for_the_model(net: UNetModel, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "cut.safetensors").write_bytes(b"\x00" * 20)
     complaints = {
-        tmp_path / "cut.safetensors": "is not a whole safetensors file",
+        tmp_path / "cut.safetensors": "is not a complete safetensors file",
         tmp_path / "none.safetensors": "there is no file",
         checkpoint: "is not a LoRA",
     }

@@ -19,7 +19,7 @@ def execute(options: argparse.Namespace) -> int:
     """Print the plan, the data report, the bucket table, the LoRA's keys and the memory; write nothing."""
     config = resolve(options)
 
-    from ..config.device import placed
+    from ..config.device import device_and_dtype
     from ..data.survey import bucket_table, data_report
     from ..files.describe_keys import describe_keys
     from ..preflight import check, check_inputs, output_conflict, plan
@@ -27,7 +27,7 @@ def execute(options: argparse.Namespace) -> int:
 
     why = output_conflict(config)
     inputs = check_inputs(config) if why else check(config)
-    _, dtype = placed(config)
+    _, dtype = device_and_dtype(config)
     memory = estimate_memory(inputs.checkpoint, MemorySettings.from_config(config, dtype))
     sections = [
         plan(config, inputs) + (f"\n          not free for a new run: {why}" if why else ""),

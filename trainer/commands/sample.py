@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     """Draw, and say where the grid is."""
-    from ..config.device import device_of
+    from ..config.device import resolve_device
     from ..config.schema import build
     from ..config.settings import PreviewConfig
     from ..files.lora_file import read_lora
@@ -58,7 +58,7 @@ def execute(options: argparse.Namespace) -> int:
             "height": options.height,
         },
     )
-    grid = draw_gallery(options.file, base, wanted, options.out, device_of(options.device))
+    grid = draw_gallery(options.file, base, wanted, options.out, resolve_device(options.device))
     sys.stdout.write(f"look at {grid}\n")
     return 0
 

@@ -7,7 +7,7 @@ from collections import Counter
 import torch
 
 from ..config.settings import AdapterConfig
-from ..format_bytes import readable
+from ..format_bytes import format_bytes
 from ..models.seam import Checkpoint
 
 _SHOWN = 3  # names that a description spells out
@@ -22,7 +22,7 @@ def describe_keys(checkpoint: Checkpoint, adapter: AdapterConfig) -> str:
     counts = Counter(map(model.layer_kind, layers))
     lines = [
         f"LoRA      {len(layers)} modules of {checkpoint.family}'s network, {3 * len(layers)} tensors, "
-        f"{numbers / 1e6:.1f} million numbers, {readable(2 * numbers)}",
+        f"{numbers / 1e6:.1f} million numbers, {format_bytes(2 * numbers)}",
         *(f"{count:>9} {kind}" for kind, count in counts.most_common()),
         *(f"          {model.lora_key(layer)}.lora_down.weight" for layer in layers[:_SHOWN]),
     ]

@@ -18,7 +18,7 @@ from torch import Tensor
 from ...tcd import LoraModule, TargetTime, coverage, kohya_name, lora_modules
 from ...tcd.lora_keys import ALPHA, DOWN, UP
 from ...tcd.target_time import PREFIX
-from ..atomic import whole_file
+from ..atomic import atomic_write
 from ..errors import RunError, UserError
 from ..models.unet import families as bases
 from ..models.unet import ldm
@@ -188,7 +188,7 @@ def _write(target: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, s
                 "bfloat16, a smaller strength, or files that are whole"
             )
     whole = {key: value.contiguous() for key, value in tensors.items()}
-    with whole_file(target) as unfinished:
+    with atomic_write(target) as unfinished:
         save_file(whole, unfinished, metadata=dict(metadata))
         if not _holds(unfinished, whole):
             raise RunError(f"{target} was written, and read back it is another: it was removed; try another disk")

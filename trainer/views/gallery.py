@@ -12,8 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...tcd.adapter import FILE
-from ..atomic import whole_file
-from ..config.device import dtype_of
+from ..atomic import atomic_write
+from ..config.device import resolve_dtype
 from ..config.settings import BaseConfig, PreviewConfig
 from ..data.buckets import Size
 from ..errors import UserError
@@ -43,7 +43,7 @@ def draw_gallery(lora: Path, base: BaseConfig, wanted: PreviewConfig, folder: Pa
             f"{lora} is a LoRA for {made_for or 'no family that is known here'}, and {base.path} is "
             f"{checkpoint.family}: use a base of its family"
         )
-    side, dtype = checkpoint.resolution, dtype_of(base.dtype, device)
+    side, dtype = checkpoint.resolution, resolve_dtype(base.dtype, device)
     size = Size(wanted.height or side, wanted.width or side)
     prompts = encode_prompts(checkpoint, wanted.prompts, wanted.seeds, size, device=device, dtype=dtype)
     # In a function of its own, so that the network is out of memory before the autoencoder is loaded.
@@ -56,7 +56,7 @@ def draw_gallery(lora: Path, base: BaseConfig, wanted: PreviewConfig, folder: Pa
             save_picture(pixels, path)
         rows.append(Row(f"{steps} step{'s' if steps > 1 else ''}", torch.stack(pictures)))
     title = f"{lora.name.encode('ascii', 'replace').decode()}, eta {wanted.eta:g}, cfg {wanted.cfg:g}"
-    with whole_file(folder / GRID) as unfinished:
+    with atomic_write(folder / GRID) as unfinished:
         grid = draw_grid(rows, prompts.captions, title, scale=min(2.0, _CELL_PX / max(size)))
         grid.save(unfinished, quality=92)
     return folder / GRID

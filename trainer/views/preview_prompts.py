@@ -15,7 +15,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from ..atomic import whole_file
+from ..atomic import atomic_write
 from ..data.buckets import Fit, Size
 from ..models.conditioning import Conditioning
 from ..models.sampling import Guidance, initial_noise, sample_latents
@@ -93,7 +93,7 @@ def draw(model: Model, wanted: PreviewPrompts, *, steps: int, gamma: float, cfg:
 def save_picture(pixels: Tensor, path: Path) -> None:
     """Write a picture, uint8 [3, H, W], and the folder that it is in."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as unfinished:
+    with atomic_write(path) as unfinished:
         Image.fromarray(rearrange(pixels.cpu().numpy(), "c h w -> h w c")).save(unfinished)
 
 
