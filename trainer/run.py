@@ -36,7 +36,7 @@ def run(config: Config) -> Path:
     """Distill, or resume from the last checkpoint in the output folder, and return the LoRA file's path.
 
     Of several processes the first checks everything and writes everything.  Raises UserError for bad input, what
-    `prepare` and `train` raise, and ExportError if the file does not hold what was trained.
+    `load_or_encode` and `train` raise, and ExportError if the file does not hold what was trained.
     """
     device, dtype = device_and_dtype(config)
     processes, device = join_processes(device)

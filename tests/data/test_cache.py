@@ -149,7 +149,7 @@ def test_a_call_of_the_vae_has_a_bounded_number_of_pixels(
     sides = {64: 512, 512: 8, 768: 3, 1024: 2, 2048: 1, 4096: 1}
     assert {side: encode.pictures_per_call(Size(side, side), gpu) for side in sides} == sides
     assert encode.pictures_per_call(Size(256, 1024), gpu) == 8 and encode.pictures_per_call(Size(64, 64), CPU) == 1
-    monkeypatch.setattr(encode, "_PIXELS", 3 * 64 * 64)
+    monkeypatch.setattr(encode, "_PIXELS_PER_CALL", 3 * 64 * 64)
     together = encode.pictures_per_call
     monkeypatch.setattr(encode, "pictures_per_call", lambda bucket, _: together(bucket, gpu))
     shapes, encode_pictures = [], Vae.encode
@@ -345,7 +345,7 @@ def test_a_full_store_writes_its_largest_kind_and_memory_stays_bounded(
     found.flush()
     again = store.Store(tmp_path / "rows")
     for k in range(60):
-        shard, row = again.places[store.digest(b"%d" % k)]
+        shard, row = again.locations[store.digest(b"%d" % k)]
         assert (store.open_shard(tmp_path / "rows" / shard)["x"][row] == k).all()
         assert again.kind(store.digest(b"%d" % k)) == "ab"[k % 3 == 0]
     assert len(list((tmp_path / "rows").iterdir())) >= 6
@@ -359,7 +359,7 @@ def test_rows_that_are_long_in_coming_are_written_before_the_shard_is_full(
     assert list((tmp_path / "rows").iterdir()) == []
     monkeypatch.setattr(store, "SHARD_SECONDS", 0.0)
     found.add("a", store.digest(b"2"), {"x": torch.zeros(1)})
-    assert len(store.Store(tmp_path / "rows").places) == 2
+    assert len(store.Store(tmp_path / "rows").locations) == 2
 
 
 KILLED = """

@@ -23,7 +23,7 @@ Shard = Mapping[str, Tensor]
 latent, [n, C, ...] each, and `sizes`, [n, 6].  Captions: the model's conditioning tensors, [n, ...] each."""
 
 Join = Callable[[Sequence[Conditioning], Tensor], Conditioning]
-"""Joins B captions, one row each, and the pictures' sizes [B, 6] to a conditioning of B rows, as `Checkpoint.collate`."""
+"""(B captions of one row each, the pictures' sizes [B, 6]) -> conditioning of B rows, as `Checkpoint.collate`."""
 
 
 class Batch(NamedTuple):

@@ -117,8 +117,8 @@ class MemoryEstimate(NamedTuple):
         listed = ", ".join(f"{format_bytes(amount)} for {name}" for name, amount in parts.items())
         previews = f"{format_bytes(self.preview)} with a preview" if self.preview else "no previews"
         return (
-            f"{format_bytes(self.total)} at the most: {format_bytes(self.training)} in training ({listed}), {previews}, "
-            f"{format_bytes(self.caching)} while caching"
+            f"{format_bytes(self.total)} at the most: {format_bytes(self.training)} in training ({listed}), "
+            f"{previews}, {format_bytes(self.caching)} while caching"
         )
 
 

@@ -100,7 +100,7 @@ class Student(nn.Module):
         return to_x0(self.last(hidden).view_as(x_t), x_t, t.level, "v")
 
 
-def load_or_encode(folder: Path) -> None:
+def prepare(folder: Path) -> None:
     """Make what all runs share: the students as they begin."""
     for seed in SEEDS:
         denoiser_of(seed, folder)
