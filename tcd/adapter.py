@@ -1,8 +1,8 @@
-"""LoRA beside the layers of a frozen network, and the embedding of the target time, behind one switch.
+"""An adapter for a frozen network: LoRA layers, an optional embedding of the target time, and a switch between sets.
 
-The network's own weights are neither copied nor changed, and its modules keep their names: a layer's `forward` is
-replaced by one that adds the LoRA of the weights in use. So student, teacher and average are one network in memory,
-and switching between them assigns one attribute, however many layers there are.
+The network's weights are neither copied nor changed, and its modules keep their names: the adapter replaces the
+`forward` of a layer by one that also adds the output of the LoRA in use. Student, teacher and average are therefore one
+network in memory, and switching between them assigns one attribute, however many layers there are.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from torch.nn import functional
 from .target_time import TargetTime
 
 OFF = "off"
-"""The state in which the network is the one that was loaded."""
+"""The state in which no adapter is applied: the network is the teacher."""
 STUDENT, AVERAGE, FILE = "student", "average", "file"
-"""The weights in training, their moving average, and those of a file that is compared or drawn with."""
+"""States: the weights in training, their moving average, and weights loaded from a LoRA file."""
 
 _CONVOLUTIONS = {3: functional.conv1d, 4: functional.conv2d, 5: functional.conv3d}
 
 
 class Lora(nn.Module):
-    """The product of a low-rank update, (alpha / rank) up(down(x)), beside a Linear or a convolution.
+    """A low-rank update, (alpha / rank) up(down(x)), of one Linear or convolution (arXiv 2106.09685).
 
-    down: [r, in] or, for a convolution, [r, in, ...] with its kernel; up: [out, r] or [out, r, 1 ...]. Both are kept in
-    float32 and multiplied in the dtype of x, which is the base's: rounding them to it moves the gradient no more than
-    the base's own rounding does, and float32 products would run at a fraction of a GPU's speed.
+    down: [rank, in] for a Linear, [rank, in, *kernel] for a convolution. up: [out, rank] or [out, rank, 1, ...].
+    Both are stored in float32 and cast to the dtype of x, the base's dtype, to be multiplied: the cast changes the
+    gradient no more than the base's own rounding does, and float32 products would be much slower on a GPU.
     """
 
     def __init__(self, down: Tensor, up: Tensor, alpha: float) -> None:
@@ -45,7 +45,7 @@ class Lora(nn.Module):
         return self.down.shape[0]
 
     def forward(self, x: Tensor, layer: Any) -> Tensor:
-        """Return what is added to layer(x)."""
+        """Return the term to add to layer(x); `layer` gives a convolution its stride, padding and dilation."""
         down, up = self.down.to(x.dtype), self.up.to(x.dtype)
         if down.ndim == 2:
             hidden = functional.linear(functional.linear(x, down), up)
@@ -56,24 +56,25 @@ class Lora(nn.Module):
 
 
 class AdapterWeights(nn.Module):
-    """One set of weights for a network: a LoRA for each of some layers, and perhaps an embedding of the target time."""
+    """One set of adapter weights: LoRA for some layers of a network, and optionally an embedding of the target time."""
 
     def __init__(self, loras: Mapping[str, Lora], target_time: TargetTime | None = None) -> None:
-        """loras: by the layer's path in the network."""
+        """loras: LoRA by the path of its layer in the network."""
         super().__init__()
         self.paths = tuple(loras)
-        # Before the LoRA, which is the order of the modules in the network, and so of the sums over all parameters.
+        # Registered first, as the time embedding precedes the layers in the network: the order of the parameters fixes
+        # the order in which the gradient norm is summed.
         self.target_time = target_time
         self.loras = nn.ModuleList(loras.values())
 
     def items(self) -> Iterator[tuple[str, Lora]]:
-        """Each layer's path and its LoRA."""
+        """Yield (path of the layer, its LoRA)."""
         for path, lora in zip(self.paths, self.loras, strict=True):
             assert isinstance(lora, Lora)
             yield path, lora
 
     def tensors(self) -> dict[str, Tensor]:
-        """The weights themselves by name: `PATH.down`, `PATH.up`, and `target_time.NAME` of the embedding."""
+        """Return the weights (not copies) by name: `PATH.down`, `PATH.up` and `target_time.NAME`."""
         named: dict[str, Tensor] = {}
         for path, lora in self.items():
             named |= {f"{path}.down": lora.down, f"{path}.up": lora.up}
@@ -83,61 +84,65 @@ class AdapterWeights(nn.Module):
 
 
 class Adapter:
-    """The adapter of one network: named sets of weights, of which `state` names the one in use, or OFF.
+    """The adapter of one network: several sets of weights by name; `state` is the name of the set in use, or OFF.
 
-    time_layer: the path of the layer whose output the embedding of the target time is added to, the last Linear of the
-    MLP that embeds t.
+    time_layer: path of the layer whose output the embedding of the target time is added to: the last Linear of the MLP
+    that embeds t.
     """
 
     def __init__(self, network: nn.Module, time_layer: str) -> None:
-        """Change nothing yet: layers are taken over as weights for them are added."""
+        """Change nothing yet: a layer's `forward` is replaced when the first weights for it are added."""
         self.network, self.time_layer = network, time_layer
         self.weights: dict[str, AdapterWeights] = {}
         self.state = OFF
         self.times: tuple[Tensor, Tensor] | None = None
-        """What the network is told of t and s, [B] each, in the call that follows; None: no target time."""
-        self._places: dict[str, dict[str, Lora]] = {}
+        """Network times (t, s) of the next call, [B] each, for the embedding; None if the call has no target time."""
+        self._loras: dict[str, dict[str, Lora]] = {}
+        """path of a layer -> state -> LoRA, for the layers whose `forward` is replaced."""
 
     def add(self, state: str, weights: AdapterWeights) -> AdapterWeights:
-        """Add a set of weights, on the devices of the layers beside which they are, and use it.
+        """Add a set of weights as `state`, move each LoRA to its layer's device, and make it the set in use.
 
-        Raises KeyError for a state that is there, and AttributeError for a path that is not in the network.
+        Raises KeyError if `state` is OFF or already exists, and AttributeError if the network has no layer at a path.
         """
         if state in (OFF, *self.weights):
             raise KeyError(f"the adapter has {state} already")
         for path, lora in weights.items():
             lora.to(_device(self.network.get_submodule(path)))
-            self._place(path)[state] = lora
+            self._replace_forward(path)[state] = lora
         if weights.target_time is not None:
             weights.target_time.to(_device(self.network.get_submodule(self.time_layer)))
-            self._place(self.time_layer)
+            self._replace_forward(self.time_layer)
         self.weights[state] = weights
         self.state = state
         return weights
 
     def remove(self, state: str) -> None:
-        """Drop a set of weights; layers that none is left for get their own `forward` back."""
+        """Remove a set of weights, and restore the `forward` of layers that have no weights left.
+
+        The state is OFF afterwards if it was the one removed. Raises KeyError if there is no such state.
+        """
         weights = self.weights.pop(state)
         for path in weights.paths:
-            del self._places[path][state]
-        told = any(each.target_time is not None for each in self.weights.values())
-        for path, loras in list(self._places.items()):
-            if not loras and not (told and path == self.time_layer):
+            del self._loras[path][state]
+        embedding_left = any(each.target_time is not None for each in self.weights.values())
+        for path, loras in list(self._loras.items()):
+            if not loras and not (embedding_left and path == self.time_layer):
                 self.network.get_submodule(path).__dict__.pop("forward")
-                del self._places[path]
+                del self._loras[path]
         if self.state == state:
             self.state = OFF
 
     def eject(self) -> None:
-        """Drop all weights: the network is as it was loaded."""
+        """Remove all sets of weights: the network is again as it was loaded."""
         for state in list(self.weights):
             self.remove(state)
 
     @contextmanager
     def using(self, state: str) -> Iterator[None]:
-        """Within the block the network is in `state`, and in the one before after it, whatever happens.
+        """Use `state` within the block; afterwards, also after an exception, use the previous state again.
 
-        Raises KeyError for a state that is not there.
+        Raises KeyError if there is no such state.
         """
         if state != OFF and state not in self.weights:
             raise KeyError(f"the adapter has no {state}: it has {', '.join(self.weights) or 'nothing'}")
@@ -148,26 +153,26 @@ class Adapter:
             self.state = before
 
     def off(self) -> Any:
-        """Within the block the network is the teacher; the same as using(OFF)."""
+        """Use no adapter within the block, so that the network is the teacher: the same as using(OFF)."""
         return self.using(OFF)
 
     @property
     def target_time(self) -> TargetTime | None:
-        """The embedding in use, if there is one."""
+        """The target-time embedding of the set in use; None if it has none."""
         return None if self.state == OFF else self.weights[self.state].target_time
 
-    def _place(self, path: str) -> dict[str, Lora]:
-        """The LoRA of a layer by state; with the first its `forward` is replaced."""
-        if path not in self._places:
+    def _replace_forward(self, path: str) -> dict[str, Lora]:
+        """Return the layer's LoRA by state; on the first call for a layer, replace its `forward`."""
+        if path not in self._loras:
             layer = self.network.get_submodule(path)
-            self._places[path] = {}
-            # An attribute of the instance: state_dict, hooks and FSDP see the layer as it was.
-            layer.forward = _Beside(self, layer, self._places[path], is_time=path == self.time_layer)
-        return self._places[path]
+            self._loras[path] = {}
+            # An instance attribute hides the class's method; state_dict, hooks and FSDP see an unchanged layer.
+            layer.forward = _AdaptedForward(self, layer, self._loras[path], is_time=path == self.time_layer)
+        return self._loras[path]
 
 
-class _Beside:
-    """The `forward` of a layer with an adapter."""
+class _AdaptedForward:
+    """Replaces the `forward` of one layer: its own output plus that of the LoRA and the embedding in use."""
 
     def __init__(self, adapter: Adapter, layer: nn.Module, loras: Mapping[str, Lora], *, is_time: bool) -> None:
         self.adapter, self.layer, self.loras, self.is_time = adapter, layer, loras, is_time
@@ -193,10 +198,10 @@ def new_weights(
     seed: int,
     target_time: TargetTime | None = None,
 ) -> AdapterWeights:
-    """Return trainable weights for the layers at `paths` that change nothing yet: down is random, up is zero.
+    """Return trainable weights for the layers at `paths`, initialized to change nothing: down is random, up is zero.
 
-    Where the layers have no data (the meta device), neither have the weights. Raises ValueError for a layer that is
-    neither a Linear nor a convolution without groups, and AttributeError for a path that is not in the network.
+    For layers on the meta device, the weights are on the meta device too. Raises ValueError if a layer is neither a
+    Linear nor an ungrouped, non-transposed convolution, and AttributeError if the network has no layer at a path.
     """
     generator = torch.Generator().manual_seed(seed)
     loras = {path: _new_lora(path, network.get_submodule(path), rank, alpha, generator) for path in paths}
@@ -204,9 +209,10 @@ def new_weights(
 
 
 def layer_shape(layer: Any) -> tuple[int, ...] | None:
-    """The weight's shape [out, in, ...] as a layer uses it, however it is stored; None where no LoRA can be beside it.
+    """Return the shape of a layer's weight, [out, in, ...], or None if the layer cannot have a LoRA.
 
-    Layers are told by their attributes, as quantised and cast-on-use ones are of other classes than torch's.
+    It is the shape that the layer computes with: a quantised weight may be stored in a different one. Layers are
+    recognized by their attributes, since quantised layers and layers that cast on use have their own classes.
     """
     if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
         return int(layer.out_features), int(layer.in_features)
@@ -224,7 +230,8 @@ def _new_lora(path: str, layer: Any, rank: int, alpha: float, generator: torch.G
     down = torch.empty(rank, *shape[1:], device=device if device.type == "meta" else "cpu")
     up = torch.zeros(shape[0], rank, *[1] * (len(shape) - 2), device=down.device)
     if device.type != "meta":
-        nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)  # as torch's own layers begin
+        nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)  # as torch initializes nn.Linear
+
     return Lora(down, up, alpha)
 
 

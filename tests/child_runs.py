@@ -82,7 +82,7 @@ def _child(values: dict[str, Any], death: str, place: tuple[int, int, int] | Non
         os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=count, LOCAL_WORLD_SIZE=count)
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         if place[0] > 0:
-            run.whole_file = checkpoint.whole_file = write.whole_file = _refused
+            run.atomic_write = checkpoint.atomic_write = write.atomic_write = _refused
             preflight.survey = preflight.open_checkpoint = _not_asked
     train = run.train
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trajectory_consistency.trainer.models.unet import families as bases
 from trajectory_consistency.trainer.models.unet import ldm
-from trajectory_consistency.trainer.models.unet.families import Family, Layout
+from trajectory_consistency.trainer.models.unet.families import Family, UNetSignature
 from trajectory_consistency.trainer.models.unet.text import CLIPS, TextEncoder, clip_tokenizer
 
 UNET = {
@@ -36,24 +36,25 @@ TEXT = {
     "sd2": {"text_encoder": LARGE},
     "sdxl": {"text_encoder": SMALL, "text_encoder_2": LARGE},
 }
-LAYOUTS: dict[Layout, Family] = {
-    Layout(4, 16, 8, 0): "sd15",
-    Layout(4, 16, 16, 0): "sd2",
-    Layout(4, 16, 24, 40): "sdxl",
+SIGNATURES: dict[UNetSignature, Family] = {
+    UNetSignature(4, 16, 8, 0): "sd15",
+    UNetSignature(4, 16, 16, 0): "sd2",
+    UNetSignature(4, 16, 24, 40): "sdxl",
 }
 
 
 def shrink(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """Let the families be the small ones from now on."""
     clip_tokenizer()  # reads its file from where the real ones are
-    for family in LAYOUTS.values():
+    for family in SIGNATURES.values():
         parts = {"unet": UNET[family] | SHARED, "vae": VAE, **TEXT[family]}
         for part, changes in parts.items():
             (folder / family / part).mkdir(parents=True)
             text = json.dumps(bases.config(family, part) | changes)
             (folder / family / part / "config.json").write_text(text, encoding="utf-8")
     monkeypatch.setattr(bases, "ROOT", folder)
-    monkeypatch.setattr(bases, "_FAMILIES", LAYOUTS)
+    monkeypatch.setattr(bases, "_FAMILIES", SIGNATURES)
+    monkeypatch.setattr(bases, "layer_shapes", cache(bases.layer_shapes.__wrapped__))  # without what it has seen
 
 
 class Parts(NamedTuple):
@@ -81,7 +82,7 @@ def to_state(parts: Parts) -> dict[str, Tensor]:
     state |= ldm.vae_to_ldm(parts.vae.state_dict(), parts.vae.config)
     for clip, model in zip(parts.text_encoder.clips, parts.text_encoder, strict=True):
         tensors = model.state_dict()
-        state |= ldm.to_file(tensors, clip.places(tensors, clip.prefixes[0]))
+        state |= ldm.to_ldm(tensors, clip.locations(tensors, clip.prefixes[0]))
     return {name: tensor.contiguous() for name, tensor in state.items()}
 
 

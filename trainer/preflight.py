@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from .config.device import placed
+from .config.device import device_and_dtype
 from .config.settings import FILE_NAME, Config, changes, load
 from .data.cache import input_fingerprints, open_cached
 from .data.survey import Survey, survey
@@ -39,24 +39,24 @@ def check(config: Config, processes: Processes = ALONE) -> Inputs:
 
     Raises UserError for anything that would stop the run.
     """
-    _, dtype = placed(config)
+    _, dtype = device_and_dtype(config)
     if why := output_conflict(config):
         raise UserError(why)
     checkpoint = _check_settings(config, processes)
-    checkpoints_of(config, dtype).refuse_different_inputs()
+    checkpoints_of(config, dtype).check_fingerprints()
     return Inputs(checkpoint, _find_data(config, dtype))
 
 
 def check_inputs(config: Config) -> Inputs:
     """Like `check` for one process, but ignores the output folder's contents."""
-    _, dtype = placed(config)
+    _, dtype = device_and_dtype(config)
     return Inputs(_check_settings(config, ALONE), _find_data(config, dtype))
 
 
 def plan(config: Config, inputs: Inputs) -> str:
     """Describe what a run would do: its base, data, method, adapter, training and output, one a line."""
     training, method, data = config.training, config.method, inputs.data
-    device, dtype = placed(config)
+    device, dtype = device_and_dtype(config)
     return "\n".join(
         [
             f"base      {config.base.path} ({inputs.checkpoint.describe()}), in {dtype} on {device}",
@@ -122,8 +122,8 @@ def _check_settings(config: Config, processes: Processes) -> Checkpoint:
     _check_writable("output.folder", config.output_folder)
     optimizer_class(config.training)
     _check_learning_rates(config)
-    processes.parts(config.training.batch, config.training.accumulate)
-    if sharding.wanted() and config.preview.prompts:
+    processes.micro_batches(config.training.batch, config.training.accumulate)
+    if sharding.fsdp_requested() and config.preview.prompts:
         raise UserError(
             "preview.prompts are drawn by one process, and FSDP leaves none with the whole base: "
             "use preview.prompts=[], or gpus.yaml instead of fsdp.yaml"
@@ -143,7 +143,7 @@ def _find_data(config: Config, dtype: torch.dtype) -> Survey:
     cached = open_cached(config, dtype)
     if cached is None:
         _check_writable("data.cache", config.cache_folder)
-    found = cached.found if cached else survey(config)
+    found = cached.survey if cached else survey(config)
     if not found.pictures:
         raise UserError(f"no picture is left to train on: {found.complaints()}")
     return found

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from ..tcd.adapter import STUDENT
-from .atomic import whole_file
-from .config.device import placed
-from .config.memory_advice import memory_advice, when_loading, when_previewing
+from .atomic import atomic_write
+from .config.device import device_and_dtype
+from .config.memory_advice import loading_advice, memory_advice, preview_advice
 from .config.settings import FILE_NAME, Config
 from .data.buckets import Size
-from .data.encode import prepare
+from .data.encode import load_or_encode
 from .files.adapter_weights import start_from
 from .files.metadata import lora_metadata
 from .files.write import write_lora
@@ -23,7 +23,7 @@ from .preflight import CHECKPOINT_FOLDER, check, checkpoints_of, is_finished, pl
 from .training import sharding
 from .training.checkpoint import Checkpoints
 from .training.loop import Observer, StepRecord, train
-from .training.processes import Processes, join
+from .training.processes import Processes, join_processes
 from .views.history import History
 from .views.preview import Previews
 from .views.preview_prompts import PreviewPrompts, encode_prompts
@@ -40,22 +40,22 @@ def run(config: Config) -> Path:
     the main one does all else.
 
     Raises UserError for bad input, VerificationError if the LoRA file differs from what was trained, and whatever
-    `prepare` and `train` raise.
+    `load_or_encode` and `train` raise.
     """
-    device, dtype = placed(config)
-    processes, device = join(device)
-    if processes.once(lambda: _finish_clean_up(config)):
+    device, dtype = device_and_dtype(config)
+    processes, device = join_processes(device)
+    if processes.on_main_process(lambda: _finish_clean_up(config)):
         return config.lora_path
-    samples = processes.once(lambda: _check_and_log_plan(config, processes))
-    dataset = prepare(
-        config, device, dtype, part=processes.rank, parts=processes.count, total=samples, wait=processes.wait
+    samples = processes.on_main_process(lambda: _check_and_log_plan(config, processes))
+    dataset = load_or_encode(
+        config, device, dtype, part=processes.rank, parts=processes.count, total=samples, barrier=processes.barrier
     )
-    checkpoints = processes.once(lambda: _matching_checkpoints(config, dtype))
+    checkpoints = processes.on_main_process(lambda: _matching_checkpoints(config, dtype))
     checkpoint = open_checkpoint(config.base)
     metadata = lora_metadata(config, checkpoint)
     prompts = _preview_prompts(config, checkpoint, device, dtype) if processes.main and config.preview.prompts else None
     model = load_student(config, checkpoint, device, dtype)
-    if sharding.wanted():
+    if sharding.fsdp_requested():
         sharding.shard(model, processes)
     observers: list[Observer] = []
     if processes.main:
@@ -67,20 +67,20 @@ def run(config: Config) -> Path:
             log.info("resuming at step %d of %d", checkpoints.steps()[0], config.training.steps)
     train(model, dataset, config, observers=observers, checkpoints=checkpoints, processes=processes)
     if processes.main:
-        if sharding.wanted():
+        if sharding.fsdp_requested():
             model = _unsharded(model, checkpoint, device, dtype)
         report = write_report(config.output_folder)
         any_caption = dataset.batch(0, 1, seed=config.training.seed, caption_dropout=0).cond
         write_lora(config.lora_path, model, config, metadata, any_caption.to(device), final=True)
-        checkpoints.clear()
+        checkpoints.remove_all()
         log.info("wrote %s; look at %s", config.lora_path, report)
-    processes.wait()
+    processes.barrier()
     return config.lora_path
 
 
 def load_student(config: Config, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Model:
     """Load the base and add a student with initial weights: new ones, or those of adapter.start_from."""
-    with memory_advice(when_loading(dtype)):
+    with memory_advice(loading_advice(dtype)):
         model = checkpoint.load(dtype, device)
     adapter = config.adapter
     weights = model.new_weights(
@@ -111,13 +111,13 @@ def _preview_prompts(
     """Encode the preview prompts."""
     preview, side = config.preview, config.data.resolution
     size = Size(preview.height or side, preview.width or side)
-    with memory_advice(when_previewing(config)):
+    with memory_advice(preview_advice(config)):
         return encode_prompts(checkpoint, preview.prompts, preview.seeds, size, device=device, dtype=dtype)
 
 
 def _start_previews(previews: Previews, config: Config) -> Observer:
     """Draw the previews of step 0, and return an observer that draws the later ones."""
-    advice = when_previewing(config)
+    advice = preview_advice(config)
 
     def observe(record: StepRecord) -> None:
         with memory_advice(advice):
@@ -141,7 +141,7 @@ def _matching_checkpoints(config: Config, dtype: torch.dtype) -> Checkpoints:
     Raises UserError if they were made from different data or a different model.
     """
     checkpoints = checkpoints_of(config, dtype)
-    checkpoints.refuse_different_inputs()
+    checkpoints.check_fingerprints()
     return checkpoints
 
 
@@ -153,7 +153,7 @@ def _finish_clean_up(config: Config) -> bool:
     if not is_finished(config):
         return False
     report = write_report(config.output_folder)
-    Checkpoints(config.output_folder / CHECKPOINT_FOLDER, 1, 1).clear()
+    Checkpoints(config.output_folder / CHECKPOINT_FOLDER, 1, 1).remove_all()
     log.info("%s is there, and the run is done; look at %s", config.lora_path, report)
     return True
 
@@ -161,5 +161,5 @@ def _finish_clean_up(config: Config) -> bool:
 def _write_config(config: Config) -> None:
     """Write the resolved configuration into the output folder."""
     config.output_folder.mkdir(parents=True, exist_ok=True)
-    with whole_file(config.output_folder / FILE_NAME) as unfinished:
+    with atomic_write(config.output_folder / FILE_NAME) as unfinished:
         unfinished.write_text(config.to_toml(), encoding="utf-8")

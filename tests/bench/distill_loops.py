@@ -66,7 +66,7 @@ class Ours:
         self._training = Training(load_student(config, checkpoint, device, dtype), data, config)
 
     def step(self) -> None:
-        self._training.advance()
+        self._training.train_step()
 
 
 class Separate:
@@ -119,7 +119,7 @@ def encode(
 ) -> Conditioning:
     side = config.data.resolution
     sizes = torch.tensor([side, side, 0, 0, side, side]).expand(len(texts), -1)
-    return checkpoint.join(text_encoder.encode(texts), sizes.to(next(text_encoder.parameters()).device))
+    return checkpoint.collate(text_encoder.encode(texts), sizes.to(next(text_encoder.parameters()).device))
 
 
 def captions(size: int) -> list[str]:

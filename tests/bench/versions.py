@@ -78,7 +78,7 @@ def step_of(folder: Path, base: str) -> Callable[[], float]:
 
     def step() -> float:
         began = time.perf_counter()
-        training.advance()
+        training.train_step()
         return time.perf_counter() - began
 
     return step

@@ -17,16 +17,16 @@ from tiny_base import small_config, write_inputs
 from trajectory_consistency.trainer.cli import main
 from trajectory_consistency.trainer.config.settings import AdapterConfig, BaseConfig
 from trajectory_consistency.trainer.data.buckets import Size
-from trajectory_consistency.trainer.data.encode import prepare
+from trajectory_consistency.trainer.data.encode import load_or_encode
 from trajectory_consistency.trainer.errors import UserError
 from trajectory_consistency.trainer.files.describe_keys import describe_keys
-from trajectory_consistency.trainer.format_bytes import readable
+from trajectory_consistency.trainer.format_bytes import format_bytes
 from trajectory_consistency.trainer.models import open_checkpoint
 from trajectory_consistency.trainer.models.seam import Checkpoint
 from trajectory_consistency.trainer.models.unet import families as bases
 from trajectory_consistency.trainer.preflight import check, check_inputs
 from trajectory_consistency.trainer.run import run
-from trajectory_consistency.trainer.training.memory import Memory, Settings, estimate
+from trajectory_consistency.trainer.training.memory import MemoryEstimate, MemorySettings, estimate_memory
 from trajectory_consistency.trainer.training.processes import Processes
 
 # A child that takes one step, and tells by how much its greatest memory grew from when the model was not there yet.
@@ -176,7 +176,7 @@ def test_folders_where_nothing_can_be_written_are_refused(values: dict[str, dict
 
 def test_a_complete_cache_need_not_be_writable(values: dict[str, dict[str, object]]) -> None:
     config = small_config(values)
-    prepare(config, torch.device("cpu"), torch.float32)
+    load_or_encode(config, torch.device("cpu"), torch.float32)
 
     def refused(key: str, folder: Path) -> None:
         assert key == "output.folder", folder
@@ -223,15 +223,15 @@ def test_the_estimate_is_within_a_fifth_of_what_a_step_takes(
     path.write_text(config.to_toml(), encoding="utf-8")
     width = bases.config(family, "unet")["cross_attention_dim"]
     (taken,) = measured(MEASURE, str(path), str(width))
-    expected = estimate(open_checkpoint(config.base), Settings.of(config, torch.float32)).training
+    expected = estimate_memory(open_checkpoint(config.base), MemorySettings.from_config(config, torch.float32)).training
     assert abs(expected / taken - 1) < 0.2, (expected, taken)
 
 
 @LINUX
 @pytest.mark.slow
 def test_the_estimates_of_encoding_and_decoding_are_within_a_fifth_of_what_they_take(tmp_path: Path) -> None:
-    settings, sd15 = Settings(rank=4, batch=1, width=512, height=512), without_weights("sd15", tmp_path)
-    unet_alone, both = estimate(sd15, settings), estimate(sd15, settings._replace(preview=Size(512, 512)))
+    settings, sd15 = MemorySettings(rank=4, batch=1, width=512, height=512), without_weights("sd15", tmp_path)
+    unet_alone, both = estimate_memory(sd15, settings), estimate_memory(sd15, settings._replace(preview=Size(512, 512)))
     trained = unet_alone.adapter // 12  # its own four bytes, and two moments
     encoding, decoding = measured(MEASURE_VAE)
     with torch.device("meta"):
@@ -242,17 +242,19 @@ def test_the_estimates_of_encoding_and_decoding_are_within_a_fifth_of_what_they_
 
 
 def test_all_phases_are_told_and_the_one_that_takes_most(values: dict[str, dict[str, object]]) -> None:
-    def memory(**changed: dict[str, object]) -> Memory:
+    def memory(**changed: dict[str, object]) -> MemoryEstimate:
         config = small_config({**values, **changed})
-        return estimate(opened(values), Settings.of(config, torch.float32))
+        return estimate_memory(opened(values), MemorySettings.from_config(config, torch.float32))
 
     plain = memory()
     assert plain.preview == 0 and plain.total == max(plain.training, plain.caching)
-    assert str(plain).startswith(f"{readable(plain.total)} at the most: {readable(plain.training)} in training (")
-    assert f", no previews, {readable(plain.caching)} while caching" in str(plain)
+    assert str(plain).startswith(
+        f"{format_bytes(plain.total)} at the most: {format_bytes(plain.training)} in training ("
+    )
+    assert f", no previews, {format_bytes(plain.caching)} while caching" in str(plain)
     large = memory(preview={"prompts": ["a"], "width": 512, "height": 1024})
     assert large.total == large.preview > large.training == plain.training
-    assert f"{readable(large.preview)} with a preview" in str(large)
+    assert f"{format_bytes(large.preview)} with a preview" in str(large)
     assert memory(data={**values["data"], "resolution": 256}).caching > 2 * plain.caching - plain.weights
     (Path(str(values["base"]["path"])).parent / "prompts.txt").write_text("a red circle\n", encoding="utf-8")
     drawn = memory(data={**values["data"], "folder": str(Path(str(values["base"]["path"])).parent / "prompts.txt")})
@@ -262,16 +264,18 @@ def test_all_phases_are_told_and_the_one_that_takes_most(values: dict[str, dict[
 def test_on_a_gpu_the_estimate_of_caching_does_not_grow_without_bound(tmp_path: Path) -> None:
     gib, sd15 = 2**30, without_weights("sd15", tmp_path)
     for side, together in ((512, 8), (1024, 2), (1024, 1)):
-        settings = Settings(rank=4, batch=1, width=side, height=side, encoded=together)
-        assert estimate(sd15, settings).caching < 6 * gib
-    assert estimate(sd15, settings._replace(encoded=8)).caching > 20 * gib, (
+        settings = MemorySettings(rank=4, batch=1, width=side, height=side, encode_batch=together)
+        assert estimate_memory(sd15, settings).caching < 6 * gib
+    assert estimate_memory(sd15, settings._replace(encode_batch=8)).caching > 20 * gib, (
         "what it was with eight pictures whatever the size"
     )
 
 
 def test_what_takes_memory_is_seen_in_the_estimate(values: dict[str, dict[str, object]]) -> None:
     def total(**changed: object) -> int:
-        return estimate(opened(values), Settings.of(small_config(values, **changed), torch.float32)).training
+        return estimate_memory(
+            opened(values), MemorySettings.from_config(small_config(values, **changed), torch.float32)
+        ).training
 
     plain = total(batch=4)
     assert total(batch=4, gradient_checkpointing=True) < plain and total(batch=4, accumulate=2) < plain

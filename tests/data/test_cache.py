@@ -63,7 +63,7 @@ def configured(checkpoint: Path, tmp_path: Path, **data: object) -> config.Confi
 
 
 def filled(settings: config.Config) -> Dataset:
-    encode.fill(settings, CPU, FLOAT)
+    encode.fill_cache(settings, CPU, FLOAT)
     cached = open_cached(settings, FLOAT)
     assert cached is not None
     return cached.dataset
@@ -147,11 +147,11 @@ def test_a_call_of_the_vae_has_a_bounded_number_of_pixels(
 ) -> None:
     gpu = torch.device("cuda")
     sides = {64: 512, 512: 8, 768: 3, 1024: 2, 2048: 1, 4096: 1}
-    assert {side: encode.pictures_together(Size(side, side), gpu) for side in sides} == sides
-    assert encode.pictures_together(Size(256, 1024), gpu) == 8 and encode.pictures_together(Size(64, 64), CPU) == 1
-    monkeypatch.setattr(encode, "_PIXELS", 3 * 64 * 64)
-    together = encode.pictures_together
-    monkeypatch.setattr(encode, "pictures_together", lambda bucket, _: together(bucket, gpu))
+    assert {side: encode.pictures_per_call(Size(side, side), gpu) for side in sides} == sides
+    assert encode.pictures_per_call(Size(256, 1024), gpu) == 8 and encode.pictures_per_call(Size(64, 64), CPU) == 1
+    monkeypatch.setattr(encode, "_PIXELS_PER_CALL", 3 * 64 * 64)
+    together = encode.pictures_per_call
+    monkeypatch.setattr(encode, "pictures_per_call", lambda bucket, _: together(bucket, gpu))
     shapes, encode_pictures = [], Vae.encode
     monkeypatch.setattr(Vae, "encode", lambda vae, x: shapes.append(tuple(x.shape)) or encode_pictures(vae, x))
     filled(configured(checkpoint, tmp_path, folder=str(pictures)))
@@ -228,16 +228,16 @@ def test_a_complete_cache_needs_no_encoders_and_a_change_only_what_changed(
     checkpoint: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings, loads = configured(checkpoint, tmp_path, folder=str(pictures)), Loads(monkeypatch)
-    first = encode.prepare(settings, CPU, FLOAT)
+    first = encode.load_or_encode(settings, CPU, FLOAT)
     assert loads.count == {"autoencoder": 1, "text_encoder": 1}
     loads.count.clear()
-    assert same(encode.prepare(settings, CPU, FLOAT), first) and not loads.count
+    assert same(encode.load_or_encode(settings, CPU, FLOAT), first) and not loads.count
     before = {path: path.stat().st_mtime_ns for path in shard_files(tmp_path / "cache")}
     os.utime(pictures / "00000.png")  # touched, and not changed
     assert open_cached(settings, FLOAT) is None
-    assert same(encode.prepare(settings, CPU, FLOAT), first) and not loads.count
+    assert same(encode.load_or_encode(settings, CPU, FLOAT), first) and not loads.count
     (pictures / "00000.txt").write_text("another caption", encoding="utf-8")
-    changed = encode.prepare(settings, CPU, FLOAT)
+    changed = encode.load_or_encode(settings, CPU, FLOAT)
     assert loads.count == {"text_encoder": 1} and not same(changed, first)
     new = set(shard_files(tmp_path / "cache")) - set(before)
     assert [path.parent.name.partition("-")[0] for path in new] == ["captions"]
@@ -297,7 +297,7 @@ def test_a_changed_bit_is_found_by_the_cache_command(
     shard.unlink()
     shard.write_bytes(content)
     assert open_cached(settings, FLOAT) is not None  # lengths and header are right
-    encode.fill(settings, CPU, FLOAT, thorough=True)
+    encode.fill_cache(settings, CPU, FLOAT, verify=True)
     assert "is damaged (its checksum is another)" in caplog.text
     cached = open_cached(settings, FLOAT)
     assert cached is not None
@@ -311,10 +311,10 @@ def test_parts_of_several_processes_are_the_whole(checkpoint: Path, pictures: Pa
     settings = configured(checkpoint, tmp_path / "parts", folder=str(pictures))
     for part in (2, 0, 1):
         assert open_cached(settings, FLOAT) is None
-        encode.fill(settings, CPU, FLOAT, part=part, parts=3)
+        encode.fill_cache(settings, CPU, FLOAT, part=part, parts=3)
         merge_parts(settings, FLOAT)
     cached = open_cached(settings, FLOAT)
-    assert cached is not None and cached.found.seen == cached.found.pictures == 8
+    assert cached is not None and cached.survey.seen == cached.survey.pictures == 8
     assert same(cached.dataset, alone)
 
 
@@ -322,11 +322,11 @@ def test_data_that_cannot_be_used_is_told_or_skipped(checkpoint: Path, pictures:
     (pictures / "broken.png").write_bytes(b"no picture")
     (pictures / "wide0.txt").unlink()
     with pytest.raises(UserError, match=r"1 of 9 pictures do not decode: broken\.png; 2 of 9 pictures have no caption"):
-        encode.fill(configured(checkpoint, tmp_path, folder=str(pictures)), CPU, FLOAT)
+        encode.fill_cache(configured(checkpoint, tmp_path, folder=str(pictures)), CPU, FLOAT)
     settings = configured(checkpoint, tmp_path, folder=str(pictures), skip_bad=True)
     assert len(filled(settings)) == 7
     cached = open_cached(settings, FLOAT)
-    assert cached is not None and "1 of 9 pictures do not decode: broken.png" in cached.found.complaints()
+    assert cached is not None and "1 of 9 pictures do not decode: broken.png" in cached.survey.complaints()
     assert open_cached(configured(checkpoint, tmp_path, folder=str(pictures)), FLOAT) is None
     for path in pictures.glob("*.txt"):
         path.unlink()
@@ -345,7 +345,7 @@ def test_a_full_store_writes_its_largest_kind_and_memory_stays_bounded(
     found.flush()
     again = store.Store(tmp_path / "rows")
     for k in range(60):
-        shard, row = again.places[store.digest(b"%d" % k)]
+        shard, row = again.locations[store.digest(b"%d" % k)]
         assert (store.open_shard(tmp_path / "rows" / shard)["x"][row] == k).all()
         assert again.kind(store.digest(b"%d" % k)) == "ab"[k % 3 == 0]
     assert len(list((tmp_path / "rows").iterdir())) >= 6
@@ -359,7 +359,7 @@ def test_rows_that_are_long_in_coming_are_written_before_the_shard_is_full(
     assert list((tmp_path / "rows").iterdir()) == []
     monkeypatch.setattr(store, "SHARD_SECONDS", 0.0)
     found.add("a", store.digest(b"2"), {"x": torch.zeros(1)})
-    assert len(store.Store(tmp_path / "rows").places) == 2
+    assert len(store.Store(tmp_path / "rows").locations) == 2
 
 
 KILLED = """
@@ -376,7 +376,7 @@ def shards():
 for wanted in (1, 3, 4, 9):  # each time killed when that many are there
     child = os.fork()
     if not child:
-        encode.fill(settings, torch.device("cpu"), torch.float32)
+        encode.fill_cache(settings, torch.device("cpu"), torch.float32)
         os._exit(0)
     while shards() < wanted:
         time.sleep(0.001)
@@ -416,7 +416,7 @@ def test_the_cache_command_says_what_there_is_and_a_run_then_encodes_nothing(
     printed = capsys.readouterr().out
     assert "8 pictures" in printed and "64x64" in printed and f"cached in {tmp_path / 'cache'}" in printed
     loads = Loads(monkeypatch)
-    encode.prepare(config.load(path), CPU, FLOAT)
+    encode.load_or_encode(config.load(path), CPU, FLOAT)
     assert not loads.count
     for wrong in ("2/2", "x", "1", "-1/2"):
         assert main(["cache", str(path), f"--part={wrong}"]) == 2

@@ -17,6 +17,7 @@ from trajectory_consistency.trainer.models.unet import families as bases
 from trajectory_consistency.trainer.models.unet import ldm
 from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint
 from trajectory_consistency.trainer.models.unet.families import Family
+from trajectory_consistency.trainer.models.unet.targets import TARGETS
 from trajectory_consistency.trainer.models.unet.text import CLIPS, clip_tokenizer
 
 CPU, FLOAT = torch.device("cpu"), torch.float32
@@ -107,6 +108,34 @@ def zero_padding() -> object:
     )
     assert tokenizer.pad_token_id == 0
     return tokenizer
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_data_everything_has_the_shapes_and_dtypes_that_it_has_with_it(family: Family, tmp_path: Path) -> None:
+    base, meta = opened(write(tmp_path / "a.safetensors", to_state(random_parts(family)))), torch.device("meta")
+
+    def shapes(device: torch.device) -> list[dict[str, tuple[torch.Size, torch.dtype]]]:
+        text_encoder = base.load_text_encoder(torch.bfloat16, device)
+        models = base.load(torch.bfloat16, device).network, text_encoder, base.load_autoencoder(device).vae
+        return [{name: (each.shape, each.dtype) for name, each in model.named_parameters()} for model in models]
+
+    assert shapes(meta) == shapes(CPU)
+    rows = base.load_text_encoder(FLOAT, CPU).encode(["a red circle", ""])
+    joined, blank = base.collate(rows, torch.zeros(2, 6)).tensors, base.placeholder_conditioning(2, CPU).tensors
+    assert {name: each.shape for name, each in joined.items()} == {name: each.shape for name, each in blank.items()}
+    assert ("time_ids" in blank) == (family == "sdxl") and base.placeholder_conditioning(2, meta).tensors[
+        "context"
+    ].is_meta
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_lora_trains_all_kinds_of_layer_wherever_they_are(family: Family, tmp_path: Path) -> None:
+    model = opened(write(tmp_path / "a.safetensors", to_state(random_parts(family)))).load(FLOAT, CPU)
+    layers = model.layers(("all",))
+    assert set(map(model.layer_kind, layers)) == set(TARGETS) and layers == model.layers(TARGETS)
+    assert len({model.lora_key(layer) for layer in layers}) == len(layers)
+    assert not set(model.layers(("attention",))) & set(model.layers(("convolution", "feed_forward")))
+    assert bases.layer_shapes(family).keys() >= set(layers)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

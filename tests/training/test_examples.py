@@ -12,7 +12,7 @@ from tiny_base import random_dataset, small_config, write_inputs
 from trajectory_consistency.tcd import DiscreteSchedule, scaled_linear_alpha_bar
 from trajectory_consistency.trainer.config.settings import Config
 from trajectory_consistency.trainer.training import examples
-from trajectory_consistency.trainer.training.examples import Examples, Reader, read
+from trajectory_consistency.trainer.training.examples import Examples, Prefetcher, read_examples
 from trajectory_consistency.trainer.training.processes import Processes, _buckets
 
 SCHEDULE = DiscreteSchedule.from_alpha_bar(scaled_linear_alpha_bar())
@@ -30,9 +30,9 @@ def tensors(rows: Examples) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(("count", "accumulate"), [(1, 2), (2, 1), (3, 2)])
 def test_however_a_step_is_divided_its_rows_are_the_same(config: Config, count: int, accumulate: int) -> None:
-    whole = read(config, random_dataset(), SCHEDULE, 1, slice(0, 6))
-    parts = [part for rank in range(count) for part in Processes(rank, count).parts(6, accumulate)]
-    divided = [read(config, random_dataset(), SCHEDULE, 1, part) for part in parts]
+    whole = read_examples(config, random_dataset(), SCHEDULE, 1, slice(0, 6))
+    parts = [part for rank in range(count) for part in Processes(rank, count).micro_batches(6, accumulate)]
+    divided = [read_examples(config, random_dataset(), SCHEDULE, 1, part) for part in parts]
     for several, expected in zip(zip(*map(tensors, divided), strict=True), tensors(whole), strict=True):
         assert torch.equal(torch.cat(several), expected)
     moved = torch.cat([each.moved + part.start for each, part in zip(divided, parts, strict=True)])
@@ -48,13 +48,13 @@ def test_a_process_draws_the_noise_of_its_own_rows_alone(config: Config, monkeyp
         return real(seed, purpose, step)
 
     monkeypatch.setattr(examples, "generator", watched)
-    read(config, random_dataset(), SCHEDULE, 0, slice(2, 4))
+    read_examples(config, random_dataset(), SCHEDULE, 0, slice(2, 4))
     assert drawn == ["loss", "noise of row 2", "noise of row 3"]
 
 
 def test_the_noise_of_each_row_and_step_is_new_and_normal(config: Config) -> None:
-    rows = [read(config, random_dataset(), SCHEDULE, 0, slice(0, 6)).eps]
-    rows += [read(config, random_dataset(), SCHEDULE, step, slice(0, 6)).eps for step in (1, 2)]
+    rows = [read_examples(config, random_dataset(), SCHEDULE, 0, slice(0, 6)).eps]
+    rows += [read_examples(config, random_dataset(), SCHEDULE, step, slice(0, 6)).eps for step in (1, 2)]
     noise = torch.stack(rows)
     assert abs(noise.mean().item()) < 0.05 and abs(noise.std().item() - 1) < 0.05
     assert len({tuple(row[0, 0, :3].tolist()) for step in rows for row in step}) == 18
@@ -76,30 +76,30 @@ class Watched:
 
 def test_each_part_is_read_once_while_the_one_before_is_trained_on(config: Config) -> None:
     watched, parts = Watched(), [slice(0, 3), slice(3, 6)]
-    reader = Reader(config, watched, SCHEDULE, parts)  # type: ignore[arg-type]
+    prefetcher = Prefetcher(config, watched, SCHEDULE, parts)  # type: ignore[arg-type]
     for step in range(3):
         for number, part in enumerate(parts):
-            got = reader.get(step, number)
-            expected = read(config, random_dataset(), SCHEDULE, step, part)
+            got = prefetcher.get(step, number)
+            expected = read_examples(config, random_dataset(), SCHEDULE, step, part)
             assert all(torch.equal(a, b) for a, b in zip(tensors(got), tensors(expected), strict=True))
-    reader.close()
+    prefetcher.close()
     assert [(step, part) for step, part, _ in watched.read] == [(step, part) for step in range(3) for part in parts]
     assert [main for _, _, main in watched.read] == [True] + [False] * 5, "all but the first are read ahead"
 
 
 def test_what_reading_ahead_raises_is_raised_where_the_part_is_asked_for(config: Config) -> None:
-    reader = Reader(config, Watched(failing=1), SCHEDULE, [slice(0, 6)])  # type: ignore[arg-type]
-    reader.get(0, 0)
+    prefetcher = Prefetcher(config, Watched(failing=1), SCHEDULE, [slice(0, 6)])  # type: ignore[arg-type]
+    prefetcher.get(0, 0)
     with pytest.raises(OSError, match="the disk is gone"):
-        reader.get(1, 0)
-    reader.close()
+        prefetcher.get(1, 0)
+    prefetcher.close()
 
 
 def test_a_run_that_resumes_reads_from_its_step(config: Config) -> None:
-    reader = Reader(config, random_dataset(), SCHEDULE, [slice(0, 6)])
-    expected = read(config, random_dataset(), SCHEDULE, 2, slice(0, 6))
-    assert all(torch.equal(a, b) for a, b in zip(tensors(reader.get(2, 0)), tensors(expected), strict=True))
-    reader.close()
+    prefetcher = Prefetcher(config, random_dataset(), SCHEDULE, [slice(0, 6)])
+    expected = read_examples(config, random_dataset(), SCHEDULE, 2, slice(0, 6))
+    assert all(torch.equal(a, b) for a, b in zip(tensors(prefetcher.get(2, 0)), tensors(expected), strict=True))
+    prefetcher.close()
 
 
 def test_gradients_are_exchanged_in_buckets_that_hold_each_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,10 +22,10 @@ from trajectory_consistency.tcd import (
 )
 from trajectory_consistency.tcd.times import Law
 from trajectory_consistency.trainer.config.settings import Config, from_mapping
-from trajectory_consistency.trainer.data.encode import prepare
+from trajectory_consistency.trainer.data.encode import load_or_encode
 from trajectory_consistency.trainer.models.conditioning import Conditioning
 from trajectory_consistency.trainer.models.sampling import Guidance, initial_noise, sample_latents
-from trajectory_consistency.trainer.models.solver import draw_latents
+from trajectory_consistency.trainer.models.solver import dpm_solver_sample
 from trajectory_consistency.trainer.models.unet.families import Family
 from trajectory_consistency.trainer.models.unet.model import UNetModel
 from trajectory_consistency.trainer.run import run
@@ -79,7 +79,7 @@ def test_a_base_becomes_a_lora_that_fits_it(family: Family, prediction: str, tmp
 
 @pytest.mark.usefixtures("small")
 def test_sdxl_gets_the_sizes_and_the_crop_of_each_picture(tmp_path: Path) -> None:
-    dataset = prepare(configured("sdxl", tmp_path), torch.device("cpu"), torch.float32)
+    dataset = load_or_encode(configured("sdxl", tmp_path), torch.device("cpu"), torch.float32)
     seen = set()
     for number in range(4):
         batch = dataset.batch(number, 2, seed=0, caption_dropout=0)
@@ -155,7 +155,7 @@ def test_every_method_trains_where_no_signal_is_left(
             return times._replace(t=torch.full_like(times.t, 999), t_next=torch.full_like(times.t, 979))
 
         monkeypatch.setattr(examples, "sample_times", from_the_end)
-        rows = examples.read(config, random_dataset(), net.schedule, 0, slice(0, 3))
+        rows = examples.read_examples(config, random_dataset(), net.schedule, 0, slice(0, 3))
         losses = step.step_losses(net, rows, config)
         losses.sum().backward()
         assert losses.isfinite().all() and (losses > 0).all(), (law, order, weighting)
@@ -182,5 +182,5 @@ def test_sampling_begins_where_no_signal_is_left(
                 -net.network(noise, torch.tensor(999), each.tensors["context"]).sample for each in (uncond, cond)
             )
         assert ((out - (free + 2 * (given - free))).norm() / out.norm()).item() < 1e-2
-    drawn = draw_latents(net, cond, uncond, noise, steps=steps, guidance=2.0)
+    drawn = dpm_solver_sample(net, cond, uncond, noise, steps=steps, guidance=2.0)
     assert drawn.isfinite().all()

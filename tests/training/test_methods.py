@@ -74,7 +74,7 @@ def test_stages_have_equal_shares_of_the_steps(
     values["method"] = {"law": "segment", "phases": [8, 4, 2]}
     with_adapter(net)
     for step in range(6):
-        examples.draw(small_config(values, steps=6, batch=1), net.schedule, step)
+        examples.draw_times_and_guidance(small_config(values, steps=6, batch=1), net.schedule, step)
     assert seen == [8, 8, 4, 4, 2, 2]
 
 
@@ -89,7 +89,7 @@ def test_the_average_follows_the_adapter_and_is_not_trained(
     assert not any(parameter.requires_grad for parameter in average.parameters())
     expected = {name: tensor.detach().clone() for name, tensor in student.tensors().items()}
     for _ in range(3):
-        training.advance()
+        training.train_step()
         for name, tensor in student.tensors().items():
             expected[name] = 0.5 * expected[name] + 0.5 * tensor.detach()
     for name, tensor in average.tensors().items():

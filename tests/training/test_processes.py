@@ -88,7 +88,7 @@ class Apart(Processes):
 
     shares: ClassVar[list[torch.Tensor]] = []
 
-    def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
+    def all_reduce(self, tensors: Sequence[torch.Tensor]) -> None:
         self.shares.append(torch.cat([tensor.flatten() for tensor in tensors]))
         raise InterruptedError
 
@@ -107,7 +107,7 @@ def test_with_the_default_corner_of_huber_shares_differ_from_the_whole_by_roundi
         assert config.method.huber_c == 0.001
         training = loop.Training(net, random_dataset(), config, Apart(rank, count))
         with pytest.raises(InterruptedError):
-            training.advance()
+            training.train_step()
         return Apart.shares.pop()
 
     whole = share(0, 1, 1)
@@ -146,11 +146,11 @@ def test_when_one_is_asked_to_stop_all_stop_at_the_same_step_and_it_is_saved(val
 
 def test_every_row_of_a_step_is_one_processs_in_one_part() -> None:
     for count, accumulate in ((1, 1), (1, 3), (2, 1), (4, 3)):
-        parts = [part for rank in range(count) for part in Processes(rank, count).parts(24, accumulate)]
+        parts = [part for rank in range(count) for part in Processes(rank, count).micro_batches(24, accumulate)]
         assert [row for part in parts for row in range(24)[part]] == list(range(24))
         assert len(parts) == count * accumulate and len({part.stop - part.start for part in parts}) == 1
     with pytest.raises(UserError, match="training.batch is 8: use a multiple of .* 3 x 2"):
-        Processes(0, 2).parts(8, 3)
+        Processes(0, 2).micro_batches(8, 3)
 
 
 @pytest.mark.parametrize("name", ["cpu", "gpus", "fsdp"])

@@ -202,7 +202,7 @@ def test_a_run_does_not_go_on_with_other_pictures_captions_or_weights(half_way: 
 
     def refused(message: str) -> None:
         with pytest.raises(
-            UserError, match=rf"has step 2 of .*, {message}.*: put it back as it was, or choose another"
+            UserError, match=rf"has step 2 of .*, {message}.*: restore what has changed, or choose another"
         ):
             run(config)
 
@@ -268,9 +268,9 @@ def test_a_damaged_checkpoint_is_passed_over(half_way: Values, whole: Values, ca
     folder = Path(half_way["output"]["folder"], "checkpoints")
     newest = Checkpoints(folder, 1, 2).steps()[0]
     os.truncate(folder / f"step-{newest:08d}.safetensors", 1000)
-    tensors = Checkpoints(folder, 1, 2).latest()
+    tensors = Checkpoints(folder, 1, 2).load_latest()
     assert tensors is not None and len(tensors["losses"]) == newest - 1
-    assert f"step-{newest:08d}.safetensors is damaged and is passed over" in caplog.text
+    assert f"step-{newest:08d}.safetensors is damaged and is skipped" in caplog.text
     assert child_runs.finish(half_way) == 0
     assert_same(half_way, whole)
 

@@ -17,8 +17,8 @@ from trajectory_consistency.trainer.models.conditioning import Conditioning
 from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint
 from trajectory_consistency.trainer.models.unet.model import UNetModel
 from trajectory_consistency.trainer.training import examples, loop
-from trajectory_consistency.trainer.training.memory import Settings, estimate
-from trajectory_consistency.trainer.training.optimizer import make_optimizer, set_rate
+from trajectory_consistency.trainer.training.memory import MemorySettings, estimate_memory
+from trajectory_consistency.trainer.training.optimizer import make_optimizer, set_learning_rates
 from trajectory_consistency.trainer.training.step import step_losses
 
 Values = dict[str, dict[str, object]]
@@ -109,15 +109,15 @@ def test_both_ends_of_the_loss_get_s_and_the_teacher_does_not(
     base: Path, values: Values, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, settings = student(base), small_config(values, batch=4)
-    rows = examples.read(settings, random_dataset(), model.schedule, 0, slice(0, 4))
+    rows = examples.read_examples(settings, random_dataset(), model.schedule, 0, slice(0, 4))
     seen: list[tuple[list[int], list[int] | None]] = []
-    real = UNetModel._output
+    real = UNetModel._predict
 
     def watched(self: UNetModel, x_t: torch.Tensor, t: TimePoint, cond: Conditioning, s: TimePoint | None) -> object:
         seen.append((t.network_time.tolist(), None if s is None else s.network_time.tolist()))
         return real(self, x_t, t, cond, s)
 
-    monkeypatch.setattr(UNetModel, "_output", watched)
+    monkeypatch.setattr(UNetModel, "_predict", watched)
     step_losses(model, rows, settings)
     t, t_next, s = (time.tolist() for time in rows.times)
     moved = [k for k in range(4) if s[k] < t_next[k]]
@@ -131,7 +131,7 @@ def test_the_embedding_has_a_learning_rate_of_its_own(base: Path, values: Values
     assert weights.target_time is not None
     parameters, embedding = list(weights.parameters()), list(weights.target_time.parameters())
     optimizer = make_optimizer(parameters, settings, embedding)
-    assert set_rate(optimizer, 5, settings) == pytest.approx(5e-4)
+    assert set_learning_rates(optimizer, 5, settings) == pytest.approx(5e-4)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     assert len(embedding) == 4 and len(rates) == len(parameters)
     assert all(rates[id(p)] == pytest.approx(5e-3 if any(p is e for e in embedding) else 5e-4) for p in parameters)
@@ -142,7 +142,7 @@ def test_the_average_has_an_embedding_too(base: Path, values: Values) -> None:
     model = student(base)
     before = x0(model, FAR)
     training = loop.Training(model, random_dataset(), small_config(values, steps=1, target_time_lr=0.1))
-    training.advance()
+    training.train_step()
     with model.adapter.using(AVERAGE):
         average = x0(model, FAR)
     assert not torch.allclose(x0(model, FAR), before, atol=1e-3) and not torch.equal(average, before)
@@ -224,7 +224,7 @@ def test_a_frozen_lora_costs_no_gradient(values: Values, base: Path) -> None:
     weights = model.adapter.weights[STUDENT]
     assert weights.target_time is not None
     with loop.Training(model, random_dataset(), settings) as training:
-        training.advance()
+        training.train_step()
         assert training.parameters == list(weights.target_time.parameters())
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in weights.loras.parameters())
 
@@ -271,7 +271,7 @@ def test_files_are_described_renamed_and_merged_as_far_as_can_be(
 def test_its_memory_is_in_the_estimate(values: Values) -> None:
     def total() -> int:
         config = small_config(values)
-        return estimate(UNetCheckpoint(config.base), Settings.of(config, torch.float32)).adapter
+        return estimate_memory(UNetCheckpoint(config.base), MemorySettings.from_config(config, torch.float32)).adapter
 
     embedded = total()
     del values["method"]

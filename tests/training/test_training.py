@@ -245,9 +245,11 @@ def test_a_preview_before_the_lora_has_an_effect_does_not_end_the_run(
     values: dict[str, dict[str, object]], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values["preview"] = {"prompts": ["a red circle"], "steps": [1], "every": 1}
-    real = loop.set_rate
+    real = loop.set_learning_rates
     # The first step is at the rate of the end, 0: as one in a bfloat16 base that is below its rounding.
-    monkeypatch.setattr(loop, "set_rate", lambda optimizer, step, training: real(optimizer, 2 - step, training))
+    monkeypatch.setattr(
+        loop, "set_learning_rates", lambda optimizer, step, training: real(optimizer, 2 - step, training)
+    )
     run(small_config(values))
     assert "tcd-lora-step-000001.safetensors changes nothing yet" in caplog.text
 
@@ -293,7 +295,7 @@ def test_a_failed_write_leaves_the_old_file_alone(
 def test_a_file_that_is_no_lora_for_the_model(net: UNetModel, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "cut.safetensors").write_bytes(b"\x00" * 20)
     complaints = {
-        tmp_path / "cut.safetensors": "is not a whole safetensors file",
+        tmp_path / "cut.safetensors": "is not a complete safetensors file",
         tmp_path / "none.safetensors": "there is no file",
         checkpoint: "is not a LoRA",
     }
@@ -349,10 +351,12 @@ def test_training_learns_the_teachers_guided_step(
         t, t_next, _ = sample_times(*arguments, **options)  # type: ignore[arg-type]
         return Times(t, t_next, t_next)  # here the loss is plain regression, so it must fall
 
-    real = examples.read
+    real = examples.read_examples
     monkeypatch.setattr(examples, "sample_times", one_step)
     monkeypatch.setattr(
-        examples, "read", lambda config, dataset, schedule, step, rows: real(config, dataset, schedule, 0, rows)
+        examples,
+        "read_examples",
+        lambda config, dataset, schedule, step, rows: real(config, dataset, schedule, 0, rows),
     )
     values["method"] = {"skip": 400, "guidance_min": 8.0, "guidance_max": 8.0}
     config = small_config(values, steps=60, batch=8, lr=5e-3)
@@ -375,7 +379,7 @@ def test_the_gradient_is_clipped_before_the_step(
         real(self, closure)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", watch)
-    rows = examples.read(config, random_dataset(), net.schedule, 0, slice(0, 3))
+    rows = examples.read_examples(config, random_dataset(), net.schedule, 0, slice(0, 3))
     loop.step_losses(net, rows, config).mean().backward()
     assert torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm() > 1e-3
     for parameter in parameters:

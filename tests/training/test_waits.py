@@ -64,10 +64,10 @@ def test_a_step_waits_for_the_gpu_once(method: str, tmp_path: Path) -> None:
     config = small_config({**write_inputs(tmp_path), "method": METHODS[method]}, batch=4, accumulate=2)
     model = load_student(config, open_checkpoint(config.base), GPU, torch.float32)
     training = loop.Training(model, random_dataset(), config)
-    assert any(len(training.reader._read(0, part).moved) for part in range(2)), "the target is called too"
+    assert any(len(training.prefetcher._read(0, part).moved) for part in range(2)), "the target is called too"
     with training, Waits() as waits:
         for _ in range(2):
-            training.advance()
+            training.train_step()
     assert waits.found == ["aten._to_copy.default"] * 2, "the one that reads the loss"
     assert (AVERAGE in model.adapter.weights) == ("ema_decay" in METHODS[method])
 

@@ -96,7 +96,7 @@ def test_files_that_cannot_be_used_are_said(done: Config, tmp_path: Path, capsys
     (tmp_path / "torn.safetensors").write_bytes(done.lora_path.read_bytes()[:-10])
     base = "--base", done.base.path
     assert "for no family that is known here" in refused("other.safetensors", *base)
-    assert "is not a whole safetensors file" in refused("torn.safetensors", *base)
+    assert "is not a complete safetensors file" in refused("torn.safetensors", *base)
     save_file(tensors, tmp_path / "wrong.safetensors", metadata={"tcd.steps": "few"})
     assert "tcd.steps in the metadata is 'few', but must be a whole number: give --steps" in refused(
         "wrong.safetensors", *base

@@ -32,23 +32,23 @@ def execute(options: argparse.Namespace) -> int:
     config = load_config(options)
     part, parts = _part(options.part)
 
-    from ..config.device import placed
+    from ..config.device import device_and_dtype
     from ..data.cache import merge_parts, open_cached
-    from ..data.encode import fill
+    from ..data.encode import fill_cache
     from ..data.survey import survey
 
-    device, dtype = placed(config)
+    device, dtype = device_and_dtype(config)
     merge_parts(config, dtype)
     cached = open_cached(config, dtype)
-    found = cached.found if cached else None
+    found = cached.survey if cached else None
     if found is None and not config.data.skip_bad:  # otherwise unusable files are found while encoding
         found = survey(config, part, parts)
     if found:
         _report(config, found)
-    fill(config, device, dtype, part=part, parts=parts, total=found.seen if found else None, thorough=True)
+    fill_cache(config, device, dtype, part=part, parts=parts, total=found.seen if found else None, verify=True)
     cached = open_cached(config, dtype)
     if cached and not found:
-        _report(config, cached.found)
+        _report(config, cached.survey)
     sys.stdout.write(f"{'the data are' if cached else f'part {part} of {parts} is'} cached in {config.cache_folder}\n")
     return 0
 

@@ -19,16 +19,16 @@ def execute(options: argparse.Namespace) -> int:
     """Print the plan, data report, bucket table, LoRA keys and memory estimate; write nothing."""
     config = load_config(options)
 
-    from ..config.device import placed
+    from ..config.device import device_and_dtype
     from ..data.survey import bucket_table, data_report
     from ..files.describe_keys import describe_keys
     from ..preflight import check, check_inputs, output_conflict, plan
-    from ..training.memory import Settings, estimate
+    from ..training.memory import MemorySettings, estimate_memory
 
     conflict = output_conflict(config)
     inputs = check_inputs(config) if conflict else check(config)
-    _, dtype = placed(config)
-    memory = estimate(inputs.checkpoint, Settings.of(config, dtype))
+    _, dtype = device_and_dtype(config)
+    memory = estimate_memory(inputs.checkpoint, MemorySettings.from_config(config, dtype))
     sections = [
         plan(config, inputs) + (f"\n          not free for a new run: {conflict}" if conflict else ""),
         data_report(inputs.data, config),

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> int:
     """Draw the pictures and print the path of their grid."""
     from ...tcd.lora_metadata import CFG_KEY, DEFAULT_CFG, DEFAULT_ETA, DEFAULT_STEPS, ETA_KEY, STEPS_KEY
-    from ..config.device import device_of
+    from ..config.device import resolve_device
     from ..config.schema import build
     from ..config.settings import PreviewConfig
     from ..files.lora_file import read_lora
@@ -71,7 +71,7 @@ def execute(options: argparse.Namespace) -> int:
             "height": options.height,
         },
     )
-    grid = draw_gallery(options.file, base, settings, options.out, device_of(options.device))
+    grid = draw_gallery(options.file, base, settings, options.out, resolve_device(options.device))
     sys.stdout.write(f"look at {grid}\n")
     return 0
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from ..models.unet.checkpoint import TINY
+from ..models.unet.checkpoint import TINY_PATH
 from ..models.unet.families import config
 from ..tiny.world import SIZE_PX
 from ..views.preview_prompts import load_picture
@@ -44,7 +44,7 @@ def draw_in_comfy(
     """
     with tempfile.TemporaryDirectory(prefix="tcd-demo-") as folder:
         server = ComfyServer(Path(folder), packs=[_TINY_PACK], host=host)
-        shutil.copyfile(TINY, server.models / "checkpoints" / _CHECKPOINT)
+        shutil.copyfile(TINY_PATH, server.models / "checkpoints" / _CHECKPOINT)
         shutil.copyfile(lora, server.models / "loras" / _LORA)
         with server:
             return [_run(server, _prompt(captions, seed=seed, steps=each, eta=eta), len(captions)) for each in steps]

@@ -73,7 +73,7 @@ class Studio:
         for name, path in loras.items():
             self.model.adapter.add(name, load_weights(self.model, path))
         *cond, uncond = checkpoint.load_text_encoder(torch.float32, cpu).encode([*captions, ""])
-        self.cond = checkpoint.join(cond, sizes.expand(len(cond), -1))
+        self.cond = checkpoint.collate(cond, sizes.expand(len(cond), -1))
         self.guidance = Guidance(uncond, TEACHER_GUIDANCE)
 
     def latents(self, method: Method, count: int, seed: int) -> Tensor:

@@ -78,7 +78,7 @@ def file_tensors(model: Model, weights: AdapterWeights) -> dict[str, Tensor]:
     """Return adapter weights as the tensors of a LoRA file for `model`: down, up and alpha of each module."""
     tensors: dict[str, Tensor] = {}
     for layer, lora in weights.items():
-        name = model.key(layer)
+        name = model.lora_key(layer)
         tensors |= {f"{name}.{DOWN}": lora.down.detach(), f"{name}.{UP}": lora.up.detach()}
         tensors[f"{name}.{ALPHA}"] = torch.tensor(float(lora.alpha))
     if weights.target_time is not None:

@@ -23,7 +23,7 @@ def lora_metadata(config: Config, checkpoint: Checkpoint) -> dict[str, str]:
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.title": output.name,
         "modelspec.date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **checkpoint.metadata(),
+        **checkpoint.lora_metadata(),
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(config.adapter.rank),
         "ss_network_alpha": str(config.adapter.alpha),

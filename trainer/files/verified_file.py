@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..atomic import whole_file
+from ..atomic import atomic_write
 from ..errors import RunError, UserError
 from ..safetensors_file import read_safetensors
 
@@ -34,7 +34,7 @@ def write_verified(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[
                 "bfloat16, a smaller strength, or files that are not damaged"
             )
     contiguous = {key: value.contiguous() for key, value in tensors.items()}  # safetensors writes no other layout
-    with whole_file(path) as unfinished:
+    with atomic_write(path) as unfinished:
         save_file(contiguous, unfinished, metadata=dict(metadata))
         if not _contains(unfinished, contiguous):
             raise RunError(f"{path} was removed: reading it back gave different content; try another disk")

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...tcd.adapter import STUDENT
-from ..atomic import whole_file
+from ..atomic import atomic_write
 from ..config.settings import Config
 from ..errors import RunError
 from ..models.conditioning import Conditioning
@@ -42,7 +42,7 @@ def write_lora(
     dtype = getattr(torch, config.output.dtype)
     tensors = file_tensors(model, model.adapter.weights[STUDENT])
     tensors = {key: value.to("cpu", dtype).contiguous() for key, value in tensors.items()}
-    with whole_file(path) as unfinished:
+    with atomic_write(path) as unfinished:
         save_file(tensors, unfinished, metadata=metadata)
         effect = _verified_effect(unfinished, model, cond, max(TOLERANCE[dtype], _rounding_error(model, cond)))
         if effect == 0 and final:

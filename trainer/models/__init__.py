@@ -1,4 +1,4 @@
-"""The models to distill: what the trainer asks of one, and the engines that answer."""
+"""Models to distill: the interface that the trainer uses (seam.py), and the engines that implement it."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING
 from ..config.settings import BaseConfig
 
 TINY_NAME = "tiny-sd.safetensors"
-"""The file of the model that is embedded here, in trainer/tiny."""
+"""File name of the embedded model, in trainer/tiny."""
 
 if TYPE_CHECKING:
     from .seam import Checkpoint
 
 
 def open_checkpoint(base: BaseConfig) -> Checkpoint:
-    """Open the model that a configuration names; none of its weights are read yet.
+    """Open the model that a configuration names, without loading its weights.
 
-    Raises UserError if nothing is there, the file is damaged, or it cannot be distilled, and says what it is instead.
+    Raises UserError if there is no model, the file is damaged, or it is not supported; the message says what it is.
     """
-    from .unet.checkpoint import UNetCheckpoint  # the model library takes seconds to import
+    from .unet.checkpoint import UNetCheckpoint  # imported here because diffusers takes seconds to import
 
     return UNetCheckpoint(base)

@@ -1,4 +1,4 @@
-"""Conditioning: what the network gets besides the noisy latent and the time."""
+"""Conditioning: the network's inputs other than the noisy latent and the time."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Named tensors with one row to each example, [B, ...]; which names there are is the model's business."""
+    """Named tensors [B, ...] with one row per example; each model defines the names that it uses."""
 
     tensors: Mapping[str, Tensor]
 
     @staticmethod
     def of(**tensors: Tensor | None) -> Conditioning:
-        """The conditioning of these names, without those that are None."""
+        """Create conditioning from named tensors, leaving out those that are None."""
         return Conditioning({name: tensor for name, tensor in tensors.items() if tensor is not None})
 
     def __len__(self) -> int:
@@ -27,15 +27,15 @@ class Conditioning:
         return self._map(lambda tensor: tensor[rows])
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Conditioning:
-        """The same on another device."""
+        """Return the conditioning on a device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin(self) -> Conditioning:
-        """The same in page-locked memory, from which a GPU copies while the CPU goes on."""
+        """Return the conditioning in page-locked memory, for asynchronous copies to a GPU."""
         return self._map(Tensor.pin_memory)
 
     def expand(self, count: int) -> Conditioning:
-        """The same with its one row repeated to `count` rows, without copies; unchanged if it has that many.
+        """Return a single row repeated to `count` rows, without a copy; unchanged if there are `count` rows already.
 
         Raises RuntimeError for any other number of rows.
         """
@@ -43,10 +43,11 @@ class Conditioning:
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """All rows of `parts`, one after another.
+        """Concatenate the rows of `parts`.
 
-        Raises ValueError if some of them have names that others lack, or rows of different shapes.
+        Raises ValueError if they do not all have the same names and the same row shapes.
         """
+
         names = {name: [part.tensors[name] for part in parts if name in part.tensors] for name in _names(parts)}
         for name, tensors in names.items():
             if len(tensors) != len(parts):

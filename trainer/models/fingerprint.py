@@ -1,4 +1,4 @@
-"""Fingerprints: a short hash of the content of model files, without reading all of it."""
+"""Fingerprints: a short hash of a model's files that does not read all of a large file."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ _WEIGHTS = {".safetensors", ".bin"}
 
 
 def fingerprint(source: Path) -> str:
-    """Hash a model file, or all weight files of a folder: of each its length, and 64 KiB from each of 256 places."""
+    """Return a hash of a model file, or of all weight files in a folder, as 16 hexadecimal digits.
+
+    Each file contributes its length and 256 samples of 64 KiB, evenly spaced.
+    """
     files = [source] if source.is_file() else sorted(file for file in source.rglob("*") if file.suffix in _WEIGHTS)
-    return hashlib.sha256("\n".join(map(_sampled, files)).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join(map(_hash_samples, files)).encode()).hexdigest()[:16]
 
 
-def _sampled(path: Path) -> str:
+def _hash_samples(path: Path) -> str:
+
     size = path.stat().st_size
     content = hashlib.sha256(str(size).encode())
     with open(path, "rb") as file:

@@ -1,4 +1,4 @@
-"""The trainer's own sampling, through the loop that the nodes run: conditioning to latents."""
+"""Sampling in the trainer, by the same function as the ComfyUI nodes: conditioning -> latents."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from .seam import Model
 
 
 class Guidance(NamedTuple):
-    """Guidance while sampling: the empty caption, one row or as many as there are, and the scale, where 1 is none."""
+    """Guidance while sampling."""
 
     uncond: Conditioning
+    """The empty caption, B rows or one."""
     scale: float
+    """Guidance scale; 1 is no guidance."""
 
 
 def initial_noise(seed: int, shape: Sequence[int]) -> Tensor:
-    """Unit noise [B, C, ...] float32 for a whole batch, as ComfyUI draws it: one CPU stream, seeded."""
+    """Draw unit noise, float32 [B, C, ...], as ComfyUI does: the whole batch from one seeded CPU generator."""
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
 
 
@@ -36,17 +38,17 @@ def sample_latents(
     seed: int,
     guidance: Guidance | None = None,
 ) -> Tensor:
-    """Sample normalized latents [B, C, ...] for conditioning of B rows.
+    """Sample normalized latents [B, C, ...] by TCD, with the adapter in its current state.
 
-    sigmas: [N + 1], from model.schedule.sigmas_for or sigmas_at; noise: unit noise [B, C, ...] to begin with; seed: of
-    the noise that gamma adds. gamma = 0 is DDIM.
+
+    cond: B rows; sigmas: [N + 1] in the sampling scale, from model.schedule.sigmas_for or sigmas_at; gamma: amount of
+    fresh noise per step, where 0 is DDIM; noise: initial unit noise [B, C, ...]; seed: of the fresh noise.
     """
     schedule, device = model.schedule, model.device
 
     def denoise(x: Tensor, sigma: Tensor, sigma_s: Tensor) -> Tensor:
-        """The model in the sampler's scale."""
-        points = [schedule.point_at(each.expand(len(x)).to(device), x.ndim) for each in (sigma, sigma_s)]
-        t, s = points
+        """Predict x0 from x in the sampling scale."""
+        t, s = (schedule.point_at(each.expand(len(x)).to(device), x.ndim) for each in (sigma, sigma_s))
         x_t = x * _to_training_scale(schedule, sigma)
         if guidance is None:
             return model.x0(x_t, t, cond, s)
@@ -55,7 +57,7 @@ def sample_latents(
 
     return sample_tcd(
         denoise,
-        noise.to(device) * _start_scale(schedule, sigmas[0]),
+        noise.to(device) * _noise_scale(schedule, sigmas[0]),
         sigmas,
         schedule=schedule,
         gamma=gamma,
@@ -64,18 +66,19 @@ def sample_latents(
 
 
 def _to_training_scale(schedule: Schedule, sigma: Tensor) -> float:
-    """What x in the sampler's scale is multiplied by to be in the training scale, at sigma > 0."""
-    here, there = schedule.level(sigma), schedule.point_at(sigma.view(1)).level
-    if there.alpha == 0:  # no signal: at zero terminal SNR, and where a flow begins
-        return float(there.sigma / here.sigma)
-    return float(there.alpha / here.alpha)
+    """Return the factor from the sampling scale to the training scale, at sigma > 0."""
+    sampling, training = schedule.level(sigma), schedule.point_at(sigma.view(1)).level
+    if training.alpha == 0:  # no signal: at zero terminal SNR, and at the start of a flow
+        return float(training.sigma / sampling.sigma)
+    return float(training.alpha / sampling.alpha)
 
 
-def _start_scale(schedule: Schedule, sigma: Tensor) -> float:
-    """What unit noise is multiplied by to be the first x; at the schedule's end it is the noise of the training scale.
+def _noise_scale(schedule: Schedule, sigma: Tensor) -> float:
+    """Return the factor from unit noise to the initial x in the sampling scale, as in ComfyUI.
 
-    Below the end it is that of x = x0 + sigma eps without an x0, as ComfyUI has it.
+    At the highest sigma, the initial x is unit noise in the training scale; below it, x = sigma eps.
     """
+
     if sigma >= schedule.sigmas_for(1)[0]:
         return 1 / _to_training_scale(schedule, sigma)
     return float(schedule.level(sigma).sigma)

@@ -1,11 +1,12 @@
-"""What the trainer asks of a model. Everything else in trainer/ goes through this file and names no architecture.
+"""The interface between the trainer and a model. Training, data and views use models only through these protocols.
 
-    Checkpoint    a model on disk: what it is, and how its parts are loaded
-    Model         its network in memory with one adapter: the teacher with the adapter off, the student with it on
-    TextEncoder   captions to conditioning
-    Autoencoder   pictures to latents and back
+    Checkpoint    a model on disk: what it is, and functions that load its parts
+    Model         the network in memory with its adapter: the teacher with the adapter off, the student with it on
+    TextEncoder   captions -> conditioning
+    Autoencoder   pictures -> latents, and latents -> pictures
 
-An engine is a folder beside this file that has a class for each; `open_checkpoint` chooses among them.
+An engine implements all four for one kind of network, in a folder beside this file; `unet` is the only one.
+`open_checkpoint` in __init__.py chooses the engine.
 """
 
 from __future__ import annotations
@@ -22,49 +23,49 @@ from .conditioning import Conditioning
 
 
 class LatentFormat(NamedTuple):
-    """The shape of what the network denoises. Latents are normalized throughout: as the network wants them."""
+    """The shape of latents. Latents are normalized everywhere: scaled as the network expects them."""
 
     channels: int
     stride: int
-    """Pixels to a latent's cell, in height and in width; sides of pictures are multiples of it."""
+    """Pixels per latent cell, along height and width; picture sizes are multiples of it."""
     frames: int | None = None
-    """Frames of a video's latent; None for pictures, whose latents have no such dimension."""
+    """Frames of a video latent; None for pictures, whose latents have no frame dimension."""
 
     def shape(self, height: int, width: int) -> tuple[int, ...]:
-        """The latent of one picture of height x width pixels: [C, h, w], or [C, F, h, w]."""
+        """Return the shape of one latent for height x width pixels: [C, h, w], or [C, F, h, w] with frames."""
         frames = () if self.frames is None else (self.frames,)
         return (self.channels, *frames, height // self.stride, width // self.stride)
 
 
-class Encoded(NamedTuple):
-    """The distribution of the latents of some pictures, normalized, float32."""
+class LatentDistribution(NamedTuple):
+    """The Gaussian posterior of the latents of B pictures, normalized, float32."""
 
     mean: Tensor
     """[B, *LatentFormat.shape]."""
     std: Tensor | None
-    """The same shape; None where the autoencoder gives no deviation."""
+    """[B, *LatentFormat.shape]; None if the autoencoder is deterministic."""
 
 
 class TextEncoder(Protocol):
-    """Captions to conditioning."""
+    """Captions -> conditioning."""
 
     def encode(self, captions: Sequence[str]) -> list[Conditioning]:
-        """Encode each caption as one row, which may be of any length, on the encoder's device."""
+        """Encode each caption as one row, on the encoder's device. Rows may differ in length."""
         ...
 
     def to(self, device: torch.device) -> TextEncoder:
-        """The same encoder, moved to a device."""
+        """Move the encoder to a device, and return it."""
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """All weights."""
+        """Yield all weights."""
         ...
 
 
 class Autoencoder(Protocol):
-    """Pictures to latents and back."""
+    """Pictures -> latents, and latents -> pictures."""
 
-    def encode(self, pixels: Tensor) -> Encoded:
+    def encode(self, pixels: Tensor) -> LatentDistribution:
         """Encode pictures, uint8 [B, 3, H, W]."""
         ...
 
@@ -73,28 +74,28 @@ class Autoencoder(Protocol):
         ...
 
     def to(self, device: torch.device) -> Autoencoder:
-        """The same autoencoder, moved to a device."""
+        """Move the autoencoder to a device, and return it."""
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """All weights."""
+        """Yield all weights."""
         ...
 
 
 class Model(Protocol):
-    """A frozen network, and the adapter that makes it the student."""
+    """A frozen network with its schedule and its adapter."""
 
     adapter: Adapter
     latents: LatentFormat
 
     @property
     def network(self) -> nn.Module:
-        """What is compiled, and spread over processes."""
+        """The network itself, to be compiled or sharded."""
         ...
 
     @property
     def schedule(self) -> Schedule:
-        """The clock, with its tables on the network's device."""
+        """The noise schedule, with its training tables on the network's device."""
         ...
 
     @property
@@ -108,7 +109,7 @@ class Model(Protocol):
         ...
 
     def x0(self, x_t: Tensor, t: TimePoint, cond: Conditioning, s: TimePoint | None = None) -> Tensor:
-        """Estimate x0 [B, C, ...] float32 from x_t [B, C, ...] at t; s: the target time of networks that get it."""
+        """Predict x0, float32 [B, C, ...], from x_t [B, C, ...] at t; s: target time, for an adapter that embeds it."""
         ...
 
     def guided_x0(
@@ -120,62 +121,66 @@ class Model(Protocol):
         guidance: Tensor,
         s: TimePoint | None = None,
     ) -> Tensor:
-        """Estimate x0 as `x0` does, with guidance of scale [B], where 1 is none.
+        """Predict x0 as `x0` does, with guidance scales w [B]; w = 1 is no guidance.
 
-        The engine decides how: classifier-free, u + w (c - u), or as an input of a guidance-distilled network.
+        uncond: the empty caption, B rows or one. The engine chooses the kind of guidance: classifier-free,
+        u + w (c - u), or w as an input of a guidance-distilled network.
         """
         ...
 
     def layers(self, targets: Sequence[str]) -> list[str]:
-        """The paths of the layers that get a LoRA, for groups and kinds as in adapter.targets.
+        """Return the paths of the layers that get a LoRA; targets: groups and kinds of layers, as adapter.targets.
 
-        Raises UserError for a name that is neither.
+        Raises UserError if a name is neither a group nor a kind.
         """
         ...
 
     def new_weights(
         self, *, rank: int, alpha: float, seed: int, targets: Sequence[str], target_input: TargetInput | None = None
     ) -> AdapterWeights:
-        """Trainable adapter weights that change nothing yet; target_input: what is embedded."""
+        """Return trainable adapter weights that initially change nothing.
+
+        target_input: input of an embedding of the target time; None for no embedding.
+        """
         ...
 
-    def kind(self, layer: str) -> str:
-        """The kind of a layer, as in adapter.targets."""
+    def layer_kind(self, layer: str) -> str:
+        """Return the kind of the layer at a path, one of those that adapter.targets names."""
         ...
 
-    def key(self, layer: str) -> str:
-        """The name of a layer in a LoRA file, before `.lora_down.weight`."""
+    def lora_key(self, layer: str) -> str:
+        """Return the name of the layer at a path in a LoRA file: the key without `.lora_down.weight`."""
         ...
 
     def blocks(self) -> list[nn.Module]:
-        """The blocks that repeat in the network, which FSDP gathers one at a time."""
+        """Return the repeated blocks of the network: FSDP gathers the weights of one at a time."""
         ...
 
-    def recompute_activations(self) -> None:
-        """Keep few activations for the gradient from here on, and compute the others again (gradient checkpointing)."""
+    def enable_gradient_checkpointing(self) -> None:
+        """From now on, recompute activations in the backward pass instead of keeping them."""
         ...
 
 
 class Checkpoint(Protocol):
-    """A model on disk. It is open, and none of its weights are read yet."""
+    """A model on disk. Opening it only identifies it; the `load` methods read its weights."""
 
     path: Path
     name: str
-    """Without folder and ending."""
+    """Name of the file or folder, without suffix."""
     prediction: Prediction
     latents: LatentFormat
     resolution: int
-    """The side in pixels of the pictures that it was trained on."""
+    """Side, in pixels, of the pictures that the model was trained on."""
     notes: tuple[str, ...]
-    """What was assumed of the model, and how to set it."""
+    """For the user: what was assumed about the model, and the setting that overrides each assumption."""
 
     @property
     def family(self) -> str:
-        """The kind of model, in one word."""
+        """The model family, such as sdxl."""
         ...
 
     def describe(self) -> str:
-        """Say in a line what the model is."""
+        """Describe the model in one line."""
         ...
 
     def check_encoders(self) -> None:
@@ -183,35 +188,35 @@ class Checkpoint(Protocol):
         ...
 
     def load(self, dtype: torch.dtype, device: torch.device) -> Model:
-        """Load the network, frozen, its weights in dtype; on the meta device it gets shapes and no data.
+        """Load the network, frozen, with its weights in dtype; on the meta device only shapes are created.
 
-        Raises UserError if the checkpoint is not complete.
+        Raises UserError if the checkpoint is incomplete.
         """
         ...
 
     def load_text_encoder(self, dtype: torch.dtype, device: torch.device) -> TextEncoder:
-        """Load the text encoders as `load` does the network."""
+        """Load the text encoders, frozen, as `load` does. Raises UserError if one is incomplete."""
         ...
 
     def load_autoencoder(self, device: torch.device) -> Autoencoder:
-        """Load the autoencoder as `load` does the network, in float32."""
+        """Load the autoencoder, frozen, in float32, as `load` does. Raises UserError if it is incomplete."""
         ...
 
-    def join(self, captions: Sequence[Conditioning], sizes: Tensor) -> Conditioning:
-        """Join the rows of several captions for one call of the network.
+    def collate(self, captions: Sequence[Conditioning], sizes: Tensor) -> Conditioning:
+        """Join encoded captions of one row each into a batch of B rows for the network.
 
-        sizes: [B, 6], of each picture the original height and width, crop top and left, target height and width.
+        sizes: [B, 6], in pixels: original height and width, top and left of the crop, target height and width.
         """
         ...
 
-    def blank(self, rows: int, device: torch.device) -> Conditioning:
-        """Conditioning of the usual shape without content, to measure memory with."""
+    def placeholder_conditioning(self, rows: int, device: torch.device) -> Conditioning:
+        """Return conditioning of the usual shape with arbitrary content, for measuring memory."""
         ...
 
     def fingerprints(self) -> Mapping[str, str]:
-        """A hash of the content of each part that a run is made from, by its name."""
+        """Return a content hash of each part that affects training, by the part's name."""
         ...
 
-    def metadata(self) -> Mapping[str, str]:
-        """What a LoRA file for this model says of it: modelspec.* and ss_* entries, which other tools read."""
+    def lora_metadata(self) -> Mapping[str, str]:
+        """Return the metadata about this model for a LoRA file: modelspec.* and ss_* entries, as other tools read."""
         ...

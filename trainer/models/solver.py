@@ -1,4 +1,4 @@
-"""Latents that the teacher draws itself, from conditioning alone, by DPM-Solver++(2M) (arXiv 2211.01095)."""
+"""Sampling with the guided teacher by DPM-Solver++(2M) (arXiv 2211.01095), for training without pictures."""
 
 from __future__ import annotations
 
@@ -12,30 +12,32 @@ from .seam import Model
 
 
 @torch.no_grad()
-def draw_latents(
+def dpm_solver_sample(
     model: Model, cond: Conditioning, uncond: Conditioning, noise: Tensor, *, steps: int, guidance: float
 ) -> Tensor:
-    """Draw latents [B, C, ...] from unit noise of that shape; the solver adds none.
+    """Sample latents [B, C, ...] from unit noise of the same shape; the solver is deterministic.
 
-    steps: at most 50, on the grid on which students are distilled; the last ends at x0 itself.  guidance: its scale,
-    where 1 is none.
+    steps: number of calls of the teacher, 1 to 50, at timesteps of the distillation grid; the last one returns x0.
+    guidance: scale of all rows; 1 is no guidance. Raises ValueError for other numbers of steps.
 
-    A step of the solver is a jump along the trajectory whose clean end is not x0 as estimated here, but as extrapolated
-    to half a step later: D = x0 + (x0 - x0_before) h / (2 h_before), where h is the length of a step in half-log-SNR.
+
+    Each step from t to s is a jump along the trajectory, with x0 extrapolated to the middle of the step:
+    D = x0 + (x0 - x0_previous) h / (2 h_previous), where h is the length of a step in half-log-SNR.
     """
     times = model.schedule.visited(steps, origin_steps=ORIGIN_STEPS)
     points = [model.schedule.point(torch.full((len(noise),), t, device=noise.device), noise.ndim) for t in times]
     scale = torch.full((len(noise),), guidance, device=noise.device)
     x = noise
-    before: tuple[Tensor, Tensor] | None = None
+    previous: tuple[Tensor, Tensor] | None = None
     for t, s in zip(points, points[1:], strict=False):
         x0 = model.guided_x0(x, t, cond, uncond, scale)
         h = _half_log_snr(s.level) - _half_log_snr(t.level)
-        ahead = x0
-        if before is not None:
-            x0_before, h_before = before
-            ahead = x0 + (x0 - x0_before) * (h / (2 * h_before))
-        x, before = jump(x, ahead, t.level, s.level), (x0, h)
+        extrapolated = x0
+        if previous is not None:
+            x0_previous, h_previous = previous
+            extrapolated = x0 + (x0 - x0_previous) * (h / (2 * h_previous))
+        x, previous = jump(x, extrapolated, t.level, s.level), (x0, h)
+
     return model.guided_x0(x, points[-1], cond, uncond, scale)
 
 

@@ -1,20 +1,19 @@
-"""The network through `torch.compile`."""
+"""Compile the network with `torch.compile`."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-# Graphs of one function, beyond which torch would go on without compiling: one for each state of the adapter that is
-# used, with and without gradient, for each size of picture and number of rows.
-_GRAPHS = 64
+# After this many graphs of one function, torch stops compiling it. There is one graph for each combination of adapter
+# state, with or without gradient, bucket and number of rows.
+_MAX_GRAPHS = 64
 
 
 def compile_network(network: nn.Module, backend: str = "inductor") -> None:
-    """Compile `network` in place, under its own parameter names.
+    """Compile `network` in place; its parameters keep their names.
 
-    It is compiled again when its adapter is in a state for the first time, since torch guards the switch; later it
-    finds that state's graph again.
+    torch guards on the state of the adapter: the first call in each state compiles a graph, and later calls reuse it.
     """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_GRAPHS)
     network.compile(backend=backend)

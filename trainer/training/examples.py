@@ -1,7 +1,8 @@
-"""What one part of a step trains on: its rows of the data, and everything random in them, read one part ahead.
+"""Training examples: latents, captions and everything random in a micro-batch, read one micro-batch ahead.
 
-Every random number is a function of (seed, step, row): a process draws those of its own rows alone, and there is no
-generator state to save.
+Every random number is a function of (seed, step, row). It does not depend on how the rows are divided over processes,
+and a checkpoint needs no generator state.
+
 """
 
 from __future__ import annotations
@@ -22,32 +23,35 @@ from ..models.conditioning import Conditioning
 from ..randomness import generator
 
 
-class Draws(NamedTuple):
-    """The times and guidance scales of a step, for its whole batch, on the CPU."""
+class TimesAndGuidance(NamedTuple):
+    """The times and guidance scales of one step, for the batch of all processes, on the CPU."""
 
     times: Times
+    """Training times of the schedule, int64 [B] each."""
     guidance: Tensor
-    """[B]."""
+    """Guidance scales w, float32 [B]."""
 
 
 class Examples(NamedTuple):
-    """The rows of one part of a step."""
+    """The b rows of one micro-batch."""
 
     latents: Tensor
-    """[b, C, ...] float32, normalized."""
+    """x0: normalized latents, float32 [b, C, ...]."""
     eps: Tensor
-    """The same shape."""
+    """Unit noise of the same shape."""
     cond: Conditioning
+    """The captions' conditioning, b rows."""
     uncond: Conditioning
+    """The empty caption's conditioning, b rows."""
     times: Times
-    """[b] int64 each."""
+    """Training times of the schedule, int64 [b] each."""
     moved: Tensor
-    """int64: the rows whose target time is not t_next itself."""
+    """Indices of the rows with s < t_next, int64; only for these is the target network called."""
     guidance: Tensor
-    """[b]."""
+    """Guidance scales w of the teacher, float32 [b]."""
 
     def to(self, device: torch.device) -> Examples:
-        """The same on another device; a GPU copies from page-locked memory while the CPU goes on."""
+        """Return the examples on a device; from page-locked memory the copy does not block the CPU."""
         cond, uncond = (each.to(device, non_blocking=True) for each in (self.cond, self.uncond))
         latents, eps, moved, guidance = (
             each.to(device, non_blocking=True) for each in (self.latents, self.eps, self.moved, self.guidance)
@@ -56,7 +60,7 @@ class Examples(NamedTuple):
         return Examples(latents, eps, cond, uncond, times, moved, guidance)
 
     def pin(self) -> Examples:
-        """The same in page-locked memory."""
+        """Return the examples in page-locked memory."""
         latents, eps, moved, guidance = (
             each.pin_memory() for each in (self.latents, self.eps, self.moved, self.guidance)
         )
@@ -64,8 +68,8 @@ class Examples(NamedTuple):
         return Examples(latents, eps, self.cond.pin(), self.uncond.pin(), times, moved, guidance)
 
 
-def draw(config: Config, schedule: Schedule, step: int) -> Draws:
-    """Draw the times and guidance scales of a step: a function of (seed, step)."""
+def draw_times_and_guidance(config: Config, schedule: Schedule, step: int) -> TimesAndGuidance:
+    """Draw the times and guidance scales of a step, counted from 0: a function of (seed, step)."""
     method, size = config.method, config.training.batch
     source = generator(config.training.seed, "loss", step)
     times = sample_times(
@@ -78,55 +82,55 @@ def draw(config: Config, schedule: Schedule, step: int) -> Draws:
         generator=source,
     )
     low, high = method.guidance_min, method.guidance_max
-    return Draws(times, low + (high - low) * torch.rand(size, generator=source))
+    return TimesAndGuidance(times, low + (high - low) * torch.rand(size, generator=source))
 
 
-def read(config: Config, dataset: Dataset, schedule: Schedule, step: int, rows: slice) -> Examples:
-    """Read the rows of a step, and draw what is random in them, on the CPU."""
-    training, draws = config.training, draw(config, schedule, step)
+def read_examples(config: Config, dataset: Dataset, schedule: Schedule, step: int, rows: slice) -> Examples:
+    """Read some rows of a step's batch and draw their noise, times and guidance scales, on the CPU."""
+    training, drawn = config.training, draw_times_and_guidance(config, schedule, step)
     batch = dataset.batch(step, training.batch, rows, seed=training.seed, caption_dropout=config.data.caption_dropout)
     shape = batch.latents.shape[1:]
     eps = [
         torch.randn(shape, generator=generator(training.seed, f"noise of row {row}", step))
         for row in range(training.batch)[rows]
     ]
-    times = Times(*(time[rows] for time in draws.times))
-    return Examples(batch.latents, torch.stack(eps), batch.cond, batch.uncond, times, times.moved, draws.guidance[rows])
+    times = Times(*(time[rows] for time in drawn.times))
+    return Examples(batch.latents, torch.stack(eps), batch.cond, batch.uncond, times, times.moved, drawn.guidance[rows])
 
 
 @dataclass
-class Reader:
-    """Reads the parts of the steps in turn, each while the one before is trained on."""
+class Prefetcher:
+    """Reads micro-batches in a thread: the next one while the current one is trained on."""
 
     config: Config
     dataset: Dataset
     schedule: Schedule
-    parts: Sequence[slice]
-    """The rows of this process in a step, part by part."""
+    micro_batches: Sequence[slice]
+    """This process's rows of a step's batch, for each micro-batch."""
     pin: bool = False
-    """Whether parts are read into page-locked memory, for a GPU."""
+    """Whether to read into page-locked memory, for asynchronous copies to a GPU."""
 
     def __post_init__(self) -> None:
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reader")
-        self._ahead: tuple[tuple[int, int], Future[Examples]] | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+        self._next: tuple[tuple[int, int], Future[Examples]] | None = None
+        """((step, index), examples) of the micro-batch that is being read."""
 
-    def get(self, step: int, part: int) -> Examples:
-        """The examples of a part of a step; raises what reading them raised."""
-        place = (step, part)
-        if self._ahead is not None and self._ahead[0] == place:
-            examples = self._ahead[1].result()
+    def get(self, step: int, index: int) -> Examples:
+        """Return micro-batch `index` of a step and start reading the next one; raises what reading it raised."""
+        if self._next is not None and self._next[0] == (step, index):
+            examples = self._next[1].result()
         else:
-            examples = self._read(*place)
-        following = (step, part + 1) if part + 1 < len(self.parts) else (step + 1, 0)
-        self._ahead = None
+            examples = self._read(step, index)
+        following = (step, index + 1) if index + 1 < len(self.micro_batches) else (step + 1, 0)
+        self._next = None
         if following[0] < self.config.training.steps:
-            self._ahead = (following, self._thread.submit(self._read, *following))
+            self._next = (following, self._thread.submit(self._read, *following))
         return examples
 
     def close(self) -> None:
-        """Wait for what is being read, and end the thread."""
+        """Wait until the read in progress is done, and end the thread."""
         self._thread.shutdown(cancel_futures=True)
 
-    def _read(self, step: int, part: int) -> Examples:
-        examples = read(self.config, self.dataset, self.schedule, step, self.parts[part])
+    def _read(self, step: int, index: int) -> Examples:
+        examples = read_examples(self.config, self.dataset, self.schedule, step, self.micro_batches[index])
         return examples.pin() if self.pin else examples

@@ -1,4 +1,4 @@
-"""Ctrl-C that waits for the end of a step, so that what is saved is always between two steps."""
+"""Stop on Ctrl-C or SIGTERM at the end of a step, so that a checkpoint is never taken in the middle of one."""
 
 from __future__ import annotations
 
@@ -9,33 +9,34 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_ECHO = 1.0  # seconds: a launcher passes on the very Ctrl-C that the terminal sent already
+_SAME_CTRL_C = 1.0  # seconds within which two signals count as one Ctrl-C: a launcher passes on what the terminal sent
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was stopped by the person, and can go on; the message says how."""
+    """The user stopped the run; the message says whether it can be resumed."""
 
 
 @contextmanager
-def asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Give a function that tells whether Ctrl-C was pressed, or the process asked to end, since the block began.
+def watch_stop_signals() -> Iterator[Callable[[], bool]]:
+    """Within the block, hold back SIGINT and SIGTERM; yields a function that returns whether one has arrived.
 
-    A second Ctrl-C, a second later or more, interrupts at once. Outside the main thread, where signals do not arrive,
-    it is never so.
+    A second Ctrl-C, more than a second after the first signal, raises KeyboardInterrupt at once. Outside the main
+    thread no handler can be installed, and the function always returns False.
     """
     first: float | None = None
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def on_signal(number: int, frame: FrameType | None) -> None:
         nonlocal first
         now = time.monotonic()
-        if first is not None and number == signal.SIGINT and now - first > _ECHO:
+        if first is not None and number == signal.SIGINT and now - first > _SAME_CTRL_C:
             raise KeyboardInterrupt
         first = now if first is None else first
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+
     try:
         yield lambda: first is not None
     finally:

@@ -1,4 +1,4 @@
-"""The training loop: the adapter of a model, trained in place."""
+"""The training loop: trains the adapter of a model in place."""
 
 from __future__ import annotations
 
@@ -13,41 +13,47 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ...tcd.adapter import AVERAGE, STUDENT
-from ..config.memory_advice import memory_advice, when_training
+from ..config.memory_advice import memory_advice, training_advice
 from ..config.settings import Config
 from ..data.dataset import Dataset
 from ..errors import RunError, UserError
 from ..models.seam import Model
 from .checkpoint import Checkpoints
 from .compiled import compile_network
-from .examples import Reader, draw
-from .interrupt import Interrupted, asked_to_stop
-from .optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
+from .examples import Prefetcher, draw_times_and_guidance
+from .interrupt import Interrupted, watch_stop_signals
+from .optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_learning_rates
 from .processes import ALONE, Processes
 from .step import step_losses
 
-FLOAT16_SCALE = 1024.0  # of the loss, so that gradients within a float16 network are not rounded to zero
+FLOAT16_SCALE = 1024.0  # loss scale for a float16 network, so that small gradients are not rounded to zero
 
 
 class NonFiniteError(RunError):
-    """The loss or its gradient became NaN or infinite, and training stopped before it reached the weights."""
+    """The loss or its gradient became NaN or infinite; training stopped before the weights were changed."""
 
 
 class StepRecord(NamedTuple):
-    """What one step did."""
+    """The result of one training step, over all processes."""
 
     step: int
-    """Number of steps that are done with this one."""
+    """Number of steps done, including this one."""
     loss: float
+    """Mean loss of the batch."""
     lr: float
+    """Learning rate of the LoRA."""
     norm: float
-    """Of the gradient, before clipping."""
+    """Norm of the gradient before clipping."""
     t: Tensor
+    """Training times, int64 [B], on the CPU."""
     s: Tensor
+    """Target times, int64 [B], on the CPU."""
     losses: Tensor
-    """[B] each, on the CPU: the times and the loss of every picture of the step, of all processes."""
+    """Weighted loss of each example, float32 [B], on the CPU."""
     images: int
+    """B, the number of examples in the batch."""
     seconds: float
+    """Wall-clock time of the step."""
 
 
 Observer = Callable[[StepRecord], None]
@@ -62,16 +68,16 @@ def train(
     checkpoints: Checkpoints | None = None,
     processes: Processes = ALONE,
 ) -> list[float]:
-    """Train the student's weights up to step `config.training.steps`, from the newest checkpoint; return every loss.
+    """Train the student's weights to step `config.training.steps`, from the newest checkpoint; return all losses.
 
-    observers: called after each step, in the main process alone.  Raises NonFiniteError before a non-finite gradient
-    would be applied, MemoryFullError, OSError when a checkpoint cannot be written, and Interrupted, all of them with
-    the last checkpoint complete.
+    observers: called after each step, in the main process only. Raises UserError if the checkpoint is of a different
+    adapter, NonFiniteError before a non-finite gradient is applied, MemoryFullError if memory runs out, OSError if a
+    checkpoint cannot be written, and Interrupted if the user stopped the run. Checkpoints already saved stay complete.
     """
     training = Training(model, dataset, config, processes)
-    saved = checkpoints.latest() if checkpoints else None
+    saved = checkpoints.load_latest() if checkpoints else None
     if saved is not None:
-        training.restore(saved)
+        training.load_state_dict(saved)
     steps, batch = config.training.steps, config.training.batch
     bar = tqdm(
         total=steps * batch,
@@ -81,9 +87,14 @@ def train(
         unit_scale=True,
         disable=not processes.main,
     )
-    with bar, training, asked_to_stop() as asked, memory_advice(when_training(config, training.largest)):
+    with (
+        bar,
+        training,
+        watch_stop_signals() as stop_requested,
+        memory_advice(training_advice(config, training.micro_batch_size)),
+    ):
         while training.step < steps:
-            record, stop = training.advance(asked)
+            record, stop = training.train_step(stop_requested)
             if processes.main:
                 bar.update(batch)
                 bar.set_postfix(loss=f"{_mean(training.losses[-50:]):.4f}", refresh=False)
@@ -91,7 +102,7 @@ def train(
                     observe(record)
             save = checkpoints and (stop or training.step == steps or checkpoints.due(training.step))
             if checkpoints and save and processes.main:
-                checkpoints.save(training.step, training.tensors())
+                checkpoints.save(training.step, training.state_dict())
             if stop:
                 kept = "saved; the same command resumes there" if save else "nothing was saved"
                 raise Interrupted(f"stopped after step {training.step} of {steps}: {kept}")
@@ -99,24 +110,29 @@ def train(
 
 
 class Training:
-    """All that changes while training, and how one step changes it; a context, which ends its reading thread."""
+    """The state of training and its step. As a context manager, it ends the prefetch thread."""
 
     def __init__(self, model: Model, dataset: Dataset, config: Config, processes: Processes = ALONE) -> None:
-        """Begin at step 0; raises UserError if the settings do not fit the processes or what is installed."""
+        """Start at step 0, with the adapter's student in place.
+
+        Raises UserError if the batch cannot be divided over the processes, or bitsandbytes is needed and not installed.
+        """
         self.model, self.config, self.processes = model, config, processes
         self.losses: list[float] = []
         student = model.adapter.weights[STUDENT]
         self.parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
         embedding = [] if student.target_time is None else list(student.target_time.parameters())
         self.optimizer = make_optimizer(self.parameters, config.training, embedding)
-        self.parts = processes.parts(config.training.batch, config.training.accumulate)
-        self.reader = Reader(config, dataset, model.schedule, self.parts, pin=model.device.type == "cuda")
+        self.micro_batches = processes.micro_batches(config.training.batch, config.training.accumulate)
+        self.prefetcher = Prefetcher(
+            config, dataset, model.schedule, self.micro_batches, pin=model.device.type == "cuda"
+        )
         self.scale = FLOAT16_SCALE if model.dtype == torch.float16 else 1.0
         if config.method.ema_decay:
             model.adapter.add(AVERAGE, deepcopy(student).requires_grad_(False))
         model.adapter.state = STUDENT
         if config.training.gradient_checkpointing:
-            model.recompute_activations()
+            model.enable_gradient_checkpointing()
         if config.training.compile:
             compile_network(model.network)
 
@@ -124,56 +140,58 @@ class Training:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.reader.close()
+        self.prefetcher.close()
 
     @property
     def step(self) -> int:
-        """Number of steps that are done."""
+        """Number of steps done."""
         return len(self.losses)
 
     @property
-    def largest(self) -> int:
-        """Number of pictures that are in the network at a time; the guided teacher has each twice."""
-        return max(part.stop - part.start for part in self.parts)
+    def micro_batch_size(self) -> int:
+        """Examples per micro-batch; in the guided teacher call each of them is two rows."""
+        return max(rows.stop - rows.start for rows in self.micro_batches)
 
-    def advance(self, asked: Callable[[], bool] = bool) -> tuple[StepRecord, bool]:
-        """Do one step.
+    def train_step(self, stop_requested: Callable[[], bool] = bool) -> tuple[StepRecord, bool]:
+        """Do one step; return its record, and whether any process was asked to stop.
 
-        asked: whether this process should stop; the returned bool says whether any process should.
+        stop_requested: returns whether this process was asked to stop. Raises NonFiniteError before a non-finite
+        gradient is applied.
         """
-        began, training = time.perf_counter(), self.config.training
+        started, training = time.perf_counter(), self.config.training
         losses = self.parameters[0].new_zeros(training.batch)
-        for number, rows in enumerate(self.parts):
-            examples = self.reader.get(self.step, number).to(self.model.device)
-            part = step_losses(self.model, examples, self.config)
-            (part.sum() * (self.scale / training.batch)).backward()
-            losses[rows] = part.detach()
+        for index, rows in enumerate(self.micro_batches):
+            examples = self.prefetcher.get(self.step, index).to(self.model.device)
+            weighted = step_losses(self.model, examples, self.config)
+            (weighted.sum() * (self.scale / training.batch)).backward()
+            losses[rows] = weighted.detach()
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        stops = losses.new_full((1,), float(asked()))
-        self.processes.add_up([*gradients, losses, stops])
+        stops = losses.new_full((1,), float(stop_requested()))
+        self.processes.all_reduce([*gradients, losses, stops])
         if self.scale != 1:
             torch._foreach_div_(gradients, self.scale)
-        length = nn.utils.clip_grad_norm_(self.parameters, training.clip)
-        seen = torch.cat([losses, length.view(1), stops]).cpu()  # the one time in a step that a GPU is waited for
-        loss, norm = seen[:-2].mean().item(), seen[-2].item()
+        grad_norm = nn.utils.clip_grad_norm_(self.parameters, training.clip)
+        # The only synchronization with a GPU in a step: one copy of everything that is read here.
+        results = torch.cat([losses, grad_norm.view(1), stops]).cpu()
+        loss, norm = results[:-2].mean().item(), results[-2].item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NonFiniteError(
                 f"step {self.step + 1}: loss {loss}, gradient norm {norm}; try a smaller training.lr, or "
                 "base.dtype=float32"
             )
-        rate = set_rate(self.optimizer, self.step, training)
+        lr = set_learning_rates(self.optimizer, self.step, training)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.config.method.ema_decay:
             self._update_average()
-        times = draw(self.config, self.model.schedule, self.step).times
+        times = draw_times_and_guidance(self.config, self.model.schedule, self.step).times
         self.losses.append(loss)
-        seconds = time.perf_counter() - began
-        record = StepRecord(self.step, loss, rate, norm, times.t, times.s, seen[:-2], training.batch, seconds)
-        return record, bool(seen[-1])
+        seconds = time.perf_counter() - started
+        record = StepRecord(self.step, loss, lr, norm, times.t, times.s, results[:-2], training.batch, seconds)
+        return record, bool(results[-1])
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All that a checkpoint holds: adapter weights, what the optimizer remembers, and the losses."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what a checkpoint holds: student and average, the optimizer's state, and the losses so far."""
         return {
             **{f"adapter.{name}": tensor for name, tensor in self._weights().items()},
             **{f"optimizer.{name}": tensor for name, tensor in optimizer_state(self.optimizer).items()},
@@ -181,21 +199,18 @@ class Training:
         }
 
     @torch.no_grad()
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore the state saved in `tensors`.
-
-        Raises UserError if they belong to a different adapter.
-        """
-        own, saved = self._weights(), _under("adapter.", tensors)
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict` returned. Raises UserError if it belongs to a different adapter."""
+        own, saved = self._weights(), _with_prefix("adapter.", tensors)
         if {name: tensor.shape for name, tensor in own.items()} != {name: each.shape for name, each in saved.items()}:
-            raise UserError("the checkpoint is of another adapter: choose another output.folder")
+            raise UserError("the checkpoint belongs to a different adapter: choose another output.folder")
         for name, tensor in own.items():
             tensor.copy_(saved[name])
-        load_optimizer_state(self.optimizer, _under("optimizer.", tensors))
+        load_optimizer_state(self.optimizer, _with_prefix("optimizer.", tensors))
         self.losses = tensors["losses"].tolist()
 
     def _weights(self) -> dict[str, Tensor]:
-        """The tensors of the student and of its average, themselves, by state and name."""
+        """Return the tensors (not copies) of the student and of its average as `STATE.NAME`."""
         return {
             f"{state}.{name}": tensor
             for state, weights in self.model.adapter.weights.items()
@@ -205,14 +220,16 @@ class Training:
 
     @torch.no_grad()
     def _update_average(self) -> None:
-        """Move the average towards the student: average = decay * average + (1 - decay) * student."""
+        """EMA update: average = decay * average + (1 - decay) * student."""
         average, student = (
             list[Tensor](self.model.adapter.weights[state].parameters()) for state in (AVERAGE, STUDENT)
         )
         torch._foreach_lerp_(average, student, 1 - self.config.method.ema_decay)
 
 
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with `prefix`, without it."""
+
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 

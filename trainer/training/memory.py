@@ -1,7 +1,6 @@
-"""How much memory each phase of a run takes, found by going through it on tensors that have shapes and no data.
+"""Estimate the peak memory of each phase of a run, by executing it on the meta device and counting allocations.
 
-Flows in: a family and the settings that matter.  Flows out: bytes, by what they are for.  What is counted is what torch
-allocates: on a GPU, CUDA itself, the workspaces of its libraries and what lies between blocks come on top.
+Only torch's own allocations are counted. On a GPU, the CUDA context, library workspaces and fragmentation come on top.
 """
 
 from __future__ import annotations
@@ -19,161 +18,166 @@ from torch.utils._pytree import tree_leaves
 
 from ...tcd import AdapterWeights, TargetInput, TimePoint
 from ...tcd.adapter import STUDENT
-from ..config.device import placed
+from ..config.device import device_and_dtype
 from ..config.settings import Config
 from ..data.buckets import Size
-from ..data.encode import pictures_together
-from ..format_bytes import readable
+from ..data.encode import pictures_per_call
+from ..format_bytes import format_bytes
 from ..models.conditioning import Conditioning
 from ..models.seam import Autoencoder, Checkpoint, Model
 
 META = torch.device("meta")
 
 
-class Settings(NamedTuple):
-    """What the memory of a run depends on besides the model."""
+class MemorySettings(NamedTuple):
+    """The settings that the memory of a run depends on, besides the model."""
 
     rank: int
+    """Rank of the LoRA."""
     batch: int
-    """Pictures in the network at a time: those of a step, of one process and one part."""
+    """Pictures per micro-batch of one process."""
     width: int
+    """Width of the training pictures, in pixels."""
     height: int
-    """In pixels."""
+    """Height of the training pictures, in pixels."""
     dtype: torch.dtype = torch.float32
-    """Of the frozen weights and the activations."""
-    checkpointing: bool = False
-    parts: int = 1
-    """Parts of a step, one after another."""
+    """Dtype of the frozen weights and the activations."""
+    gradient_checkpointing: bool = False
+    accumulate: int = 1
+    """Micro-batches per step."""
     moment_bytes: int = 4
-    """Size of each of the optimizer's two moments of a weight: 1 for the 8-bit one."""
-    average: bool = False
-    """Whether an exponential moving average of the adapter is kept."""
-    calls: int = 1
-    """Calls of the student in one prediction, whose activations are all kept: 2 for TCF(2)."""
+    """Bytes per weight of each of AdamW's two moments: 4, or 1 for the 8-bit optimizer."""
+    ema: bool = False
+    """Whether a moving average of the adapter is kept."""
+    student_calls: int = 1
+    """Student calls in one prediction, each with its activations kept for the gradient: 2 for TCF(2)."""
     targets: tuple[str, ...] = ("all",)
+    """As adapter.targets."""
     target_input: TargetInput | None = None
-    """What of the target time the network gets."""
+    """The input of the target-time embedding; None for no embedding."""
     preview: Size | None = None
-    """Size of a preview's picture, in pixels; None when none are drawn."""
-    encoded: int = 1
-    """Pictures that the autoencoder encodes in one call, for the cache."""
-    drawn: bool = False
-    """Whether the teacher draws the pictures itself, as many in one call."""
+    """Size of a preview picture in pixels; None for no previews."""
+    encode_batch: int = 1
+    """Pictures per call of the autoencoder, and of the sampling teacher, while the cache is filled."""
+    teacher_samples: bool = False
+    """Whether the teacher samples training latents from prompts alone."""
 
     @staticmethod
-    def of(config: Config, dtype: torch.dtype) -> Settings:
-        """Those of a configuration, for one process."""
+    def from_config(config: Config, dtype: torch.dtype) -> MemorySettings:
+        """Return the settings of a configuration, for one process."""
         training, preview, side = config.training, config.preview, config.data.resolution
-        device, _ = placed(config)
-        return Settings(
+        device, _ = device_and_dtype(config)
+        return MemorySettings(
             rank=config.adapter.rank,
             batch=-(-training.batch // training.accumulate),
             width=config.data.resolution,
             height=config.data.resolution,
             dtype=dtype,
-            checkpointing=training.gradient_checkpointing,
-            parts=training.accumulate,
+            gradient_checkpointing=training.gradient_checkpointing,
+            accumulate=training.accumulate,
             moment_bytes=1 if training.optimizer == "adamw8bit" else 4,
-            average=config.method.ema_decay > 0,
-            calls=config.method.order,
+            ema=config.method.ema_decay > 0,
+            student_calls=config.method.order,
             targets=config.adapter.targets,
             target_input=config.method.embedded,
             preview=Size(preview.height or side, preview.width or side) if preview.prompts else None,
-            encoded=pictures_together(Size(side, side), device),
-            drawn=any(path.endswith(".txt") for path in (source.path for _, source in config.data.named_sources)),
+            encode_batch=pictures_per_call(Size(side, side), device),
+            teacher_samples=any(
+                path.endswith(".txt") for path in (source.path for _, source in config.data.named_sources)
+            ),
         )
 
 
-class Memory(NamedTuple):
-    """Bytes that a run takes at the peak of each of its phases, of which each gives back what it took."""
+class MemoryEstimate(NamedTuple):
+    """Peak memory of each phase of a run, in bytes. A phase frees its memory before the next one starts."""
 
     weights: int
-    """In training: of the frozen network."""
+    """Training: the frozen network."""
     adapter: int
-    """In training: of the adapter in float32, its average if there is one, and what the optimizer remembers."""
+    """Training: the float32 adapter, its moving average if there is one, and the optimizer's state."""
     step: int
-    """In training: of activations and gradients, at the moment when they are most."""
+    """Training: peak of activations and gradients."""
     preview: int
-    """While previews are drawn, which is during training: all of it; 0 without previews."""
+    """Total while a preview is sampled during training; 0 without previews."""
     caching: int
-    """While pictures and captions are encoded, before training: all of it."""
+    """Total while pictures and captions are encoded, before training."""
 
     @property
     def training(self) -> int:
-        """All of training but its previews."""
+        """Total while training, outside previews."""
         return self.weights + self.adapter + self.step
 
     @property
     def total(self) -> int:
-        """That of the phase that takes most."""
+        """Total of the phase that needs the most."""
         return max(self.training, self.preview, self.caching)
 
     def __str__(self) -> str:
         parts = {"the frozen network": self.weights, "the adapter and its optimizer": self.adapter, "a step": self.step}
-        listed = ", ".join(f"{readable(amount)} for {name}" for name, amount in parts.items())
-        previews = f"{readable(self.preview)} with a preview" if self.preview else "no previews"
+        listed = ", ".join(f"{format_bytes(amount)} for {name}" for name, amount in parts.items())
+        previews = f"{format_bytes(self.preview)} with a preview" if self.preview else "no previews"
         return (
-            f"{readable(self.total)} at the most: {readable(self.training)} in training ({listed}), {previews}, "
-            f"{readable(self.caching)} while caching"
+            f"{format_bytes(self.total)} at the most: {format_bytes(self.training)} in training ({listed}), "
+            f"{previews}, {format_bytes(self.caching)} while caching"
         )
 
 
-def estimate(checkpoint: Checkpoint, settings: Settings) -> Memory:
-    """Return the memory that a run of this model takes at the peak of each of its phases."""
+def estimate_memory(checkpoint: Checkpoint, settings: MemorySettings) -> MemoryEstimate:
+    """Estimate the peak memory of each phase of a run with this model."""
     model = checkpoint.load(settings.dtype, META)
     weights = model.adapter.add(STUDENT, _new_weights(model, settings))
     trained = sum(parameter.numel() for parameter in weights.parameters())
     frozen = sum(map(_bytes, model.network.parameters()))
-    adapter = (4 * (2 if settings.average else 1) + 2 * settings.moment_bytes) * trained
-    drawing = frozen + _drawing(checkpoint, model, settings) if settings.drawn else 0
-    # or the gradients, and one temporary number to a weight
+    adapter = (4 * (2 if settings.ema else 1) + 2 * settings.moment_bytes) * trained
+    sampling = frozen + _teacher_sampling(checkpoint, model, settings) if settings.teacher_samples else 0
+    # In the optimizer step: the gradients, and one temporary float32 per weight.
     step = max(_training(checkpoint, model, settings), 2 * 4 * trained)
     autoencoder = checkpoint.load_autoencoder(META)
     autoencoder_weights = sum(map(_bytes, autoencoder.parameters()))
     preview = 0
-    if settings.preview:  # from the file's own adapter, beside the one in training
+    if settings.preview:  # the preview loads the adapter from its file, beside the one in training
         decoding = _decoding(checkpoint, autoencoder, settings.preview)
         preview = frozen + adapter + 4 * trained + autoencoder_weights + decoding
     text_encoder = sum(map(_bytes, checkpoint.load_text_encoder(settings.dtype, META).parameters()))
     encoding = autoencoder_weights + text_encoder + _encoding(autoencoder, settings)
-    return Memory(frozen, adapter, step, preview, max(encoding, drawing))
+    return MemoryEstimate(frozen, adapter, step, preview, max(encoding, sampling))
 
 
-def _new_weights(model: Model, settings: Settings) -> AdapterWeights:
+def _new_weights(model: Model, settings: MemorySettings) -> AdapterWeights:
     return model.new_weights(
         rank=settings.rank, alpha=1.0, seed=0, targets=settings.targets, target_input=settings.target_input
     )
 
 
-def _training(checkpoint: Checkpoint, model: Model, settings: Settings) -> int:
-    """Activations and gradients in a step."""
-    if settings.checkpointing:
-        model.recompute_activations()
+def _training(checkpoint: Checkpoint, model: Model, settings: MemorySettings) -> int:
+    """Return the peak of activations and gradients in a step."""
+    if settings.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
     x_t, t, cond = _inputs(checkpoint, model, settings, settings.batch)
     guidance = torch.empty(settings.batch, device=META)
     with _allocated(_weights(model)) as allocations:
-        for _ in range(min(settings.parts, 2)):  # the second finds the gradients of the first there
+        for _ in range(min(settings.accumulate, 2)):  # from the second micro-batch on, gradients exist already
             with torch.no_grad(), model.adapter.off():
-                model.guided_x0(x_t, t, cond, cond, guidance)  # the largest of the calls without a gradient
+                model.guided_x0(x_t, t, cond, cond, guidance)  # the largest call without a gradient
             output = x_t
-            for _ in range(settings.calls):
+            for _ in range(settings.student_calls):
                 output = model.x0(output, t, cond, t)
             output.square().mean().backward()
     return allocations.peak
 
 
 @torch.no_grad()
-def _drawing(checkpoint: Checkpoint, model: Model, settings: Settings) -> int:
-    """Activations while the teacher draws, guided, as many pictures as are encoded at a time."""
-    x_t, t, cond = _inputs(checkpoint, model, settings, settings.encoded)
+def _teacher_sampling(checkpoint: Checkpoint, model: Model, settings: MemorySettings) -> int:
+    """Return the peak of activations while the teacher samples `encode_batch` pictures with guidance."""
+    x_t, t, cond = _inputs(checkpoint, model, settings, settings.encode_batch)
     with _allocated(_weights(model)) as allocations, model.adapter.off():
-        model.guided_x0(x_t, t, cond, cond, torch.empty(settings.encoded, device=META))
+        model.guided_x0(x_t, t, cond, cond, torch.empty(settings.encode_batch, device=META))
     return allocations.peak
 
 
 @torch.no_grad()
 def _decoding(checkpoint: Checkpoint, autoencoder: Autoencoder, size: Size) -> int:
-    """Activations while one picture is decoded."""
+    """Return the peak of activations while one picture is decoded."""
     latent = torch.empty(1, *checkpoint.latents.shape(*size), device=META)
     with _allocated(autoencoder.parameters()) as allocations:
         autoencoder.decode(latent)
@@ -181,21 +185,21 @@ def _decoding(checkpoint: Checkpoint, autoencoder: Autoencoder, size: Size) -> i
 
 
 @torch.no_grad()
-def _encoding(autoencoder: Autoencoder, settings: Settings) -> int:
-    """Activations while pictures are encoded in one call, and the pictures."""
-    pixels = torch.empty(settings.encoded, 3, settings.height, settings.width, dtype=torch.uint8, device=META)
+def _encoding(autoencoder: Autoencoder, settings: MemorySettings) -> int:
+    """Return the peak of activations while `encode_batch` pictures are encoded, including the pictures."""
+    pixels = torch.empty(settings.encode_batch, 3, settings.height, settings.width, dtype=torch.uint8, device=META)
     with _allocated(autoencoder.parameters()) as allocations:
         autoencoder.encode(pixels)
     return allocations.peak
 
 
 def _inputs(
-    checkpoint: Checkpoint, model: Model, settings: Settings, batch: int
+    checkpoint: Checkpoint, model: Model, settings: MemorySettings, batch: int
 ) -> tuple[Tensor, TimePoint, Conditioning]:
-    """What a model is called with for so many pictures, without data."""
+    """Return inputs for a call of the network with `batch` pictures, on the meta device."""
     x_t = torch.empty(batch, *model.latents.shape(settings.height, settings.width), device=META)
     t = model.schedule.point(torch.empty(batch, dtype=torch.long, device=META), x_t.ndim)
-    return x_t, t, checkpoint.blank(batch, META)
+    return x_t, t, checkpoint.placeholder_conditioning(batch, META)
 
 
 def _weights(model: Model) -> list[nn.Parameter]:
@@ -208,13 +212,13 @@ def _bytes(tensor: Tensor) -> int:
 
 @contextmanager
 def _allocated(known: Iterable[Tensor]) -> Iterator[_Allocations]:
-    """Within the block allocations besides the weights `known` are counted, with attention as fused kernels do it."""
+    """Count allocations within the block, except of the tensors `known`; attention allocates as fused kernels do."""
     with _Allocations(known) as allocations, _fused_attention():
         yield allocations
 
 
 class _Allocations(TorchDispatchMode):
-    """Within the block, how many bytes are allocated that were not before it, now and at the most."""
+    """Within the block, `now` and `peak` count the bytes allocated since it began."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
@@ -242,11 +246,12 @@ class _Allocations(TorchDispatchMode):
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Attention that keeps its inputs, its output and one number to a query, as the fused kernels do."""
+    """Attention that saves its inputs, its output and one number per query for the gradient, as fused kernels do."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = query.new_empty(query.transpose(1, 2).shape).transpose(1, 2)  # as the layers after it want it
+        # Strided so that the reshape after the attention needs no copy.
+        output = query.new_empty(query.transpose(1, 2).shape).transpose(1, 2)
         ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
         return output
 
@@ -257,8 +262,8 @@ class _FusedAttention(torch.autograd.Function):
 
 @contextmanager
 def _fused_attention() -> Iterator[None]:
-    """Within the block attention is `_FusedAttention`: without data, torch takes the one that keeps every product."""
-    real = functional.scaled_dot_product_attention
+    """Use `_FusedAttention` within the block: on the meta device, torch would keep the full attention matrix."""
+    original = functional.scaled_dot_product_attention
 
     def fused(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
         output: Tensor = _FusedAttention.apply(query, key, value)
@@ -268,4 +273,4 @@ def _fused_attention() -> Iterator[None]:
     try:
         yield
     finally:
-        functional.scaled_dot_product_attention = real
+        functional.scaled_dot_product_attention = original

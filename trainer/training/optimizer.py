@@ -1,7 +1,4 @@
-"""The optimizer: which one, how fast at each step, and its state as named tensors.
-
-Flows in: parameters and settings.  Flows out: a torch optimizer whose learning rate is a function of the step alone.
-"""
+"""The optimizer, its learning rate as a function of the step, and its state as named tensors."""
 
 from __future__ import annotations
 
@@ -17,9 +14,9 @@ from ..errors import UserError
 
 
 def optimizer_class(training: TrainingConfig) -> type[torch.optim.Optimizer]:
-    """AdamW, or the one that keeps its moments in 8 bits.
+    """Return AdamW, or bitsandbytes' AdamW with 8-bit moments.
 
-    Raises UserError when bitsandbytes, which has that, is not installed.
+    Raises UserError if the latter is configured and bitsandbytes is not installed.
     """
     if training.optimizer == "adamw":
         return torch.optim.AdamW
@@ -30,31 +27,30 @@ def optimizer_class(training: TrainingConfig) -> type[torch.optim.Optimizer]:
             f"training.optimizer is {training.optimizer!r}, which needs bitsandbytes ({error}): "
             "pip install bitsandbytes, or use adamw"
         ) from error
-    found: type[torch.optim.Optimizer] = AdamW8bit
-    return found
+    adamw_8bit: type[torch.optim.Optimizer] = AdamW8bit
+    return adamw_8bit
 
 
 def make_optimizer(
     parameters: Sequence[nn.Parameter], training: TrainingConfig, embedding: Sequence[nn.Parameter] = ()
 ) -> torch.optim.Optimizer:
-    """The optimizer over `parameters`, of which those of `embedding` have a learning rate of their own.
+    """Return an optimizer over `parameters`; those that are also in `embedding` get training.target_time_lr.
 
-    Raises UserError as `optimizer_class` does.
+    Raises UserError if bitsandbytes is needed and not installed.
     """
     kind = optimizer_class(training)
-    # One kernel for all of the parameters, where there is one.
     options: dict[str, Any] = {"fused": True} if kind is torch.optim.AdamW and parameters[0].is_cuda else {}
-    apart = {id(parameter) for parameter in embedding}
+    embedding_ids = {id(parameter) for parameter in embedding}
     groups = [
-        {"params": [each for each in parameters if id(each) not in apart], "peak": training.lr},
-        {"params": [each for each in parameters if id(each) in apart], "peak": training.target_time_lr},
+        {"params": [each for each in parameters if id(each) not in embedding_ids], "peak": training.lr},
+        {"params": [each for each in parameters if id(each) in embedding_ids], "peak": training.target_time_lr},
     ]
     groups = [group for group in groups if group["params"]]
     return kind(groups, lr=training.lr, weight_decay=training.weight_decay, **options)  # type: ignore[call-arg]
 
 
-def set_rate(optimizer: torch.optim.Optimizer, step: int, training: TrainingConfig) -> float:
-    """Give the optimizer the learning rates of a step, counted from 0, and return that of the LoRA."""
+def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, training: TrainingConfig) -> float:
+    """Set the learning rate of every parameter group for a step, counted from 0; return that of the LoRA."""
     factor = lr_factor(step, training.steps, training.warmup_steps)
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor
@@ -62,39 +58,40 @@ def set_rate(optimizer: torch.optim.Optimizer, step: int, training: TrainingConf
 
 
 def lr_factor(step: int, steps: int, warmup_steps: int) -> float:
-    """The learning rate at a step as a share of its peak: linear warm-up, then a cosine that ends at zero."""
+    """Return learning rate / peak at a step, counted from 0: linear warm-up, then a cosine to 0 at `steps`."""
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(steps - warmup_steps, 1)))
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Everything the optimizer remembers, as `index.name`, or `index.name.name` of what it keeps in a mapping of names.
+    """Return the optimizer's state as flat names: `INDEX.NAME`, or `INDEX.NAME.NAME` for a nested state.
 
-    A whole number is an int64 without dimensions.  No two tensors share memory, as those of a file must not.
+    Integers become int64 scalars. Tensors that share memory are cloned, since a safetensors file cannot hold them.
     """
-    flat = {name: torch.as_tensor(value) for name, value in _leaves(optimizer.state_dict()["state"])}
+    flat = {name: torch.as_tensor(value) for name, value in _flatten(optimizer.state_dict()["state"])}
     first = {tensor.data_ptr(): name for name, tensor in reversed(flat.items())}
     return {name: tensor if first[tensor.data_ptr()] == name else tensor.clone() for name, tensor in flat.items()}
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Give back to a new optimizer what `optimizer_state` took from one over the same parameters."""
+    """Load what `optimizer_state` returned into an optimizer over the same parameters."""
     state: dict[Any, Any] = {}
     for key, value in tensors.items():
-        index, *within, name = key.split(".")
-        place = state.setdefault(int(index), {})
-        for each in within:
-            place = place.setdefault(each, {})
-        whole = value.dim() == 0 and value.dtype == torch.int64
-        place[name] = int(value) if whole else value
+        index, *path, name = key.split(".")
+        nested = state.setdefault(int(index), {})
+        for each in path:
+            nested = nested.setdefault(each, {})
+        is_integer = value.dim() == 0 and value.dtype == torch.int64
+        nested[name] = int(value) if is_integer else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _leaves(state: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """What is no mapping in nested mappings, under its keys with dots between them: bitsandbytes nests its moments."""
+def _flatten(state: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested mappings under their keys, joined by dots: bitsandbytes nests its moments."""
     for key, value in state.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from _flatten(value, f"{prefix}{key}.")
+
         else:
             yield f"{prefix}{key}", value

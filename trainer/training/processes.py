@@ -1,10 +1,9 @@
-"""The processes that train together: one, or as many as `accelerate launch` has started.
+"""Data-parallel training: the processes that `accelerate launch` has started, or a single one.
 
-Flows in: what each has computed on its rows of a step.  Flows out: the sum over all, the same in each.
-
-The network is not wrapped in DistributedDataParallel: that expects one forward and one backward pass a step, and ours
-has up to five, with the adapter in several states.  All that the processes must agree on is the adapter's gradient, so
-it is summed when it is complete; then each process makes the same optimizer step.
+Each process computes the gradient of its own rows of the batch. The network is not wrapped in DistributedDataParallel,
+which expects one forward pass for each backward pass: here there are up to five, with the adapter in several states.
+Instead, the complete gradient of the adapter is summed over the processes, and every process makes the same optimizer
+step.
 """
 
 from __future__ import annotations
@@ -22,38 +21,42 @@ from torch import Tensor, distributed
 from ..errors import RunError, UserError
 
 T = TypeVar("T")
-_BUCKET_BYTES = 32 * 2**20  # of gradients that are exchanged at once, and copied for it
-_PATIENCE = timedelta(days=1)  # as one may have much more to encode than the others, or a preview to draw
+_BUCKET_BYTES = 32 * 2**20  # gradients per all-reduce; this much memory is needed for a copy of them
+# A process may wait this long for the others: one may have much more to encode, or previews to draw.
+_TIMEOUT = timedelta(days=1)
 
 
 @dataclass(frozen=True)
 class Processes:
-    """The place of this process among all."""
+    """The rank of this process and the number of processes, and the communication between them."""
 
     rank: int = 0
     count: int = 1
 
     @property
     def main(self) -> bool:
-        """Whether this is the one that writes files, draws bars and logs."""
+        """Whether this is the main process, the only one that writes files, shows progress and logs."""
         return self.rank == 0
 
-    def parts(self, size: int, accumulate: int) -> list[slice]:
-        """The rows of a step of `size` pictures that are this process's, in `accumulate` parts; all are of one length.
+    def micro_batches(self, batch: int, accumulate: int) -> list[slice]:
+        """Return this process's rows of a batch as `accumulate` micro-batches of equal size.
 
-        Raises UserError when the step cannot be divided so.
+        Raises UserError if `batch` is not a multiple of accumulate times the number of processes.
         """
-        each, rest = divmod(size, self.count * accumulate)
+        size, rest = divmod(batch, self.count * accumulate)
         if rest:
             raise UserError(
-                f"training.batch is {size}: use a multiple of training.accumulate times the number of processes, "
+                f"training.batch is {batch}: use a multiple of training.accumulate times the number of processes, "
                 f"{accumulate} x {self.count}"
             )
         first = self.rank * accumulate
-        return [slice(part * each, (part + 1) * each) for part in range(first, first + accumulate)]
+        return [slice(number * size, (number + 1) * size) for number in range(first, first + accumulate)]
 
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor, in place, by its sum over the processes; bucket by bucket, to need little memory."""
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor, in place, by its sum over the processes.
+
+        Tensors are exchanged in buckets: one call for each tensor would be slow, one for all would need a full copy.
+        """
         if self.count == 1:
             return
         for bucket in _buckets(tensors):
@@ -62,10 +65,10 @@ class Processes:
             pieces = flat.split([tensor.numel() for tensor in bucket])
             torch._foreach_copy_(bucket, [piece.view_as(each) for piece, each in zip(pieces, bucket, strict=True)])
 
-    def once(self, function: Callable[[], T]) -> T:
-        """What `function` returns in the main process, which alone calls it; the others wait, and return the same.
+    def on_main_process(self, function: Callable[[], T]) -> T:
+        """Call `function` in the main process only, and return its result in every process.
 
-        What it raises for people to read is raised in all of them.
+        A UserError, RunError or OSError that it raises is raised in every process.
         """
         if self.count == 1:
             return function()
@@ -78,17 +81,17 @@ class Processes:
         broadcast_object_list(result)
         if isinstance(result[0], Exception):
             raise result[0]
-        found: T = result[0]
-        return found
+        returned: T = result[0]
+        return returned
 
-    def wait(self) -> None:
-        """Wait until every process is here."""
+    def barrier(self) -> None:
+        """Wait until every process has called this."""
         if self.count > 1:
             PartialState().wait_for_everyone()
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """The tensors in their order, in groups of one dtype and about _BUCKET_BYTES."""
+    """Yield the tensors in order, in groups of one dtype and at most _BUCKET_BYTES, or one larger tensor."""
     bucket: list[Tensor] = []
     size = 0
     for tensor in tensors:
@@ -102,11 +105,13 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 ALONE = Processes()
+"""A single process."""
 
 
-def join(device: torch.device) -> tuple[Processes, torch.device]:
-    """Meet the processes that were launched together with this one, if any; return this one's device, too."""
-    state = PartialState(cpu=device.type == "cpu", timeout=_PATIENCE)
+def join_processes(device: torch.device) -> tuple[Processes, torch.device]:
+    """Connect to the processes that were launched together with this one; also return this process's device."""
+    state = PartialState(cpu=device.type == "cpu", timeout=_TIMEOUT)
+
     if state.num_processes == 1:
         return ALONE, device
     return Processes(state.process_index, state.num_processes), state.device

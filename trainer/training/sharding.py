@@ -1,4 +1,4 @@
-"""The frozen base spread over the processes (FSDP), where each GPU has too little memory for all of it."""
+"""FSDP: shard the frozen base over the processes, if one GPU has too little memory for all of it."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from ..models.seam import Model
 from .processes import Processes
 
 
-def wanted() -> bool:
-    """Whether Accelerate was started with FSDP."""
+def fsdp_requested() -> bool:
+    """Whether `accelerate launch` was configured with FSDP."""
     return os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
 
 def shard(model: Model, processes: Processes) -> None:
-    """Spread the network's frozen weights; each process keeps a share, and gathers a block's when it comes to it.
+    """Shard the network's frozen weights over the processes; each block's weights are gathered while it computes.
 
-    The adapter is beside the network, and stays complete in each process. From here on every process must call the
-    network when one does.
+    The adapter is not part of the network, and stays complete in every process. From now on, all processes must call
+    the network the same number of times.
     """
+
     mesh = init_device_mesh(model.device.type, (processes.count,))
     for module in (*model.blocks(), model.network):
         fully_shard(module, mesh=mesh)

@@ -1,4 +1,4 @@
-"""The loss of one step: student, target and teacher are one network, in three states of its adapter."""
+"""The loss of a training step. Student, EMA target and teacher are one network in three states of its adapter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from .examples import Examples
 
 
 def step_losses(model: Model, examples: Examples, config: Config) -> Tensor:
-    """The weighted loss [b] of each example, which are on the model's device."""
+    """Return the weighted loss of each example, [b], with a gradient; the examples are on the model's device."""
+
     method, schedule, ndim = config.method, model.schedule, examples.latents.ndim
     cond, uncond, guidance = examples.cond, examples.uncond, examples.guidance
 
@@ -29,14 +30,14 @@ def step_losses(model: Model, examples: Examples, config: Config) -> Tensor:
     if method.order == 2:
         student = second_order(predict, lambda t, s: schedule.point(schedule.midpoint(t.time, s.time), ndim))
 
-    def average(x_t: Tensor, t: TimePoint, s: TimePoint, rows: Tensor) -> Tensor:
+    def ema_target(x_t: Tensor, t: TimePoint, s: TimePoint, rows: Tensor) -> Tensor:
         with model.adapter.using(AVERAGE):
             return student(x_t, t, s, rows)
 
     points = Points(*(schedule.point(time, ndim) for time in examples.times))
     distances = tcd_loss(
         student,
-        average if method.ema_decay else student,
+        ema_target if method.ema_decay else student,
         teacher,
         examples.latents,
         examples.eps,

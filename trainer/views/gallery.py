@@ -9,8 +9,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...tcd.adapter import FILE
-from ..atomic import whole_file
-from ..config.device import dtype_of
+from ..atomic import atomic_write
+from ..config.device import resolve_dtype
 from ..config.settings import BaseConfig, PreviewConfig
 from ..data.buckets import Size
 from ..errors import UserError
@@ -42,7 +42,7 @@ def draw_gallery(lora: Path, base: BaseConfig, settings: PreviewConfig, folder: 
             f"{lora} is a LoRA for {family or 'no family that is known here'}, and {base.path} is "
             f"{checkpoint.family}: use a base of its family"
         )
-    side, dtype = checkpoint.resolution, dtype_of(base.dtype, device)
+    side, dtype = checkpoint.resolution, resolve_dtype(base.dtype, device)
     size = Size(settings.height or side, settings.width or side)
     prompts = encode_prompts(checkpoint, settings.prompts, settings.seeds, size, device=device, dtype=dtype)
     # A separate function, so that the network is freed before the autoencoder is loaded.
@@ -55,7 +55,7 @@ def draw_gallery(lora: Path, base: BaseConfig, settings: PreviewConfig, folder: 
             save_picture(pixels, path)
         rows.append(Row(f"{steps} step{'s' if steps > 1 else ''}", torch.stack(pictures)))
     title = f"{lora.name.encode('ascii', 'replace').decode()}, eta {settings.eta:g}, cfg {settings.cfg:g}"
-    with whole_file(folder / GRID_NAME) as unfinished:
+    with atomic_write(folder / GRID_NAME) as unfinished:
         grid = draw_grid(rows, prompts.captions, title, scale=min(2.0, _CELL_PX / max(size)))
         grid.save(unfinished, quality=92)
     return folder / GRID_NAME

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..atomic import whole_file
+from ..atomic import atomic_write
 from ..errors import RunError
 from ..training.loop import StepRecord
 
@@ -110,7 +110,7 @@ class _CsvFile:
     def drop_from(self, step: int) -> None:
         """Remove the rows from `step` on; creates the file if there is none."""
         kept = [row for row in _read(self.path, self.columns) if int(row[0]) < step]
-        with whole_file(self.path) as unfinished:
+        with atomic_write(self.path) as unfinished:
             unfinished.write_text(_lines([self.columns, *kept]), encoding="utf-8")
 
     def append(self, rows: Iterable[Sequence[object]]) -> None:

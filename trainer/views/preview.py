@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ..atomic import whole_file
+from ..atomic import atomic_write
 from ..config.settings import Config
 from ..files.adapter_weights import using_file
 from ..files.write import write_lora
@@ -89,7 +89,7 @@ class Previews:
             for picture in (self.folder / subfolder).glob("*.png"):
                 picture.unlink()
         self.folder.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as unfinished:
+        with atomic_write(path) as unfinished:
             unfinished.write_text(text, encoding="utf-8")
 
     def _draw_student(self, step: int, *, redraw: bool = True) -> None:
@@ -160,5 +160,5 @@ def write_grid(folder: Path, prompts: PreviewPrompts, config: Config, step: int)
     scale = min(2.0, _CELL_PX / max(rows[0].pictures.shape[2:]))
     title = f"After {step} steps of training" if step else "Before training"
     title += f": eta {config.preview.eta:g}, cfg {config.preview.cfg:g}"
-    with whole_file(grid_path(folder, step)) as unfinished:
+    with atomic_write(grid_path(folder, step)) as unfinished:
         draw_grid(rows, prompts.captions, title, scale=scale).save(unfinished, quality=92)

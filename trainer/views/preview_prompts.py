@@ -15,7 +15,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from ..atomic import whole_file
+from ..atomic import atomic_write
 from ..data.buckets import Fit, Size
 from ..models.conditioning import Conditioning
 from ..models.sampling import Guidance, initial_noise, sample_latents
@@ -69,7 +69,7 @@ def encode_prompts(
     """
     encoded = checkpoint.load_text_encoder(dtype, device).encode([*prompts, ""])
     sizes = torch.tensor([Fit(size, size, size, 0, 0).sizes], device=device)
-    *cond, uncond = (checkpoint.join([row], sizes) for row in encoded)
+    *cond, uncond = (checkpoint.collate([row], sizes) for row in encoded)
     return PreviewPrompts(tuple(prompts), tuple(seeds), tuple(cond), uncond, (1, *checkpoint.latents.shape(*size)))
 
 
@@ -96,7 +96,7 @@ def sample_previews(model: Model, prompts: PreviewPrompts, *, steps: int, gamma:
 def save_picture(pixels: Tensor, path: Path) -> None:
     """Write a picture, uint8 [3, H, W], and create its folder if it does not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as unfinished:
+    with atomic_write(path) as unfinished:
         Image.fromarray(rearrange(pixels.cpu().numpy(), "c h w -> h w c")).save(unfinished)
 
 

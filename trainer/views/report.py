@@ -11,7 +11,7 @@ from string import Template
 
 from PIL import Image
 
-from ..atomic import whole_file
+from ..atomic import atomic_write
 from ..config import settings as config
 from ..config.settings import Config
 from ..errors import UserError
@@ -51,7 +51,7 @@ def write_report(folder: Path) -> Path:
         settings=escape(run.to_toml()),
     )
     path = folder / REPORT_NAME
-    with whole_file(path) as unfinished:
+    with atomic_write(path) as unfinished:
         unfinished.write_text(page, encoding="utf-8")
     return path
 

@@ -40,7 +40,7 @@ from trajectory_consistency.tcd.objective import Follow, distance_of, first_orde
 from trajectory_consistency.tcd.target_time import sinusoid
 from trajectory_consistency.tcd.times import Points as TimePoints
 from trajectory_consistency.tcd.times import sample_times
-from trajectory_consistency.trainer.atomic import whole_file
+from trajectory_consistency.trainer.atomic import atomic_write
 from trajectory_consistency.trainer.training.optimizer import lr_factor
 
 NAME = "checkerboard"
@@ -110,7 +110,7 @@ def denoiser_of(seed: int, folder: Path) -> dict[str, Tensor]:
     """The weights of a student that knows what the teacher knows, by regression to v: where each method begins."""
     path = folder / f"denoiser-{seed}.safetensors"
     if not path.exists():
-        with whole_file(path) as unfinished:
+        with atomic_write(path) as unfinished:
             save_file(_learn_to_denoise(seed), unfinished)
     return load_file(path)
 
@@ -132,7 +132,7 @@ def distill(method: Method, lr: float, seed: int, folder: Path) -> Denoiser:
     """Train a student by a method, or have it as it was trained before."""
     path = folder / f"{method.name}-{lr:g}-{seed}.safetensors"
     if not path.exists():
-        with whole_file(path) as unfinished:
+        with atomic_write(path) as unfinished:
             save_file(_train(method, lr, seed, folder).state_dict(), unfinished)
     student = _student(method).eval().requires_grad_(False)
     student.load_state_dict(load_file(path))

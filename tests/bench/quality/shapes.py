@@ -20,13 +20,13 @@ from torch import Tensor
 
 from trajectory_consistency.tcd import TimePoint, add_noise, jump, timestep_grid
 from trajectory_consistency.tcd.adapter import FILE
-from trajectory_consistency.trainer.atomic import whole_file
+from trajectory_consistency.trainer.atomic import atomic_write
 from trajectory_consistency.trainer.config import settings as config
 from trajectory_consistency.trainer.demo import methods as demo
 from trajectory_consistency.trainer.demo.classifier import Classifier, train_classifier, world_sample
 from trajectory_consistency.trainer.demo.metrics import caption_accuracy
 from trajectory_consistency.trainer.files.adapter_weights import load_weights
-from trajectory_consistency.trainer.models.solver import draw_latents
+from trajectory_consistency.trainer.models.solver import dpm_solver_sample
 from trajectory_consistency.trainer.run import run
 from trajectory_consistency.trainer.tiny import world
 from trajectory_consistency.trainer.views.grid import Row, draw_grid
@@ -53,7 +53,7 @@ class Measured(NamedTuple):
     teacher: Points
 
 
-def prepare(folder: Path) -> None:
+def load_or_encode(folder: Path) -> None:
     """Make what all runs share: the pictures, the classifier, the teacher's pictures and trajectories."""
     if not (folder / "pictures").exists():
         world.write_folder(folder / "pictures.unfinished", 1024, seed=0)
@@ -105,7 +105,7 @@ def teacher_features(folder: Path) -> Tensor:
     if not path.exists():
         row = demo.Method("teacher", None, 50, 0.0)
         drawn = demo.Studio({}, CAPTIONS * TEACHERS).pictures(row, PICTURES * TEACHERS, 40_000)
-        with whole_file(path) as unfinished:
+        with atomic_write(path) as unfinished:
             save_file({"features": classifier(folder).features(drawn)}, unfinished)
     return load_file(path)["features"]
 
@@ -158,7 +158,7 @@ def measure_references(seed: int, folder: Path) -> dict[str, dict[str, float]]:
         found[row.label] = measure_pictures(studio.pictures(row, PICTURES, start), folder)
         if steps > TUNED_AT[-1]:
             continue  # where it is DDIM's own distance
-        latents = draw_latents(
+        latents = dpm_solver_sample(
             studio.model,
             studio.cond,
             studio.guidance.uncond,
@@ -198,7 +198,7 @@ def trajectories(folder: Path) -> dict[str, Tensor]:
                 x = jump(x, clean, here.level, there.level)
                 if now - 1 in (*grid, 0):
                     found[f"{t} {now - 1}"] = x
-        with whole_file(path) as unfinished:
+        with atomic_write(path) as unfinished:
             save_file({key: x.contiguous() for key, x in found.items()}, unfinished)
     return load_file(path)
 
@@ -246,7 +246,7 @@ def draw(lr: Mapping[str, float], folder: Path, path: Path) -> None:
 def classifier(folder: Path) -> Classifier:
     path = folder / "classifier.safetensors"
     if not path.exists():
-        with whole_file(path) as unfinished:
+        with atomic_write(path) as unfinished:
             save_file(train_classifier(0).state_dict(), unfinished)
     made = Classifier().eval().requires_grad_(False)
     made.load_state_dict(load_file(path))

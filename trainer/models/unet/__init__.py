@@ -1,1 +1,1 @@
-"""SD1.5, SD2.x and SDXL, read through diffusers."""
+"""The UNet engine: SD1.5, SD2.x and SDXL, loaded with diffusers."""

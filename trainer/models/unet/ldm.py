@@ -1,7 +1,6 @@
-"""The names of a single-file checkpoint: diffusers module path <-> the original latent-diffusion key.
+"""Where the tensors of diffusers and transformers models are in a single-file checkpoint with latent-diffusion names.
 
-Flows in: the names of a model's tensors in diffusers or transformers.  Flows out: the `Place` of each in the file,
-by which files are both written and read.
+The same `TensorLocation` of each tensor is used to read and to write files.
 """
 
 from __future__ import annotations
@@ -51,26 +50,27 @@ _OPEN_CLIP_LAYER = {
     "mlp.fc1": "mlp.c_fc",
     "mlp.fc2": "mlp.c_proj",
 }
-_THIRDS = {"self_attn.q_proj": 0, "self_attn.k_proj": 1, "self_attn.v_proj": 2}
+_QKV_INDEX = {"self_attn.q_proj": 0, "self_attn.k_proj": 1, "self_attn.v_proj": 2}
 
 
-class Place(NamedTuple):
-    """Where a tensor stands in a single-file checkpoint, and in which form."""
+class TensorLocation(NamedTuple):
+    """The name and the layout of a model's tensor in a single-file checkpoint."""
 
     name: str
-    third: int | None = None
-    """Which part it is of what the file has in one: OpenCLIP's query, key and value."""
+    """Key in the file."""
+    qkv_index: int | None = None
+    """0, 1 or 2 if the file stores query, key and value in one tensor, as OpenCLIP does; None otherwise."""
     transposed: bool = False
-    """As OpenCLIP's projection, which multiplies from the other side."""
+    """Whether the file stores the transposed matrix, as OpenCLIP does for its text projection."""
     convolution: bool = False
-    """A matrix that the file has as a convolution of 1 x 1: the VAE's attention."""
+    """Whether the file stores matrices as 1 x 1 convolutions, as it does in the VAE's attention."""
 
     def read(self, tensor: Tensor, shape: Sequence[int]) -> Tensor:
-        """Take a model's tensor of that shape out of the file's.
+        """Extract the model's tensor, of the given shape, from the file's tensor.
 
-        Raises ValueError when it has another shape.
+        Raises ValueError if the result has a different shape.
         """
-        part = tensor if self.third is None else tensor.chunk(3)[self.third]
+        part = tensor if self.qkv_index is None else tensor.chunk(3)[self.qkv_index]
         part = part.T if self.transposed else part
         part = part.flatten(1) if self.convolution and part.ndim > 1 else part
         if part.shape != torch.Size(shape):
@@ -78,81 +78,86 @@ class Place(NamedTuple):
         return part
 
 
-def to_file(state: Mapping[str, Tensor], places: Mapping[str, Place]) -> dict[str, Tensor]:
-    """Bring a model's tensors into the names and forms of the file."""
+def to_ldm(state: Mapping[str, Tensor], locations: Mapping[str, TensorLocation]) -> dict[str, Tensor]:
+    """Convert a model's state dict to the names and layouts of the file."""
     out: dict[str, Tensor] = {}
-    thirds: dict[str, dict[int, Tensor]] = {}
+    qkv: dict[str, dict[int, Tensor]] = {}
     for key, value in state.items():
-        place = places[key]
-        if place.third is not None:
-            thirds.setdefault(place.name, {})[place.third] = value
-        elif place.convolution and value.ndim == 2:
-            out[place.name] = value[:, :, None, None]
+        location = locations[key]
+        if location.qkv_index is not None:
+            qkv.setdefault(location.name, {})[location.qkv_index] = value
+        elif location.convolution and value.ndim == 2:
+            out[location.name] = value[:, :, None, None]
         else:
-            out[place.name] = value.T if place.transposed else value
-    return out | {name: torch.cat([parts[i] for i in range(3)]) for name, parts in thirds.items()}
+            out[location.name] = value.T if location.transposed else value
+    return out | {name: torch.cat([parts[i] for i in range(3)]) for name, parts in qkv.items()}
 
 
 def unet_to_ldm(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Rename a UNet2DConditionModel's state dict; `config` is the model's own."""
-    return to_file(state, unet_places(state, config))
+    """Convert a UNet2DConditionModel's state dict; config: the model's configuration."""
+    return to_ldm(state, unet_locations(state, config))
 
 
 def vae_to_ldm(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Rename an AutoencoderKL's state dict; attention weights become the 1 x 1 convolutions of the original."""
-    return to_file(state, vae_places(state, config))
+    """Convert an AutoencoderKL's state dict; attention weights become 1 x 1 convolutions, as in the original."""
+    return to_ldm(state, vae_locations(state, config))
 
 
 def text_to_ldm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a CLIPTextModel's state dict, whether or not its names begin with `text_model.`, as SD1.5 has it."""
-    return to_file(state, clip_places(state, TEXT_PREFIX))
+    """Convert the state dict of SD1.5's CLIPTextModel; its names may begin with `text_model.` or not."""
+    return to_ldm(state, clip_locations(state, TEXT_PREFIX))
 
 
-def unet_places(keys: Iterable[str], config: Mapping[str, Any]) -> dict[str, Place]:
-    """The places of a UNet2DConditionModel's tensors; `config` is the model's own."""
+def unet_locations(keys: Iterable[str], config: Mapping[str, Any]) -> dict[str, TensorLocation]:
+    """Return the locations of a UNet2DConditionModel's tensors; config: the model's configuration."""
     modules = _unet_modules(config)
-    return {key: Place(UNET_PREFIX + _rename(key, modules, _UNET_RESNET, ".resnets.")) for key in keys}
+    return {key: TensorLocation(UNET_PREFIX + _rename(key, modules, _UNET_RESNET, ".resnets.")) for key in keys}
 
 
-def vae_places(keys: Iterable[str], config: Mapping[str, Any], prefix: str = VAE_PREFIX) -> dict[str, Place]:
-    """The places of an AutoencoderKL's tensors; a file with nothing but a VAE has no prefix."""
+def vae_locations(
+    keys: Iterable[str], config: Mapping[str, Any], prefix: str = VAE_PREFIX
+) -> dict[str, TensorLocation]:
+    """Return the locations of an AutoencoderKL's tensors; prefix: "" for a file that contains only a VAE."""
     modules = _vae_modules(config)
     out = {}
     for key in keys:
         attends = ".attentions." in key
         inner = _VAE_ATTENTION if attends else {"conv_shortcut": "nin_shortcut"}
-        out[key] = Place(prefix + _rename(key, modules, inner, "."), convolution=attends)
+        out[key] = TensorLocation(prefix + _rename(key, modules, inner, "."), convolution=attends)
     return out
 
 
-def clip_places(keys: Iterable[str], prefix: str) -> dict[str, Place]:
-    """The places of a CLIPTextModel's tensors in a file that has OpenAI's CLIP-L as transformers names it."""
-    return {key: Place(prefix + key.removeprefix("text_model.")) for key in keys}
+def clip_locations(keys: Iterable[str], prefix: str) -> dict[str, TensorLocation]:
+    """Return the locations of a CLIPTextModel's tensors in a file with transformers' names (CLIP-L of SD1.5, SDXL)."""
+    return {key: TensorLocation(prefix + key.removeprefix("text_model.")) for key in keys}
 
 
-def open_clip_places(keys: Iterable[str], prefix: str) -> dict[str, Place]:
-    """The places of a CLIPTextModel's tensors in a file that has it as OpenCLIP names it, query, key and value in one.
+def open_clip_locations(keys: Iterable[str], prefix: str) -> dict[str, TensorLocation]:
+    """Return the locations of a CLIPTextModel's tensors in a file with OpenCLIP's names (SD2.x, SDXL's second encoder).
 
-    Raises KeyError for a tensor that OpenCLIP has no name for.
+    Raises KeyError if OpenCLIP has no such tensor.
     """
     out = {}
     for key in keys:
         name = key.removeprefix("text_model.")
         if name in _OPEN_CLIP:
-            out[key] = Place(prefix + _OPEN_CLIP[name], transposed=name == "text_projection.weight")
+            out[key] = TensorLocation(prefix + _OPEN_CLIP[name], transposed=name == "text_projection.weight")
             continue
         _, _, number, rest = name.split(".", 3)  # encoder.layers.N.
         module, _, leaf = rest.rpartition(".")
         block = f"{prefix}transformer.resblocks.{number}."
-        if module in _THIRDS:
-            out[key] = Place(f"{block}attn.in_proj_{leaf}", third=_THIRDS[module])
+        if module in _QKV_INDEX:
+            out[key] = TensorLocation(f"{block}attn.in_proj_{leaf}", qkv_index=_QKV_INDEX[module])
         else:
-            out[key] = Place(f"{block}{_OPEN_CLIP_LAYER[module]}.{leaf}")
+            out[key] = TensorLocation(f"{block}{_OPEN_CLIP_LAYER[module]}.{leaf}")
     return out
 
 
 def _rename(key: str, modules: Mapping[str, str], inner: Mapping[str, str], inner_within: str) -> str:
-    """Rename the longest known module prefix of `key`, and what is inside it where `inner_within` is in the path."""
+    """Replace the longest prefix of `key` that is in `modules`; rename the rest by `inner` if key has `inner_within`.
+
+    Raises KeyError if no prefix is in `modules`.
+    """
     parts = key.split(".")
     for cut in range(len(parts), 0, -1):
         prefix = ".".join(parts[:cut])
@@ -166,7 +171,7 @@ def _rename(key: str, modules: Mapping[str, str], inner: Mapping[str, str], inne
 
 
 def _unet_modules(config: Mapping[str, Any]) -> dict[str, str]:
-    """UNet modules by diffusers path; the blocks of the original are one numbered row down and one up."""
+    """Map diffusers module paths of a UNet to original ones, where all down blocks, and all up blocks, are one list."""
     layers: int = config["layers_per_block"]
     down: Sequence[str] = config["down_block_types"]
     names = dict(_UNET_TOP)
@@ -190,7 +195,8 @@ def _unet_modules(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _vae_modules(config: Mapping[str, Any]) -> dict[str, str]:
-    """VAE modules by diffusers path; the original numbers its decoder levels from the picture inwards."""
+    """Map diffusers module paths of a VAE to original ones, which number decoder levels from the pixels inwards."""
+
     names = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
     levels, layers = len(config["block_out_channels"]), config["layers_per_block"]
     for half in ("encoder", "decoder"):

@@ -1,7 +1,4 @@
-"""Captions to what the UNet is told: CLIP's tokenizer, and the text encoders as each family uses them.
-
-Flows in: captions.  Flows out: token ids [B, 77] and a `Conditioning`.
-"""
+"""Captions -> conditioning: CLIP's tokenizer, and the CLIP text encoders as each family uses them."""
 
 from __future__ import annotations
 
@@ -15,64 +12,66 @@ from transformers import CLIPTokenizer, PreTrainedModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..conditioning import Conditioning
-from . import families as bases
-from . import ldm
+from . import families, ldm
 
 MAX_TOKENS = 77
-END = 49407
+END_TOKEN = 49407
 
 
-class Clip(NamedTuple):
-    """One of a family's text encoders: where its weights stand, and what comes after a caption's end."""
+class ClipEncoder(NamedTuple):
+    """One of a family's text encoders: where to find its weights, and how its captions are padded."""
 
     part: str
-    """Its folder in a diffusers folder."""
+    """Subfolder of a diffusers folder."""
     prefixes: tuple[str, ...]
-    """What its names in a single file may begin with; the first is what we write."""
-    places: Callable[[Iterable[str], str], dict[str, ldm.Place]]
-    """(the model's names, a prefix) -> where they stand in a single file."""
+    """Prefixes that its tensors can have in a single file; files are written with the first."""
+    locations: Callable[[Iterable[str], str], dict[str, ldm.TensorLocation]]
+    """(tensor names of the model, prefix) -> location of each tensor in a single file."""
     padding: int
-    """The token that fills a caption up to CLIP's length."""
+    """Token that fills a caption to MAX_TOKENS."""
 
 
-_OPENAI = Clip(
+_OPENAI = ClipEncoder(
     "text_encoder",
     ("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer."),
-    ldm.clip_places,
-    padding=END,
+    ldm.clip_locations,
+    padding=END_TOKEN,
 )
-_SGM = "conditioner.embedders."  # where the later code base of Stability AI keeps the text encoders
-CLIPS: dict[bases.Family, tuple[Clip, ...]] = {
+_SGM = "conditioner.embedders."  # prefix of the text encoders in Stability AI's generative-models
+CLIPS: dict[families.Family, tuple[ClipEncoder, ...]] = {
     "sd15": (_OPENAI,),
     "tiny": (_OPENAI,),
-    # OpenCLIP pads with zeros, which are exclamation marks.
-    "sd2": (Clip("text_encoder", ("cond_stage_model.model.", f"{_SGM}0.model."), ldm.open_clip_places, padding=0),),
+    # OpenCLIP pads with token 0.
+    "sd2": (
+        ClipEncoder("text_encoder", ("cond_stage_model.model.", f"{_SGM}0.model."), ldm.open_clip_locations, padding=0),
+    ),
     "sdxl": (
-        Clip("text_encoder", (f"{_SGM}0.transformer.text_model.",), ldm.clip_places, padding=END),
-        Clip("text_encoder_2", (f"{_SGM}1.model.",), ldm.open_clip_places, padding=0),
+        ClipEncoder("text_encoder", (f"{_SGM}0.transformer.text_model.",), ldm.clip_locations, padding=END_TOKEN),
+        ClipEncoder("text_encoder_2", (f"{_SGM}1.model.",), ldm.open_clip_locations, padding=0),
     ),
 }
 
 
 class TextEncoder(nn.ModuleList):
-    """The CLIP models of a family, used as its UNet was trained with them.
+    """The CLIP models of a family, used as in the training of its UNet.
 
-    SD1.5 and SD2.x take the last hidden state after the final norm. SD2.x's OpenCLIP-H is loaded without its last
-    layer, so that this is the penultimate one. SDXL takes the penultimate hidden states of both encoders without the
-    norm, concatenated, and the second encoder's projection of the end-of-text token as `pooled`.
+    SD1.5 and SD2.x use the last hidden state after the final norm; SD2.x's configuration leaves out the last layer of
+    OpenCLIP-H, so its last hidden state is the penultimate one of the full model. SDXL uses the penultimate hidden
+    states of both encoders, without the norm and concatenated, and the projected end-of-text token of the second
+    encoder as `pooled`.
     """
 
-    def __init__(self, family: bases.Family, models: Sequence[PreTrainedModel]) -> None:
-        """Take the models in the order of `CLIPS`."""
+    def __init__(self, family: families.Family, models: Sequence[PreTrainedModel]) -> None:
+        """models: in the order of CLIPS[family]."""
         super().__init__(models)
         self.clips = CLIPS[family]
 
     def models(self) -> Iterator[PreTrainedModel]:
-        """The models, in the order of `CLIPS`."""
+        """Yield the models, in the order of CLIPS[family]."""
         return self.children()
 
     def encode(self, captions: Sequence[str]) -> list[Conditioning]:
-        """Encode captions, one row each: `context` [1, 77, D] and, for SDXL, `pooled` [1, P]."""
+        """Encode each caption as one row: `context` [1, 77, D] and, for SDXL, `pooled` [1, P]."""
         with torch.no_grad():
             outputs: list[Any] = [
                 model(tokenize(captions, padding=clip.padding).to(model.device), output_hidden_states=True)
@@ -88,8 +87,8 @@ class TextEncoder(nn.ModuleList):
 
 @cache
 def clip_tokenizer() -> CLIPTokenizer:
-    """CLIP's byte-pair tokenizer, built from its merge rules, which stand in `bases/clip_merges.txt`."""
-    merges = (bases.ROOT / "clip_merges.txt").read_text(encoding="utf-8").splitlines()
+    """Return CLIP's byte-pair tokenizer, built from its merge rules in `families/clip_merges.txt`."""
+    merges = (families.ROOT / "clip_merges.txt").read_text(encoding="utf-8").splitlines()
     letters = list(bytes_to_unicode().values())
     tokens = letters + [letter + "</w>" for letter in letters] + [merge.replace(" ", "") for merge in merges]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
@@ -98,8 +97,8 @@ def clip_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=pairs, model_max_length=MAX_TOKENS)
 
 
-def tokenize(captions: Sequence[str], *, padding: int = END) -> Tensor:
-    """Token ids [B, 77] of `captions`, cut to CLIP's length or filled up to it after their end."""
+def tokenize(captions: Sequence[str], *, padding: int = END_TOKEN) -> Tensor:
+    """Return token ids, int64 [B, 77], of captions, truncated or filled with `padding` after the end token."""
     encoded = clip_tokenizer()(list(captions), padding="max_length", truncation=True, return_tensors="pt")
     ids: Tensor = encoded["input_ids"]
-    return ids.masked_fill((ids == END).cumsum(1) > 1, padding)
+    return ids.masked_fill((ids == END_TOKEN).cumsum(1) > 1, padding)

@@ -24,7 +24,7 @@ from trajectory_consistency.trainer.data.cache import open_cached
 from trajectory_consistency.trainer.data.dataset import Dataset
 from trajectory_consistency.trainer.data.store import digest
 from trajectory_consistency.trainer.models.seam import Model
-from trajectory_consistency.trainer.models.solver import draw_latents
+from trajectory_consistency.trainer.models.solver import dpm_solver_sample
 from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint
 from trajectory_consistency.trainer.models.unet.model import UNetModel
 from trajectory_consistency.trainer.randomness import generator
@@ -60,7 +60,7 @@ def test_it_is_diffusers_dpm_solver(checkpoint: Path, prediction: str, steps: in
         for t in scheduler.timesteps:
             free, given = (net.network(x, t, each.tensors["context"]).sample for each in (uncond, cond))
             x = scheduler.step(free + 3.0 * (given - free), t, x).prev_sample
-    found = draw_latents(net, cond, uncond, noise(), steps=steps, guidance=3.0)
+    found = dpm_solver_sample(net, cond, uncond, noise(), steps=steps, guidance=3.0)
     assert ((found - x).norm() / x.norm()).item() < 1e-4
 
 
@@ -102,7 +102,7 @@ def test_it_ends_nearer_to_the_exact_trajectory_than_ddim(terminal: str) -> None
         grid = timestep_grid(steps)
         last = exact.level(grid[-1])
         wanted = exact.x0(exact.follow(x, grid[0], grid[-1]), last)
-        found = draw_latents(cast(Model, exact), nothing, nothing, x, steps=steps, guidance=1.0)
+        found = dpm_solver_sample(cast(Model, exact), nothing, nothing, x, steps=steps, guidance=1.0)
         ddim = x
         for t, s in zip(grid, grid[1:], strict=False):
             ddim = jump(ddim, exact.x0(ddim, exact.level(t)), exact.level(t), exact.level(s))
@@ -119,7 +119,7 @@ def prompts(checkpoint: Path, folder: Path, text: str, **draw: object) -> config
 
 
 def drawn(settings: config.Config) -> list[torch.Tensor]:
-    dataset = encode.prepare(settings, CPU, FLOAT)
+    dataset = encode.load_or_encode(settings, CPU, FLOAT)
     return [table.latents[shard]["mean"][row] for table in dataset.tables for shard, row, *_ in table.index.tolist()]
 
 
@@ -135,7 +135,7 @@ def test_prompts_alone_are_enough_and_what_is_drawn_is_kept(
     assert sorted(map(str, batch.latents.half().tolist())) == sorted(str(each.tolist()) for each in first)
     for name in ("load_autoencoder", "load_text_encoder", "load"):
         monkeypatch.setattr(UNetCheckpoint, name, None)
-    monkeypatch.setattr(encode, "draw_latents", None)
+    monkeypatch.setattr(encode, "dpm_solver_sample", None)
     again = drawn(settings)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     fewer = drawn(prompts(checkpoint, tmp_path / "p", "a blue star\n", per_prompt=1))  # nothing is drawn anew
@@ -151,7 +151,7 @@ def test_a_drawing_is_a_function_of_its_prompt_and_number(checkpoint: Path, tmp_
         .load_text_encoder(FLOAT, CPU)
         .encode(["a red square", ""])
     )
-    expected = draw_latents(model_of(checkpoint), cond, uncond, start, steps=2, guidance=4.0)
+    expected = dpm_solver_sample(model_of(checkpoint), cond, uncond, start, steps=2, guidance=4.0)
     torch.testing.assert_close(found.float(), expected[0], rtol=2e-2, atol=2e-2)
 
 
