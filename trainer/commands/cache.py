@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> int:
     """Examine the data, encode what is not cached, verify what is, and print a report."""
     config = load_config(options)
-    part, parts = _part(options.part)
+    part, parts = _parse_part(options.part)
 
     from ..config.device import device_and_dtype
     from ..data.cache import merge_parts, open_cached
@@ -40,26 +40,26 @@ def execute(options: argparse.Namespace) -> int:
     device, dtype = device_and_dtype(config)
     merge_parts(config, dtype)
     cached = open_cached(config, dtype)
-    found = cached.survey if cached else None
-    if found is None and not config.data.skip_bad:  # otherwise unusable files are found while encoding
-        found = survey(config, part, parts)
-    if found:
-        _report(config, found)
-    fill_cache(config, device, dtype, part=part, parts=parts, total=found.seen if found else None, verify=True)
+    data = cached.survey if cached else None
+    if data is None and not config.data.skip_bad:  # otherwise unusable files are found while encoding
+        data = survey(config, part, parts)
+    if data:
+        _print_report(config, data)
+    fill_cache(config, device, dtype, part=part, parts=parts, total=data.seen if data else None, verify=True)
     cached = open_cached(config, dtype)
-    if cached and not found:
-        _report(config, cached.survey)
+    if cached and not data:
+        _print_report(config, cached.survey)
     sys.stdout.write(f"{'the data are' if cached else f'part {part} of {parts} is'} cached in {config.cache_folder}\n")
     return 0
 
 
-def _report(config: Config, found: Survey) -> None:
+def _print_report(config: Config, data: Survey) -> None:
     from ..data.survey import bucket_table, data_report
 
-    sys.stdout.write(f"{data_report(found, config)}\n\n{bucket_table(found, config, config.training.batch)}\n\n")
+    sys.stdout.write(f"{data_report(data, config)}\n\n{bucket_table(data, config, config.training.batch)}\n\n")
 
 
-def _part(text: str) -> tuple[int, int]:
+def _parse_part(text: str) -> tuple[int, int]:
     part, slash, parts = text.partition("/")
     if not (slash and part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
         raise UserError(f"--part is {text!r}: write K/N with K from 0 to N - 1, such as 0/8")

@@ -120,7 +120,7 @@ def _copy_embedding(path: Path, weights: AdapterWeights, file: LoraFile) -> None
         return
     if own is None or own.target_input != given.target_input:
         raise UserError(
-            f"adapter.start_from is {path}, whose network is told {given.target_input}: use "
+            f"adapter.start_from is {path}, whose target-time embedding embeds {given.target_input}: use "
             f'method.target_time = true and method.target_input = "{given.target_input}"'
         )
     if not next(own.parameters()).is_meta:
