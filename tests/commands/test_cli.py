@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from tiny_base import write_inputs
+from trajectory_consistency.tcd.lora_metadata import DEFAULT_CFG, DEFAULT_ETA, DEFAULT_STEPS
 from trajectory_consistency.trainer.cli import main
 from trajectory_consistency.trainer.format_bytes import format_bytes
 from trajectory_consistency.trainer.models.unet import ldm
@@ -230,13 +231,13 @@ def test_an_interrupt_is_code_130(
         (
             "training.loop.step_losses",
             "run",
-            "error: interrupted; the same command goes on from what is saved\n",
+            "error: interrupted; run the same command again to resume from what is saved\n",
         ),
         ("data.survey.inspect_sample", "check", "error: interrupted\n"),
         (
             "data.encode.inspect_sample",
             "cache",
-            "error: interrupted; the same command goes on from what is saved\n",
+            "error: interrupted; run the same command again to resume from what is saved\n",
         ),
     ):
         with monkeypatch.context() as patched:
@@ -264,3 +265,13 @@ except SystemExit:
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.strip().endswith("[]"), done.stdout + done.stderr
+
+
+def test_the_help_names_the_settings_that_a_lora_without_recommendations_gets(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["sample", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for option, default in (("--steps", DEFAULT_STEPS), ("--eta", DEFAULT_ETA), ("--cfg", DEFAULT_CFG)):
+        assert re.search(rf"{option} \w[^-]* \(default: recommended by the LoRA, or {default:g}\)", said), said

@@ -13,7 +13,7 @@ from trajectory_consistency.tcd.adapter import FILE
 from trajectory_consistency.trainer import run
 from trajectory_consistency.trainer.config import recipes, settings
 from trajectory_consistency.trainer.errors import UserError
-from trajectory_consistency.trainer.files.adapter_weights import file_in_use, file_tensors, load_weights
+from trajectory_consistency.trainer.files.adapter_weights import file_tensors, load_weights, using_file
 from trajectory_consistency.trainer.models.sampling import initial_noise
 from trajectory_consistency.trainer.models.unet.model import UNetModel
 
@@ -62,10 +62,10 @@ def test_a_file_is_in_use_within_its_block_alone(
     path = saved(tmp_path / "lora.safetensors", tensors)
     with_adapter(model, effect=0.02)
     before, state = predicted(model), model.adapter.state
-    with file_in_use(model, path):
+    with using_file(model, path):
         assert not torch.equal(predicted(model), before)
     assert torch.equal(predicted(model), before) and model.adapter.state == state
-    with pytest.raises(ZeroDivisionError), file_in_use(model, path):
+    with pytest.raises(ZeroDivisionError), using_file(model, path):
         raise ZeroDivisionError
     assert torch.equal(predicted(model), before) and FILE not in model.adapter.weights
 
@@ -132,7 +132,7 @@ def test_what_is_no_lora_is_refused(model: UNetModel, tmp_path: Path) -> None:
 def test_halves_of_a_pointwise_convolution_and_of_a_linear_layer_stand_for_one_another(
     model: UNetModel, tensors: dict[str, torch.Tensor], tmp_path: Path, layer: str
 ) -> None:
-    with file_in_use(model, saved(tmp_path / "own.safetensors", tensors)):
+    with using_file(model, saved(tmp_path / "own.safetensors", tensors)):
         expected = predicted(model)
     own = dict(tensors)
     names = [f"{kohya_name(layer)}.{part}" for part in ("lora_down.weight", "lora_up.weight")]
@@ -143,10 +143,10 @@ def test_halves_of_a_pointwise_convolution_and_of_a_linear_layer_stand_for_one_a
     other = saved(tmp_path / "other.safetensors", tensors)
     read = file_tensors(model, load_weights(model, other))
     assert read.keys() == own.keys() and all(torch.equal(read[name], own[name]) for name in own)
-    with file_in_use(model, other):
+    with using_file(model, other):
         torch.testing.assert_close(predicted(model), expected, rtol=1e-5, atol=1e-5)
     without = {name: tensor for name, tensor in tensors.items() if not name.startswith(kohya_name(layer) + ".")}
-    with file_in_use(model, saved(tmp_path / "without.safetensors", without)):
+    with using_file(model, saved(tmp_path / "without.safetensors", without)):
         assert (predicted(model) - expected).abs().max() > 1e-3
 
 

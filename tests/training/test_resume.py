@@ -22,7 +22,7 @@ from tiny_base import write_base, write_inputs
 from trajectory_consistency.trainer.cli import main
 from trajectory_consistency.trainer.config.settings import from_mapping
 from trajectory_consistency.trainer.errors import UserError
-from trajectory_consistency.trainer.files.export import config_digest
+from trajectory_consistency.trainer.files.metadata import config_digest
 from trajectory_consistency.trainer.preflight import check
 from trajectory_consistency.trainer.run import run
 from trajectory_consistency.trainer.training import loop

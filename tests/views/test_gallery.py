@@ -11,7 +11,7 @@ from tiny_base import drawn_by_hand, small_config, write_base, write_inputs
 from trajectory_consistency.trainer import run
 from trajectory_consistency.trainer.cli import main
 from trajectory_consistency.trainer.config.settings import BaseConfig, Config
-from trajectory_consistency.trainer.views.gallery import GRID
+from trajectory_consistency.trainer.views.gallery import GRID_NAME
 from trajectory_consistency.trainer.views.preview_prompts import load_picture, picture_names
 
 PROMPTS = ["a red circle", "a blue square"]
@@ -43,7 +43,7 @@ def test_a_run_s_lora_needs_no_more_than_a_prompt(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["sample", str(done.lora_path), "--prompt", PROMPTS[0]]) == 0
-    assert capsys.readouterr().out == f"look at {Path('samples') / GRID}\n"
+    assert capsys.readouterr().out == f"look at {Path('samples') / GRID_NAME}\n"
     (name,) = picture_names(PROMPTS[:1], [0])
     picture = load_picture(tmp_path / "samples" / f"{name}-steps-2.png")
     assert same(picture, by_hand(done, PROMPTS[0], 0, steps=2, eta=0.7, cfg=1.0, side=64))
@@ -59,10 +59,10 @@ def test_all_that_can_be_said_is_heeded(done: Config, tmp_path: Path) -> None:
     assert main([*told, "--height", "80", "--eta", "1", "--cfg", "3", "--device", "cpu", "--vae", vae]) == 0
     names = picture_names(PROMPTS, [3, 4])
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written == {f"{name}-steps-{steps}.png" for name in names for steps in (1, 4)} | {GRID}
+    assert written == {f"{name}-steps-{steps}.png" for name in names for steps in (1, 4)} | {GRID_NAME}
     picture = load_picture(tmp_path / "out" / f"{names[3]}-steps-4.png")
     assert same(picture, by_hand(done, PROMPTS[1], 4, steps=4, eta=1.0, cfg=3.0, side=80, vae=vae))
-    with Image.open(tmp_path / "out" / GRID) as grid:
+    with Image.open(tmp_path / "out" / GRID_NAME) as grid:
         assert grid.width > 4 * 160 and grid.height > 2 * 160
 
 
@@ -98,7 +98,7 @@ def test_files_that_cannot_be_used_are_said(done: Config, tmp_path: Path, capsys
     assert "for no family that is known here" in refused("other.safetensors", *base)
     assert "is not a complete safetensors file" in refused("torn.safetensors", *base)
     save_file(tensors, tmp_path / "wrong.safetensors", metadata={"tcd.steps": "few"})
-    assert "tcd.steps in the metadata is 'few', but must be a number: give --steps" in refused(
+    assert "tcd.steps in the metadata is 'few', but must be a whole number: give --steps" in refused(
         "wrong.safetensors", *base
     )
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiny_base import drawn_by_hand, small_config, write_base, write_inputs
 from trajectory_consistency.trainer import run
 from trajectory_consistency.trainer.config.settings import Config, from_mapping
-from trajectory_consistency.trainer.files.export import describe
+from trajectory_consistency.trainer.files.metadata import lora_metadata
 from trajectory_consistency.trainer.models import open_checkpoint
 from trajectory_consistency.trainer.views import preview
 from trajectory_consistency.trainer.views.grid import Row, draw_grid
@@ -99,7 +99,9 @@ def test_the_grid_has_the_teacher_and_in_groups_the_start_and_the_step(
         for steps, sampled in zip(STEPS, ("1 step", "4 steps"), strict=True):
             expected.append((f"{sampled}\nbefore training", "step-000000", steps, True))
             expected += [(f"{sampled}\nafter {step}", f"step-{step:06}", steps, False)] if step else []
-        assert [(row.label, row.apart) for row in drawn_rows] == [(label, apart) for label, *_, apart in expected]
+        assert [(row.label, row.starts_group) for row in drawn_rows] == [
+            (label, first) for label, *_, first in expected
+        ]
         for row, (_, when, steps, _) in zip(drawn_rows, expected, strict=True):
             assert all(same(row.pictures[k], shown(done, when, k, steps)) for k in range(2)), row.label
     assert not (folder / "tcd-lora-step-000003.safetensors").exists(), "the last file is the run's own"
@@ -110,13 +112,13 @@ def redrawn(done: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
     """Start a run's previews once more, with other settings, and tell what was drawn: the steps of each drawing."""
     folder = tmp_path / "out"
     shutil.copytree(done.output_folder, folder)
-    real, counts = preview.draw, []
+    real, counts = preview.sample_previews, []
 
     def counted(*arguments: Any, steps: int, cfg: float, **options: Any) -> Any:
         counts.append(f"{steps} at {cfg:g}")
         return real(*arguments, steps=steps, cfg=cfg, **options)
 
-    monkeypatch.setattr(preview, "draw", counted)
+    monkeypatch.setattr(preview, "sample_previews", counted)
 
     def start(**changed: Any) -> list[str]:
         counts.clear()
@@ -126,7 +128,7 @@ def redrawn(done: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
         checkpoint = open_checkpoint(config.base)
         student = run.load_student(config, checkpoint, device, dtype)
         wanted = run._preview_prompts(config, checkpoint, device, dtype)
-        preview.Previews(student, checkpoint, wanted, config, describe(config, checkpoint)).start()
+        preview.Previews(student, checkpoint, wanted, config, lora_metadata(config, checkpoint)).start()
         assert not shown_anywhere_missing(config)
         return list(counts)
 

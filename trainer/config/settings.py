@@ -15,6 +15,7 @@ from typing import Any, Literal
 import tomli_w
 
 from ...tcd import TargetInput
+from ...tcd.lora_metadata import DEFAULT_CFG, DEFAULT_ETA, DEFAULT_STEPS
 from ...tcd.objective import DistanceName, Weighting
 from ...tcd.times import Law
 from ..errors import UserError
@@ -224,11 +225,11 @@ class OutputConfig:
     """The file is `folder/name.safetensors`."""
     dtype: Literal["float16", "bfloat16"] = "float16"
     """Of the tensors in the file."""
-    steps: int = _number(4, 1, 50)
+    steps: int = _number(DEFAULT_STEPS, 1, 50)
     """Number of sampling steps that the file recommends, in its metadata, which the nodes read."""
-    eta: float = _number(0.3, 0.0, 1.0)
+    eta: float = _number(DEFAULT_ETA, 0.0, 1.0)
     """Eta, the paper's gamma, that the file recommends: 0 adds no noise between steps, 1 as much as LCM does."""
-    cfg: float = _number(1.0, 0.0)
+    cfg: float = _number(DEFAULT_CFG, 0.0)
     """Guidance scale that the file recommends; 1 is none."""
 
 
@@ -244,9 +245,9 @@ class PreviewConfig:
     """Each prompt is drawn from each of these seeds."""
     steps: tuple[int, ...] = _number((1, 2, 4, 8), 1, 50)
     """Each is drawn with each of these numbers of sampling steps."""
-    eta: float = _number(0.3, 0.0, 1.0)
+    eta: float = _number(DEFAULT_ETA, 0.0, 1.0)
     """Eta with which the student is sampled; the teacher adds no noise."""
-    cfg: float = _number(1.0, 0.0)
+    cfg: float = _number(DEFAULT_CFG, 0.0)
     """Guidance scale of the student; the teacher has 50 steps at the middle of `method`'s guidance range."""
     width: int = _number(0, 0, 4096)
     """Of the pictures, in pixels, a multiple of 8; 0 is `data.resolution`."""
