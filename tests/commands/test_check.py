@@ -46,7 +46,7 @@ height = config.data.resolution // 8
 latents = {"mean": torch.randn(2, 4, height, height), "sizes": torch.zeros(2, 6)}
 captions = {"context": torch.randn(3, 77, int(sys.argv[2]))}
 table = Table(torch.tensor([(0, row, 0, row + 1) for row in range(2)]), [latents], [captions])
-dataset = Dataset((Group(Size(8 * height, 8 * height), 2, 1.0),), [table], caption_of(captions, 0), checkpoint.join)
+dataset = Dataset((Group(Size(8 * height, 8 * height), 2, 1.0),), [table], caption_of(captions, 0), checkpoint.collate)
 def memory(name):
     # Not getrusage, whose greatest memory a process takes over from the one that started it.
     status = pathlib.Path("/proc/self/status").read_text()

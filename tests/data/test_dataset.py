@@ -36,7 +36,7 @@ def shards(std: float, pooled: bool) -> tuple[list[Shard], Shard]:
 
 def join(captions: Sequence[Conditioning], sizes: torch.Tensor) -> Conditioning:
     """As the checkpoints of UNets join, with no more of one than what says whether the sizes are told."""
-    return UNetCheckpoint.join(object.__new__(UNetCheckpoint), captions, sizes)
+    return UNetCheckpoint.collate(object.__new__(UNetCheckpoint), captions, sizes)
 
 
 def in_memory(std: float = 0.5, pooled: bool = True) -> Dataset:

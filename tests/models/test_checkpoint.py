@@ -79,7 +79,7 @@ def test_nothing_there(tmp_path: Path) -> None:
 def test_a_truncated_file(checkpoint: Path, tmp_path: Path, size: int) -> None:
     path = tmp_path / "cut.safetensors"
     path.write_bytes(checkpoint.read_bytes()[:size])
-    with pytest.raises(UserError, match="is not a whole safetensors file"):
+    with pytest.raises(UserError, match="is not a complete safetensors file"):
         opened(path)
 
 
