@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -91,12 +92,20 @@ class Adapter:
 
     def __init__(self, network: nn.Module, time_layer: str) -> None:
         """Change nothing yet: layers are taken over as weights for them are added."""
-        self.network, self.time_layer = network, time_layer
+        # Weak references, here and in a layer's `forward`: without a cycle a network is freed as soon as it is dropped.
+        self._network, self.time_layer = ref(network), time_layer
         self.weights: dict[str, AdapterWeights] = {}
         self.state = OFF
         self.times: tuple[Tensor, Tensor] | None = None
         """What the network is told of t and s, [B] each, in the call that follows; None: no target time."""
         self._places: dict[str, dict[str, Lora]] = {}
+
+    @property
+    def network(self) -> nn.Module:
+        """The network, which whoever has the adapter keeps."""
+        network = self._network()
+        assert network is not None
+        return network
 
     def add(self, state: str, weights: AdapterWeights) -> AdapterWeights:
         """Add a set of weights, on the devices of the layers beside which they are, and use it.
@@ -170,13 +179,14 @@ class _Beside:
     """The `forward` of a layer with an adapter."""
 
     def __init__(self, adapter: Adapter, layer: nn.Module, loras: Mapping[str, Lora], *, is_time: bool) -> None:
-        self.adapter, self.layer, self.loras, self.is_time = adapter, layer, loras, is_time
+        self.adapter, self.layer, self.loras, self.is_time = adapter, ref(layer), loras, is_time
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y: Tensor = type(self.layer).forward(self.layer, x, *args, **kwargs)
+        layer: Any = self.layer()
+        y: Tensor = type(layer).forward(layer, x, *args, **kwargs)
         lora = self.loras.get(self.adapter.state)
         if lora is not None:
-            y = y + lora(x, self.layer).to(y.dtype)
+            y = y + lora(x, layer).to(y.dtype)
         if self.is_time:
             embedding = self.adapter.target_time
             if embedding is not None and self.adapter.times is not None:
