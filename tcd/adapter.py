@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -92,13 +93,21 @@ class Adapter:
 
     def __init__(self, network: nn.Module, time_layer: str) -> None:
         """Change nothing yet: a layer's `forward` is replaced when the first weights for it are added."""
-        self.network, self.time_layer = network, time_layer
+        # Weak references, here and in a layer's `forward`: without a cycle a network is freed as soon as it is dropped.
+        self._network, self.time_layer = ref(network), time_layer
         self.weights: dict[str, AdapterWeights] = {}
         self.state = OFF
         self.times: tuple[Tensor, Tensor] | None = None
         """Network times (t, s) of the next call, [B] each, for the embedding; None if the call has no target time."""
         self._loras: dict[str, dict[str, Lora]] = {}
         """path of a layer -> state -> LoRA, for the layers whose `forward` is replaced."""
+
+    @property
+    def network(self) -> nn.Module:
+        """The network; the adapter does not keep it alive."""
+        network = self._network()
+        assert network is not None
+        return network
 
     def add(self, state: str, weights: AdapterWeights) -> AdapterWeights:
         """Add a set of weights as `state`, move each LoRA to its layer's device, and make it the set in use.
@@ -175,13 +184,14 @@ class _AdaptedForward:
     """Replaces the `forward` of one layer: its own output plus that of the LoRA and the embedding in use."""
 
     def __init__(self, adapter: Adapter, layer: nn.Module, loras: Mapping[str, Lora], *, is_time: bool) -> None:
-        self.adapter, self.layer, self.loras, self.is_time = adapter, layer, loras, is_time
+        self.adapter, self.layer, self.loras, self.is_time = adapter, ref(layer), loras, is_time
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y: Tensor = type(self.layer).forward(self.layer, x, *args, **kwargs)
+        layer: Any = self.layer()
+        y: Tensor = type(layer).forward(layer, x, *args, **kwargs)
         lora = self.loras.get(self.adapter.state)
         if lora is not None:
-            y = y + lora(x, self.layer).to(y.dtype)
+            y = y + lora(x, layer).to(y.dtype)
         if self.is_time:
             embedding = self.adapter.target_time
             if embedding is not None and self.adapter.times is not None:

@@ -1,7 +1,9 @@
 """The adapter against peft's own, in every state, compiled and with activations computed again."""
 
 import copy
+import gc
 import logging
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -202,6 +204,19 @@ class Small(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         output: Tensor = self.packed(self.time(x) + self.plain(x))
         return output
+
+
+def test_a_network_is_freed_as_soon_as_it_is_dropped_without_waiting_for_the_garbage_collector() -> None:
+    network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    adapter = Adapter(network, "1")
+    adapter.add(STUDENT, new_weights(network, ["0"], rank=2, alpha=2.0, seed=0, target_time=TargetTime(4, 4)))
+    gone = weakref.ref(network[0].weight)
+    gc.disable()
+    try:
+        del network, adapter
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_layers_are_told_by_their_attributes_not_by_their_class() -> None:
