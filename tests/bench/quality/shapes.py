@@ -104,7 +104,7 @@ def teacher_features(folder: Path) -> Tensor:
     path = folder / "teacher.safetensors"
     if not path.exists():
         row = demo.Method("teacher", None, 50, 0.0)
-        drawn = demo.Studio({}, CAPTIONS * TEACHERS).pictures(row, PICTURES * TEACHERS, 40_000)
+        drawn = demo.DemoSampler({}, CAPTIONS * TEACHERS).pictures(row, PICTURES * TEACHERS, 40_000)
         with whole_file(path) as unfinished:
             save_file({"features": classifier(folder).features(drawn)}, unfinished)
     return load_file(path)["features"]
@@ -140,10 +140,10 @@ def measure(method: Method, lr: float, seed: int, folder: Path) -> dict[str, Any
 
 def measure_cells(lora: Path, wanted: list[tuple[int, float]], seed: int, folder: Path) -> dict[str, dict[str, float]]:
     """What is reported of a student's samples, by "steps gamma"."""
-    studio, found = demo.Studio({"student": lora}, CAPTIONS), {}
+    sampler, found = demo.DemoSampler({"student": lora}, CAPTIONS), {}
     for steps, gamma in wanted:
         row = demo.Method(f"{steps} steps", "student", steps, gamma)
-        pictures = studio.pictures(row, PICTURES, 20_000 + 1000 * seed)
+        pictures = sampler.pictures(row, PICTURES, 20_000 + 1000 * seed)
         found[f"{steps} {gamma:g}"] = measure_pictures(pictures, folder)
     return found
 
@@ -152,32 +152,32 @@ def measure_references(seed: int, folder: Path) -> dict[str, dict[str, float]]:
     """The same of fresh pictures, and of the teacher by two solvers; its jumps are "DDIM"."""
     found = {"fresh data": measure_pictures(pictures_of(SCENES, f"fresh {seed}"), folder)}
     found["DDIM"] = trajectory_errors(None, folder)
-    studio, start = demo.Studio({}, CAPTIONS), 20_000 + 1000 * seed
+    sampler, start = demo.DemoSampler({}, CAPTIONS), 20_000 + 1000 * seed
     for steps in (*STEPS, 50):
         row = demo.Method(f"DDIM {steps}", None, steps, 0.0)
-        found[row.label] = measure_pictures(studio.pictures(row, PICTURES, start), folder)
+        found[row.label] = measure_pictures(sampler.pictures(row, PICTURES, start), folder)
         if steps > TUNED_AT[-1]:
             continue  # where it is DDIM's own distance
         latents = dpm_solver_sample(
-            studio.network,
-            studio.cond,
-            studio.guidance.uncond,
+            sampler.network,
+            sampler.cond,
+            sampler.guidance.uncond,
             demo.noise_for(start, PICTURES),
             steps=steps,
-            guidance=studio.guidance.scale,
+            guidance=sampler.guidance.scale,
         )
-        found[f"DPM-Solver++(2M) {steps}"] = measure_pictures(decode(studio.vae, latents), folder)
+        found[f"DPM-Solver++(2M) {steps}"] = measure_pictures(decode(sampler.vae, latents), folder)
     return found
 
 
-def _followed() -> tuple[demo.Studio, Tensor]:
+def _followed() -> tuple[demo.DemoSampler, Tensor]:
     """What trajectories are followed of: captions, encoded, and the latents of pictures of them."""
     pictures, scenes = world_sample(FOLLOWED, purpose="trajectories", seed=0)
-    studio = demo.Studio({}, [scene.caption for scene in scenes])
+    sampler = demo.DemoSampler({}, [scene.caption for scene in scenes])
     signal = pictures.float() / 127.5 - 1
     with torch.no_grad():
-        latents = studio.vae.encode(signal).latent_dist.mean * studio.vae.config.scaling_factor
-    return studio, latents
+        latents = sampler.vae.encode(signal).latent_dist.mean * sampler.vae.config.scaling_factor
+    return sampler, latents
 
 
 @torch.no_grad()
@@ -185,15 +185,15 @@ def trajectories(folder: Path) -> dict[str, Tensor]:
     """Where the guided teacher leads in steps of one timestep, from each of four times to each later one: "t s"."""
     path = folder / "trajectories.safetensors"
     if not path.exists():
-        studio, x0 = _followed()
-        network, grid, found = studio.network, timestep_grid(4), {}
-        scale = torch.full((FOLLOWED,), studio.guidance.scale)
+        sampler, x0 = _followed()
+        network, grid, found = sampler.network, timestep_grid(4), {}
+        scale = torch.full((FOLLOWED,), sampler.guidance.scale)
         for t in grid:
             eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(t))
             x = found[f"{t} {t}"] = add_noise(x0, eps, network.level(torch.tensor([t])))
             for now in range(t, 0, -1):
                 here, there = (torch.full((FOLLOWED,), time) for time in (now, now - 1))
-                clean = network.guided_x0(x, here, studio.cond, studio.guidance.uncond, scale)
+                clean = network.guided_x0(x, here, sampler.cond, sampler.guidance.uncond, scale)
                 x = jump(x, clean, network.level(here), network.level(there))
                 if now - 1 in (*grid, 0):
                     found[f"{t} {now - 1}"] = x
@@ -208,9 +208,9 @@ def trajectory_errors(lora: Path | None, folder: Path) -> dict[str, float]:
 
     Without a LoRA, of the teacher's own jump, which is one step of DDIM.
     """
-    studio, _ = _followed()
-    network, found, errors = studio.network, trajectories(folder), {}
-    scale = torch.full((FOLLOWED,), 1.0 if lora else studio.guidance.scale)  # a student has learned the guidance
+    sampler, _ = _followed()
+    network, found, errors = sampler.network, trajectories(folder), {}
+    scale = torch.full((FOLLOWED,), 1.0 if lora else sampler.guidance.scale)  # a student has learned the guidance
     if lora:
         load_adapter(network.unet, lora, "student")
     for key in sorted(found, key=lambda key: [-int(time) for time in key.split()]):
@@ -218,7 +218,7 @@ def trajectory_errors(lora: Path | None, folder: Path) -> dict[str, float]:
         if t[0] == s[0]:
             continue
         x_t = found[f"{t[0]} {t[0]}"]
-        clean = network.guided_x0(x_t, t, studio.cond, studio.guidance.uncond, scale, s)
+        clean = network.guided_x0(x_t, t, sampler.cond, sampler.guidance.uncond, scale, s)
         end = jump(x_t, clean, network.level(t), network.level(s))
         errors[key] = (end - found[key]).square().mean().sqrt().item()
     return errors
@@ -228,13 +228,13 @@ def draw(lr: Mapping[str, float], folder: Path, path: Path) -> None:
     """Draw some captions by each method, by its learning rate, in rows of numbers of steps, under the teacher's."""
     captions = [scene.caption for scene in world.random_scenes(COLUMNS, 1)]
     loras = {name: distill(METHODS[name], rate, SEEDS[0], folder) for name, rate in lr.items()}
-    studio = demo.Studio(loras, captions)
+    sampler = demo.DemoSampler(loras, captions)
     rows = [demo.Method("Teacher", None, steps, 0.0) for steps in (50, 4)]
     rows += [demo.Method(name, name, steps, METHODS[name].gamma) for name in lr for steps in DRAWN]
     grid = [
         Row(
             f"{row.label}, {row.steps} step{'s' if row.steps > 1 else ''}\n{row.detail}",
-            studio.pictures(row, COLUMNS, 0),
+            sampler.pictures(row, COLUMNS, 0),
         )
         for row in rows
     ]
