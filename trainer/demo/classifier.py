@@ -151,7 +151,6 @@ def _damage(signal: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]
 
 def _blur(signal: Tensor, std_px: Tensor) -> Tensor:
     """Blur pictures [B, 3, S, S] with Gaussians of standard deviations [B] in pixels, along each axis."""
-
     position = torch.arange(signal.shape[-1])
     squared = (position[:, None] - position).square()
     weights = torch.softmax(-squared / (2 * rearrange(std_px.clamp(min=1e-3).square(), "b -> b 1 1 1")), dim=-1)

@@ -58,7 +58,6 @@ def _run(server: ComfyServer, graph: dict[str, Any], count: int) -> ComfyOutput:
 
 def _prompt(captions: Sequence[str], *, seed: int, steps: int, eta: float) -> dict[str, Any]:
     """Return the node graph in ComfyUI's API format: one set of loaders, then one chain of nodes for each caption."""
-
     graph: dict[str, Any] = {
         "base": _node("CheckpointLoaderSimple", ckpt_name=_CHECKPOINT),
         "vae": _node("TinyShapesVAE", ckpt_name=_CHECKPOINT),

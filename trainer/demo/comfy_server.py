@@ -310,7 +310,6 @@ def _free_port() -> int:
 
 def _environment(threads: int | None) -> dict[str, str]:
     """Return environment variables for the host, without those that would make it import this process's packages."""
-
     ours = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__"}
     kept = {name: value for name, value in os.environ.items() if name not in ours}
     if threads is not None:

@@ -93,6 +93,5 @@ def evaluate(classifier: Classifier, pictures: Tensor, scenes: Sequence[Scene], 
 
 def noise_floor(classifier: Classifier, scenes: Sequence[Scene], reference_features: Tensor, *, seed: int) -> Metrics:
     """Return the metrics of newly drawn pictures of the same scenes: the best values that can be expected."""
-
     pictures = draw_pictures(scenes, random.Random(f"noise floor {seed}"))
     return evaluate(classifier, pictures, scenes, reference_features)

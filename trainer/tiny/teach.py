@@ -168,7 +168,6 @@ def main() -> None:
     parser.add_argument("--unet-steps", type=int, default=10000)
     parser.add_argument("--pictures", type=int, default=24000)
     parser.add_argument("--start", type=Path, help="continue from this checkpoint, and keep its VAE unchanged")
-
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.manual_seed(options.seed)

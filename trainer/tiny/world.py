@@ -108,7 +108,6 @@ def draw_pictures(scenes: Sequence[Scene], rng: random.Random) -> Tensor:
 
 def write_folder(folder: Path, count: int, seed: int) -> None:
     """Write `count` random pictures and their captions into a folder, as `00000.png`, `00000.txt` and so on."""
-
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     for index, scene in enumerate(random_scenes(count, seed)):

@@ -111,7 +111,6 @@ class TinyShapesVAE:
 
     def load(self, ckpt_name: str) -> tuple[comfy.sd.VAE]:
         """Load the VAE of a checkpoint."""
-
         tensors = comfy.utils.load_torch_file(folder_paths.get_full_path_or_raise("checkpoints", ckpt_name))
         weights = comfy.utils.state_dict_prefix_replace(tensors, {"first_stage_model.": ""}, filter_keys=True)
         with patched_group_norm():

@@ -190,7 +190,6 @@ def _open(path: str) -> SingleFile | DiffusersFolder:
 
 def _short_hash(path: Path) -> str:
     """Return the short model hash that web UIs show for a checkpoint: of 64 KiB from offset 1 MiB."""
-
     with open(path, "rb") as file:
         file.seek(0x100000)
         return hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
