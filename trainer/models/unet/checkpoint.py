@@ -157,8 +157,8 @@ class UNetCheckpoint:
         """Whether the schedule has zero terminal SNR: base.zero_snr, else what the model says, else no."""
         zero = {"yes": True, "no": False}.get(setting, self._source.zero_snr())
         if zero is None and self.prediction != "eps":
-            remedy = "set base.zero_snr to yes if it has"
-            notes.append(f"{self.path.name} does not say whether it has zero terminal SNR: no is assumed; {remedy}")
+            remedy = "set base.zero_snr to yes if it has it"
+            notes.append(f"{self.path.name} does not say whether it has zero terminal SNR, so no is assumed; {remedy}")
         if zero and self.prediction == "eps":
             raise UserError(
                 f"{self.path} is said to predict eps at zero terminal SNR, where x at timestep 999 is pure noise, and "
