@@ -241,7 +241,6 @@ def _new_lora(path: str, layer: Any, rank: int, alpha: float, generator: torch.G
     up = torch.zeros(shape[0], rank, *[1] * (len(shape) - 2), device=down.device)
     if device.type != "meta":
         nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)  # as torch initializes nn.Linear
-
     return Lora(down, up, alpha)
 
 

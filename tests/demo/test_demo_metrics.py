@@ -260,7 +260,7 @@ def test_the_same_seed_gives_the_same_classifier_whatever_the_global_one(monkeyp
 
 def test_a_classifier_that_reads_badly_is_an_error() -> None:
     assert LOWEST_ACCURACY == 0.97
-    with pytest.raises(RuntimeError, match=r"too few held-out pictures rightly \(shape \d.*needs 97%.*than 1 steps"):
+    with pytest.raises(RuntimeError, match=r"too few held-out pictures correctly \(shape \d.*needs 97%.*than 1 steps"):
         train_classifier(seed=0, steps=1, num_pictures=100)
 
 

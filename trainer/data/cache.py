@@ -217,12 +217,12 @@ def open_cached(config: Config, dtype: torch.dtype) -> CachedData | None:
 
 
 def input_fingerprints(config: Config, dtype: torch.dtype) -> dict[str, str]:
-    """Return fingerprints of a run's inputs (base, VAE and data), each of which changes with the content.
+    """Return fingerprints of a run's inputs (base, its dtype, VAE and data), each of which changes with its input.
 
     The data entry is absent until the cache is complete.
     """
     checkpoint = open_checkpoint(config.base)
-    prints = dict(checkpoint.fingerprints())
+    prints = {**checkpoint.fingerprints(), "the base's dtype": str(dtype)}
     try:
         index = Index.read(cache_paths(config, checkpoint, dtype).index_file(config))
     except (SafetensorError, OSError):

@@ -1,1 +1,1 @@
-"""The demo: one command from the tiny teacher to a TCD LoRA, its pictures and their measures."""
+"""The demo: distills the embedded tiny model, samples with the LoRAs and evaluates the pictures, in one command."""

@@ -1,8 +1,8 @@
-"""The main job on the embedded tiny model: distill a LoRA, draw with it, measure, and show it in a grid.
+"""The demo: distill LoRAs for the embedded tiny model, sample with them, evaluate the pictures, and draw a grid.
 
     python -m trajectory_consistency.trainer.demo --out demo-out
 
-Needs no download and no GPU.  Where a ComfyUI is found, it draws a row too, from the same files.
+It needs no download and no GPU. If a ComfyUI is found, the grid has rows that were sampled there with the same LoRA.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from ..run import run
 from ..tiny import world
 from ..views.grid import Row, draw_grid
 from .classifier import train_classifier, world_sample
-from .comfy_row import draw_in_comfy
+from .comfy_row import sample_in_comfy
 from .comfy_server import Host, HostNotFoundError, find_host
-from .methods import IN_COMFY, METHODS, TEACHER_GUIDANCE, Method, Studio
+from .methods import COMFY_METHODS, METHODS, TEACHER_GUIDANCE, DemoSampler, Method
 from .metrics import evaluate, noise_floor
 
 COLUMNS = 8
 LORA = "tcd-lora.safetensors"
-REFERENCE = 4096  # held-out pictures of the world that every row is measured against
+REFERENCE = 4096  # number of held-out pictures for the Frechet distance
 WORLD = "Fresh data"
-COMFY_TOLERANCE = 1e-4
-CHECKED = "TCD S+, 4 steps"
-LEAST_ACCURACY = 0.5  # of that row; a run that distills nothing ends near 0
-# The learning rates that served best in docs/quality.md, and the weighting, for the network that gets s.
+COMFY_TOLERANCE = 1e-4  # relative difference between latents of ComfyUI and of the trainer
+CHECKED_ROW = "TCD S+, 4 steps"
+MIN_ACCURACY = 0.5  # of CHECKED_ROW; it is near 0 without distillation
+# LoRA name -> (method settings, learning rate): the best ones in docs/quality.md.
 RECIPES: dict[str, tuple[dict[str, Any], float]] = {
     "target-time": ({"law": "uniform", "weighting": "x0", "target_time": True}, 1e-3),
     "tcd": ({"law": "uniform"}, 1e-3),
@@ -47,36 +47,39 @@ log = logging.getLogger("trajectory-consistency")
 
 
 class DemoError(RuntimeError):
-    """Something in the demo did not come out as it must."""
+    """The demo's result failed a check."""
 
 
 def main() -> int:
-    """Run the demo; return 0, 1 when something came out wrong, 2 for a folder that is not the demo's."""
+    """Run the demo; return 0, 1 if the result failed a check, or 2 if --out is a folder of something else."""
     parser = argparse.ArgumentParser(
         prog="python -m trajectory_consistency.trainer.demo", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the grid, the LoRA and the metrics")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=350, help="training steps of each LoRA")
-    parser.add_argument("--samples", type=int, default=256, help="pictures that each row is measured on")
+    parser.add_argument("--samples", type=int, default=256, help="pictures that each row is evaluated on")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        unfinished = _begin(options.out)
+        unfinished = _create_work_folder(options.out)
         demo(unfinished, seed=options.seed, steps=options.steps, samples=options.samples)
-        _finish(unfinished, options.out)
+        _publish(unfinished, options.out)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     except DemoError as error:
-        sys.stderr.write(f"error: {error}; what was made is in {unfinished}\n")
+        sys.stderr.write(f"error: {error}; the results are in {unfinished}\n")
         return 1
     log.info("look at %s", options.out / "grid.png")
     return 0
 
 
-def _begin(out: Path) -> Path:
-    """The folder to work in until all is done: an earlier result in `out` stays as it is until then."""
+def _create_work_folder(out: Path) -> Path:
+    """Create an empty folder beside `out` to work in, so that an earlier result is kept until the demo succeeds.
+
+    Raises UserError if `out` exists and is not a result of the demo.
+    """
     if out.exists() and not (out / "metrics.json").is_file():
         raise UserError(f"{out} exists and is not a folder of this demo: choose another with --out")
     unfinished = out.with_name(out.name + ".unfinished")
@@ -85,16 +88,16 @@ def _begin(out: Path) -> Path:
     return unfinished
 
 
-def _finish(unfinished: Path, out: Path) -> None:
-    """Put the finished folder in the place of an earlier one."""
+def _publish(unfinished: Path, out: Path) -> None:
+    """Move the finished folder to `out`, replacing an earlier result."""
     if out.exists():
         shutil.rmtree(out)
     unfinished.rename(out)
 
 
 def demo(out: Path, *, seed: int, steps: int, samples: int) -> None:
-    """Distill, draw, measure and show, into the folder `out`; raises DemoError when the result is not as it must be."""
-    host = _host()
+    """Distill, sample, evaluate and draw the grid, into the folder `out`; raises DemoError if a check fails."""
+    host = _find_host()
     world.write_folder(out / "data", 1024, seed)
     loras = {name: _distill(name, out, seed=seed, steps=steps) for name in RECIPES}
     shutil.copyfile(loras["target-time"], out / LORA)
@@ -102,16 +105,16 @@ def demo(out: Path, *, seed: int, steps: int, samples: int) -> None:
     scenes = world.random_scenes(samples, seed + 1)
     captions = [scene.caption for scene in scenes]
     reference = classifier.features(world_sample(REFERENCE, purpose="reference", seed=seed)[0])
-    studio = Studio(loras, captions)
+    sampler = DemoSampler(loras, captions)
     metrics: dict[str, Any] = {WORLD: noise_floor(classifier, scenes, reference, seed=seed)}
     fresh = world.draw_pictures(scenes[:COLUMNS], random.Random(seed))
     rows = [Row(f"{WORLD}\nthe noise floor", fresh, _numbers(metrics[WORLD]))]
     for method in METHODS:
-        pictures = studio.pictures(method, samples, seed)
+        pictures = sampler.pictures(method, samples, seed)
         metrics[method.label] = evaluate(classifier, pictures, scenes, reference)
         rows.append(Row(f"{method.label}\n{method.detail}", pictures[:COLUMNS], _numbers(metrics[method.label])))
     if host is not None:
-        for method, pictures, difference in _comfy_rows(host, studio, out / LORA, captions[:COLUMNS], seed):
+        for method, pictures, difference in _comfy_rows(host, sampler, out / LORA, captions[:COLUMNS], seed):
             metrics[f"ComfyUI, {method.label}"] = {"relative difference of latents": difference}
             rows.append(Row(f"{method.label}\ndrawn by ComfyUI", pictures))
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
@@ -120,7 +123,7 @@ def demo(out: Path, *, seed: int, steps: int, samples: int) -> None:
 
 
 def _distill(name: str, out: Path, *, seed: int, steps: int) -> Path:
-    """Distill the tiny base by one method, through the same call as `tcd-train run`."""
+    """Distill the tiny model by one method, as `tcd-train run` does; return the path of the LoRA file."""
     method, lr = RECIPES[name]
     return run(
         config.from_mapping(
@@ -147,19 +150,19 @@ def _distill(name: str, out: Path, *, seed: int, steps: int) -> Path:
 
 
 def _comfy_rows(
-    host: Host, studio: Studio, lora: Path, captions: list[str], seed: int
+    host: Host, sampler: DemoSampler, lora: Path, captions: list[str], seed: int
 ) -> Iterator[tuple[Method, Tensor, float]]:
-    """Draw the captions in ComfyUI: by what method, its pictures, and how far its latents are from the trainer's."""
+    """Sample the captions in ComfyUI; yield (method, pictures, relative difference of latents from the trainer's)."""
     log.info("drawing in ComfyUI, %s", host.folder)
-    steps, eta = [method.steps for method in IN_COMFY], IN_COMFY[0].gamma
+    steps, eta = [method.steps for method in COMFY_METHODS], COMFY_METHODS[0].gamma
     for method, drawn in zip(
-        IN_COMFY, draw_in_comfy(host, lora, captions, seed=seed, steps=steps, eta=eta), strict=True
+        COMFY_METHODS, sample_in_comfy(host, lora, captions, seed=seed, steps=steps, eta=eta), strict=True
     ):
-        ours = studio.latents(method, len(captions), seed)
+        ours = sampler.latents(method, len(captions), seed)
         yield method, drawn.pictures, ((drawn.latents - ours).norm() / ours.norm()).item()
 
 
-def _host() -> Host | None:
+def _find_host() -> Host | None:
     try:
         return find_host()
     except HostNotFoundError as error:
@@ -168,19 +171,20 @@ def _host() -> Host | None:
 
 
 def _numbers(measured: Mapping[str, Any]) -> dict[str, str]:
+    """Return the numbers that the grid shows beside a row."""
     return {"Frechet\ndistance": f"{measured['frechet']:.2f}", "right\ncaptions": f"{measured['accuracy']:.0%}"}
 
 
 def _check(metrics: Mapping[str, Any]) -> None:
-    """Raise DemoError when ComfyUI draws something else than the trainer, or the student draws too little right."""
+    """Raise DemoError if ComfyUI's latents differ from the trainer's, or if the student's accuracy is too low."""
     for label, measured in metrics.items():
         difference = measured.get("relative difference of latents", 0.0)
-        if not difference <= COMFY_TOLERANCE:
+        if not difference <= COMFY_TOLERANCE:  # also if it is NaN
             allowed = f"(allowed: {COMFY_TOLERANCE:.0e})"
             raise DemoError(f"{label}: the latents are {difference:.1e} from the trainer's own {allowed}")
-    accuracy = metrics[CHECKED]["accuracy"]
-    if accuracy < LEAST_ACCURACY:
-        raise DemoError(f"{CHECKED}, draws {accuracy:.0%} of its captions rightly (least: {LEAST_ACCURACY:.0%})")
+    accuracy = metrics[CHECKED_ROW]["accuracy"]
+    if accuracy < MIN_ACCURACY:
+        raise DemoError(f"{CHECKED_ROW}, draws {accuracy:.0%} of its captions correctly (minimum: {MIN_ACCURACY:.0%})")
 
 
 if __name__ == "__main__":

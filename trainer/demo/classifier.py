@@ -1,7 +1,4 @@
-"""A small classifier of the shapes world, trained on the spot: it reads a picture's labels and gives the features.
-
-Flows in: a seed.  Flows out: a trained `Classifier`, and held-out pictures of the world with their scenes.
-"""
+"""A small classifier for the shapes world, trained when it is needed: it predicts labels and computes features."""
 
 from __future__ import annotations
 
@@ -20,16 +17,16 @@ NUM_FEATURES = 64
 LOWEST_ACCURACY = 0.97
 
 _BATCH = 64
-_MAX_NOISE = 0.3  # standard deviation, where pictures span [-1, 1]
+_MAX_NOISE = 0.3  # standard deviation, for pictures in [-1, 1]
 _MAX_BLUR_PX = 2.0
 _PEAK_LR = 8e-3
 
 
 class Classifier(nn.Module):
-    """Pictures [B, 3, 64, 64] to `NUM_FEATURES` features, and from these to one set of logits for each of `LABELS`.
+    """Pictures [B, 3, 64, 64] -> features [B, NUM_FEATURES] -> logits for each of `LABELS`.
 
-    Two more outputs tell how noisy and how blurred the picture is. Nobody reads them after training; they keep the
-    features sensitive to what the labels alone would teach them to ignore.
+    Two more outputs predict how noisy and how blurred a picture is. They are used in training only, so that features
+    depend on the picture's quality; trained on labels alone, they would ignore it.
     """
 
     def __init__(self) -> None:
@@ -39,26 +36,26 @@ class Classifier(nn.Module):
             _convolution(16, 24, stride=2),
             _convolution(24, 48, stride=2),
             _convolution(48, 64, stride=1),
-            _WhatAndWhere(),
+            _MaxAndGridPool(),
             nn.Linear(64 + 64 * (SIZE_PX // 16) ** 2, NUM_FEATURES),
-            nn.BatchNorm1d(NUM_FEATURES, affine=False),  # unit variance: distances do not hang on a weight's scale
+            nn.BatchNorm1d(NUM_FEATURES, affine=False),  # unit variance, so that distances have a fixed scale
         )
         self.heads = nn.ModuleDict({name: nn.Linear(NUM_FEATURES, len(values)) for name, values in LABELS.items()})
         self.damage = nn.Linear(NUM_FEATURES, 2)
 
     @torch.no_grad()
     def features(self, pictures: Tensor) -> Tensor:
-        """Features [B, 64] of pictures [B, 3, 64, 64], bytes or floats in [-1, 1]; ValueError for anything else."""
+        """Return features [B, 64] of pictures [B, 3, 64, 64]; raises ValueError as `as_signal` does."""
         return torch.cat([self.body(part) for part in as_signal(pictures).split(256)])
 
     @torch.no_grad()
     def labels(self, features: Tensor) -> Tensor:
-        """The likeliest labels [B, 4] for features [B, 64], as indices in the order of `LABELS`."""
+        """Return the most likely class index of each of `LABELS`, [B, 4], for features [B, 64]."""
         return torch.stack([head(features).argmax(1) for head in self.heads.values()], dim=1)
 
 
-class _WhatAndWhere(nn.Module):
-    """Maps [B, C, H, W] as their maxima, which tell a shape wherever it stands, and their means over 2 x 2: [B, F]."""
+class _MaxAndGridPool(nn.Module):
+    """Maps [B, C, H, W] -> [B, F]: global maxima, which do not depend on position, and means over 2 x 2 cells."""
 
     def forward(self, maps: Tensor) -> Tensor:
         return torch.cat([maps.amax((2, 3)), F.avg_pool2d(maps, 2).flatten(1)], dim=1)
@@ -70,9 +67,9 @@ def _convolution(channels_in: int, channels_out: int, *, stride: int) -> nn.Modu
 
 
 def as_signal(pictures: Tensor) -> Tensor:
-    """Pictures [B, 3, 64, 64] as float32 in [-1, 1]: bytes are rescaled, floats clamped as when they are shown.
+    """Convert pictures [B, 3, 64, 64] to float32 in [-1, 1]: uint8 is rescaled, floats are clamped.
 
-    Raises ValueError for no pictures, another shape or dtype, and for floats that are not finite.
+    Raises ValueError if there are no pictures, the shape or dtype is different, or a value is not finite.
     """
     if pictures.ndim != 4 or pictures.shape[1:] != (3, SIZE_PX, SIZE_PX) or len(pictures) == 0:
         raise ValueError(f"expected pictures [B, 3, {SIZE_PX}, {SIZE_PX}] with B >= 1, got {list(pictures.shape)}")
@@ -86,21 +83,24 @@ def as_signal(pictures: Tensor) -> Tensor:
 
 
 def world_sample(count: int, *, purpose: str, seed: int) -> tuple[Tensor, list[Scene]]:
-    """`count` pictures uint8 [count, 3, 64, 64] of uniformly drawn scenes, independent for each purpose and seed."""
+    """Draw `count` random scenes; return pictures, uint8 [count, 3, 64, 64], and scenes.
+
+    Different purposes and seeds give independent scenes.
+    """
     rng = random.Random(f"{purpose} {seed}")
     scenes = rng.choices(all_scenes(), k=count)
     return draw_pictures(scenes, rng), scenes
 
 
 def scene_labels(scenes: Sequence[Scene]) -> Tensor:
-    """The labels of scenes, int64 [B, 4], in the order of `LABELS`."""
+    """Return the class indices of scenes, int64 [B, 4], in the order of `LABELS`."""
     return torch.tensor([scene.labels for scene in scenes])
 
 
 def train_classifier(seed: int, *, steps: int = 800, num_pictures: int = 10_000) -> Classifier:
-    """Train a classifier on `num_pictures` freshly drawn pictures; the same for the same seed.
+    """Train a classifier on `num_pictures` newly drawn pictures; the result depends only on the arguments.
 
-    Raises RuntimeError when a head reads fewer than `LOWEST_ACCURACY` of 1000 held-out pictures rightly.
+    Raises RuntimeError if its accuracy on 1000 held-out pictures is below `LOWEST_ACCURACY` for any of `LABELS`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -110,10 +110,11 @@ def train_classifier(seed: int, *, steps: int = 800, num_pictures: int = 10_000)
     pictures, scenes = world_sample(1000, purpose="classifier check", seed=seed)
     rates = (classifier.labels(classifier.features(pictures)) == scene_labels(scenes)).double().mean(0)
     if rates.min() < LOWEST_ACCURACY:
-        found = ", ".join(f"{name} {rate:.1%}" for name, rate in zip(LABELS, rates.tolist(), strict=True))
+        listed = ", ".join(f"{name} {rate:.1%}" for name, rate in zip(LABELS, rates.tolist(), strict=True))
         raise RuntimeError(
-            f"the classifier reads too few held-out pictures rightly ({found}; every part needs {LOWEST_ACCURACY:.0%}),"
-            f" so nothing it measures would mean much; give it more than {steps} steps or another seed than {seed}"
+            f"the classifier reads too few held-out pictures correctly ({listed}; every part needs "
+            f"{LOWEST_ACCURACY:.0%}), so its metrics would be unreliable; give it more than {steps} steps or a seed "
+            f"other than {seed}"
         )
     return classifier
 
@@ -140,7 +141,7 @@ def _fit(classifier: Classifier, pictures: Tensor, scenes: Sequence[Scene], *, s
 
 
 def _damage(signal: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Blur and add noise, to a third of the pictures not at all: pictures [B, 3, H, W], amounts in [0, 1] [B, 2]."""
+    """Add noise and blur to two thirds of pictures [B, 3, S, S]; return them and the amounts in [0, 1], [B, 2]."""
     is_damaged = torch.rand(len(signal), 1, generator=generator) > 1 / 3
     amounts = torch.rand(len(signal), 2, generator=generator) * is_damaged
     noise = torch.randn(signal.shape, generator=generator)
@@ -149,7 +150,7 @@ def _damage(signal: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]
 
 
 def _blur(signal: Tensor, std_px: Tensor) -> Tensor:
-    """Gaussian blur of pictures [B, 3, S, S] by one standard deviation each [B], as a weighted mean along each axis."""
+    """Blur pictures [B, 3, S, S] with Gaussians of standard deviations [B] in pixels, along each axis."""
     position = torch.arange(signal.shape[-1])
     squared = (position[:, None] - position).square()
     weights = torch.softmax(-squared / (2 * rearrange(std_px.clamp(min=1e-3).square(), "b -> b 1 1 1")), dim=-1)

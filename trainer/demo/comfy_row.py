@@ -1,7 +1,4 @@
-"""The demo's last rows: the same LoRA file, captions and noise, in a real ComfyUI through the pack's nodes.
-
-Flows in: the tiny base, the LoRA file, captions, a seed.  Flows out: latents and pictures that ComfyUI made.
-"""
+"""The demo's last rows: sample the same captions and noise with the same LoRA file in ComfyUI, by the pack's nodes."""
 
 from __future__ import annotations
 
@@ -26,21 +23,21 @@ _TINY_PACK = Path(__file__).parent / "tiny_pack"
 _CHECKPOINT, _LORA = "tiny-sd.safetensors", "tcd-lora.safetensors"
 
 
-class Drawn(NamedTuple):
-    """What ComfyUI made of B captions."""
+class ComfyOutput(NamedTuple):
+    """What ComfyUI sampled for B captions."""
 
     latents: Tensor
-    """[B, 4, h, w], scaled."""
+    """Normalized latents, float32 [B, 4, h, w]."""
     pictures: Tensor
     """uint8 [B, 3, H, W]."""
 
 
-def draw_in_comfy(
+def sample_in_comfy(
     host: Host, lora: Path, captions: Sequence[str], *, seed: int, steps: Sequence[int], eta: float
-) -> list[Drawn]:
-    """Start ComfyUI, draw caption k with seed + k in each of these numbers of steps, and end it.
+) -> list[ComfyOutput]:
+    """Sample caption k with seed + k in a ComfyUI started for it; return one output for each number of steps.
 
-    Raises ComfyError with ComfyUI's own words when it does not start or a node fails.
+    Raises ComfyError, with ComfyUI's own message, if it does not start or a node fails.
     """
     with tempfile.TemporaryDirectory(prefix="tcd-demo-") as folder:
         server = ComfyServer(Path(folder), packs=[_TINY_PACK], host=host)
@@ -50,17 +47,17 @@ def draw_in_comfy(
             return [_run(server, _prompt(captions, seed=seed, steps=each, eta=eta), len(captions)) for each in steps]
 
 
-def _run(server: ComfyServer, graph: dict[str, Any], count: int) -> Drawn:
+def _run(server: ComfyServer, graph: dict[str, Any], count: int) -> ComfyOutput:
     outputs = server.run(graph)
     latents = [load(server.fetch(outputs[f"latent {k}"]["latents"][0]))["latent_tensor"] for k in range(count)]
     files = [io.BytesIO(server.fetch(outputs[f"image {k}"]["images"][0])) for k in range(count)]
     pictures = [load_picture(file) for file in files]
-    # ComfyUI saves latents in the VAE's own scale.
-    return Drawn(torch.cat(latents) * config("tiny", "vae")["scaling_factor"], torch.stack(pictures))
+    # ComfyUI saves latents in the scale of the VAE.
+    return ComfyOutput(torch.cat(latents) * config("tiny", "vae")["scaling_factor"], torch.stack(pictures))
 
 
 def _prompt(captions: Sequence[str], *, seed: int, steps: int, eta: float) -> dict[str, Any]:
-    """The node graph, in ComfyUI's API format: loaders once, then one chain for each caption."""
+    """Return the node graph in ComfyUI's API format: one set of loaders, then one chain of nodes for each caption."""
     graph: dict[str, Any] = {
         "base": _node("CheckpointLoaderSimple", ckpt_name=_CHECKPOINT),
         "vae": _node("TinyShapesVAE", ckpt_name=_CHECKPOINT),

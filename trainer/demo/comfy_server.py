@@ -1,7 +1,6 @@
-"""A real ComfyUI, headless, for as long as a `with` block lasts: found, started, given prompts over HTTP, and ended.
+"""Run a headless ComfyUI (the host) within a `with` block: find it, start it, run prompts over HTTP, and stop it.
 
-Flows in: prompts in the API format.  Flows out: each output node's output, and the files behind it.
-The standard library is all it needs, and the host runs in its own interpreter, so neither sees the other's packages.
+Only the standard library is used. The host runs in its own interpreter, so neither process sees the other's packages.
 
     with ComfyServer(Path("comfy"), packs=[...]) as server:   # models go to server.models / "checkpoints" and so on
         outputs = server.run(prompt)
@@ -29,10 +28,10 @@ from typing import Any, Self
 
 PACK = Path(__file__).resolve().parents[2]
 PACK_NAME = "trajectory-consistency"
-PACK_PARTS = ("__init__.py", "pyproject.toml", "locales", "nodes", "tcd", "workflows")  # what the host needs of it
+PACK_PARTS = ("__init__.py", "pyproject.toml", "locales", "nodes", "tcd", "workflows")  # the parts that the host needs
 
 Prompt = Mapping[str, Any]
-"""{node id: {"class_type": ..., "inputs": {...}}}, where an input is a value or [node id, output index]."""
+"""A node graph: {node id: {"class_type": ..., "inputs": {...}}}; an input is a value or [node id, output index]."""
 
 _POLL_S = 0.05
 _STOP_TIMEOUT_S = 10
@@ -40,11 +39,11 @@ _LOG_LINES = 30
 
 
 class HostNotFoundError(RuntimeError):
-    """No ComfyUI on this machine; the message says in one line how to get it."""
+    """There is no ComfyUI on this computer; the message says in one line how to get it."""
 
 
 class ComfyError(RuntimeError):
-    """What the host says of a prompt that failed; `node_type` is the node that did, where one is to blame."""
+    """The host did not start, or a prompt failed; `node_type` is the class of the node that failed, if one did."""
 
     def __init__(self, message: str, node_type: str | None = None) -> None:
         super().__init__(message)
@@ -53,17 +52,17 @@ class ComfyError(RuntimeError):
 
 @dataclass(frozen=True)
 class Host:
-    """A ComfyUI folder, and the interpreter that has what it requires."""
+    """A ComfyUI folder, and the Python interpreter that has its requirements installed."""
 
     folder: Path
     python: Path
 
 
 def find_host() -> Host:
-    """Find ComfyUI: COMFYUI_PATH, else the one in whose custom_nodes this pack stands, else ~/comfy/ComfyUI.
+    """Find ComfyUI: COMFYUI_PATH, else the ComfyUI whose custom_nodes folder contains this pack, else ~/comfy/ComfyUI.
 
-    Its interpreter: COMFYUI_PYTHON, else the one of its .venv or venv, else the running one.
-    Raises HostNotFoundError; also when COMFYUI_PATH or COMFYUI_PYTHON names nothing, rather than look elsewhere.
+    Interpreter: COMFYUI_PYTHON, else the one in ComfyUI's .venv or venv, else the running one. Raises HostNotFoundError
+    if there is none, and if COMFYUI_PATH or COMFYUI_PYTHON is set to something that does not exist.
     """
     named = os.environ.get("COMFYUI_PATH")
     folders = [Path(named)] if named else [PACK.parents[1], Path.home() / "comfy" / "ComfyUI"]
@@ -86,12 +85,13 @@ def _interpreter(folder: Path) -> Path:
         )
     inner = Path("Scripts", "python.exe") if os.name == "nt" else Path("bin", "python")
     candidates = [Path(named)] if named else [folder / venv / inner for venv in (".venv", "venv")]
-    found = [candidate for candidate in candidates if candidate.is_file()]
-    return found[0].absolute() if found else Path(sys.executable)  # not resolved: a venv's python may be a link
+    existing = [candidate for candidate in candidates if candidate.is_file()]
+    # Not resolved: the python of a venv may be a symbolic link.
+    return existing[0].absolute() if existing else Path(sys.executable)
 
 
 class ComfyServer:
-    """ComfyUI on the CPU, with a base folder of its own, this pack and `packs` (folders), and no others."""
+    """ComfyUI on the CPU, with its own base folder; the only custom nodes are this pack and `packs` (folders)."""
 
     def __init__(
         self,
@@ -102,9 +102,10 @@ class ComfyServer:
         threads: int | None = None,
         start_timeout_s: float = 300,
     ) -> None:
-        """Prepare the base folder, where models can be put before the host starts; raises HostNotFoundError.
+        """Create the base folder, into which models can be copied before the host starts.
 
-        `threads` is how many the host computes with, all cores if None: one is far faster where others use them too.
+        threads: CPU threads of the host; None for all cores. On a busy computer, one thread is much faster. Raises
+        HostNotFoundError if `host` is None and none is found.
         """
         self.host = host or find_host()
         self.base = base.resolve()
@@ -118,12 +119,12 @@ class ComfyServer:
         self._process: subprocess.Popen[bytes] | None = None
         for folder in ("custom_nodes", "input", "output", "user", "models/checkpoints", "models/loras"):
             (self.base / folder).mkdir(parents=True, exist_ok=True)
-        _lend(PACK, self.base / "custom_nodes" / PACK_NAME, PACK_PARTS)
+        _install_pack(PACK, self.base / "custom_nodes" / PACK_NAME, PACK_PARTS)
         for pack in packs:
-            _lend(pack.resolve(), self.base / "custom_nodes" / pack.name)
+            _install_pack(pack.resolve(), self.base / "custom_nodes" / pack.name)
 
     def __enter__(self) -> Self:
-        """Start the host and wait until it answers; raises ComfyError with the end of its log if it does not."""
+        """Start the host and wait until it answers; raises ComfyError, with the end of its log, if it does not."""
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
         with self.log.open("wb") as log:
@@ -145,11 +146,11 @@ class ComfyServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End the host."""
+        """Stop the host."""
         self.stop()
 
     def stop(self) -> None:
-        """End the host's process, kindly and then not; nothing to do if it has ended."""
+        """Terminate the host's process, and kill it if it does not end; does nothing if it is not running."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -161,9 +162,9 @@ class ComfyServer:
             process.wait()
 
     def run(self, prompt: Prompt, *, timeout_s: float = 600) -> dict[str, Any]:
-        """Run a prompt to its end and return {node id: output} of its output nodes, such as {"9": {"images": [...]}}.
+        """Run a prompt and return {node id: output} of its output nodes, such as {"9": {"images": [...]}}.
 
-        Raises ComfyError with the host's words, and the node's, when it refuses the prompt or a node of it fails.
+        Raises ComfyError, with the host's message, if the host refuses the prompt, a node fails, or timeout_s passes.
         """
         prompt_id = self.submit(prompt)
         deadline = time.monotonic() + timeout_s
@@ -176,32 +177,35 @@ class ComfyServer:
         raise ComfyError(f"the prompt was still running after {timeout_s:g} s, and was interrupted")
 
     def submit(self, prompt: Prompt) -> str:
-        """Queue a prompt and return its id; raises ComfyError if the host refuses it, or a branch of it."""
+        """Queue a prompt and return its id; raises ComfyError if the host refuses any part of it."""
         answer = self.post("/prompt", {"prompt": prompt, "client_id": self._client_id})
         if answer.get("node_errors"):
             raise _refused(answer)
         return str(answer["prompt_id"])
 
     def fetch(self, file: Mapping[str, str]) -> bytes:
-        """Return the bytes of a file that an output names: {"filename", "subfolder", "type"}."""
+        """Return the content of an output file; file: {"filename", "subfolder", "type"}, as in an output."""
         return self._request(f"/view?{urllib.parse.urlencode(dict(file))}")
 
     def log_text(self) -> str:
-        """Return all that the host printed so far."""
+        """Return everything that the host has printed."""
         return self.log.read_text(encoding="utf-8", errors="replace")
 
     def get(self, path: str) -> Any:
-        """Return the JSON answer to a GET."""
+        """Send a GET request and return the JSON response."""
         return json.loads(self._request(path))
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """Return the JSON answer to a POST of JSON, None if it is empty; raises ComfyError when it is refused."""
+        """Send a POST request with a JSON body; return the JSON response, or None if it is empty.
+
+        Raises ComfyError if the host refuses it.
+        """
         answer = self._request(path, json.dumps(body).encode())
         return json.loads(answer) if answer else None
 
     def _request(self, path: str, body: bytes | None = None) -> bytes:
         request = urllib.request.Request(self.url + path, body, {"Content-Type": "application/json"})
-        # Without the proxy that the environment may name: the host is on this machine.
+        # Ignore proxies set in the environment: the host is on this computer.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
             with opener.open(request, timeout=60) as answer:
@@ -214,8 +218,8 @@ class ComfyServer:
             raise
 
     def _command(self) -> list[str | Path]:
-        # Only options that the oldest host knows which can load the pack. The database goes with the rest, not into
-        # the host's own folder.
+        # Only options that the oldest supported host knows. The database is put into the base folder, too, so that
+        # nothing is written into the host's own folder.
         options: list[str | Path] = ["--cpu", "--base-directory", self.base, "--listen", "127.0.0.1"]
         options += ["--disable-auto-launch", "--disable-api-nodes", "--preview-method", "none"]
         options += ["--database-url", f"sqlite:///{(self.base / 'user' / 'comfyui.db').as_posix()}"]
@@ -227,7 +231,7 @@ class ComfyServer:
             try:
                 self.get("/system_stats")
                 return
-            except OSError:  # it does not listen yet
+            except OSError:  # not listening yet
                 time.sleep(_POLL_S)
         raise ComfyError(
             f"ComfyUI did not answer within {self._start_timeout_s:g} s; its log ends:\n{self._log_tail()}"
@@ -243,7 +247,7 @@ class ComfyServer:
 
 
 def _outputs(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the outputs of an entry of the host's history, or raise what it says went wrong."""
+    """Return the outputs in an entry of the host's history; raises ComfyError if the prompt failed."""
     status = entry["status"]
     if status["status_str"] == "success":
         return dict(entry["outputs"])
@@ -257,7 +261,7 @@ def _outputs(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refused(answer: Any) -> ComfyError:
-    """Put into words what the host answers to a prompt that is not valid."""
+    """Return an error with the host's response to an invalid prompt."""
     if not isinstance(answer, Mapping):
         return ComfyError(f"the host refused: {answer}")
     lines = []
@@ -279,22 +283,22 @@ def _json_or_text(body: bytes) -> Any:
         return text
 
 
-def _lend(pack: Path, place: Path, parts: Sequence[str] = ()) -> None:
-    """Put a link to a pack where the host looks for packs; where links cannot be made, a copy (of `parts` only)."""
-    if place.is_symlink():
-        place.unlink()
-    elif place.exists():
-        shutil.rmtree(place)
+def _install_pack(pack: Path, target: Path, parts: Sequence[str] = ()) -> None:
+    """Link `target` to a pack; if links cannot be created, copy the pack, or only its `parts`."""
+    if target.is_symlink():
+        target.unlink()
+    elif target.exists():
+        shutil.rmtree(target)
     try:
-        place.symlink_to(pack, target_is_directory=True)
-    except OSError:  # Windows gives links to administrators and developers alone
-        place.mkdir()
+        target.symlink_to(pack, target_is_directory=True)
+    except OSError:  # on Windows, only administrators and developers can create links
+        target.mkdir()
         for part in parts or [entry.name for entry in pack.iterdir() if entry.name != "__pycache__"]:
             source = pack / part
             if source.is_dir():
-                shutil.copytree(source, place / part, ignore=shutil.ignore_patterns("__pycache__"))
+                shutil.copytree(source, target / part, ignore=shutil.ignore_patterns("__pycache__"))
             elif source.is_file():
-                shutil.copy2(source, place / part)
+                shutil.copy2(source, target / part)
 
 
 def _free_port() -> int:
@@ -305,7 +309,7 @@ def _free_port() -> int:
 
 
 def _environment(threads: int | None) -> dict[str, str]:
-    """Return the environment for the host: without what would put our packages before its own."""
+    """Return environment variables for the host, without those that would make it import this process's packages."""
     ours = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__"}
     kept = {name: value for name, value in os.environ.items() if name not in ours}
     if threads is not None:

@@ -1,7 +1,4 @@
-"""What the demo compares: ways to draw the same captions from the same noise.
-
-Flows in: the tiny base and LoRA files.  Flows out: pictures, by method.
-"""
+"""The methods that the demo compares, and sampling with each of them from the same captions and noise."""
 
 from __future__ import annotations
 
@@ -30,18 +27,20 @@ class Method:
 
     label: str
     adapter: str | None
-    """The name of a LoRA, or None for the teacher."""
+    """Name of a LoRA; None for the teacher."""
     steps: int
+    """Sampling steps."""
     gamma: float
+    """Amount of fresh noise per step, in [0, 1]."""
 
     @property
     def detail(self) -> str:
-        """What else a reader must know to draw the row again."""
+        """The sampling parameter that is not in the label."""
         return f"guidance {TEACHER_GUIDANCE:g}" if self.adapter is None else f"gamma {self.gamma:g}"
 
 
-def _rows(label: str, adapter: str | None, gamma: float, *several: int) -> list[Method]:
-    return [Method(f"{label}, {steps} step{'s' if steps > 1 else ''}", adapter, steps, gamma) for steps in several]
+def _rows(label: str, adapter: str | None, gamma: float, *numbers: int) -> list[Method]:
+    return [Method(f"{label}, {steps} step{'s' if steps > 1 else ''}", adapter, steps, gamma) for steps in numbers]
 
 
 METHODS = (
@@ -50,22 +49,22 @@ METHODS = (
     *_rows("TCD", "tcd", 0.3, 1, 4, 16),
     *_rows("TCD S+", "target-time", 0.3, 1, 2, 4, 8, 16),
 )
-"""S+ is the variant whose network gets the target time (TCF(S+) of arXiv 2402.19159)."""
-IN_COMFY = [method for method in METHODS if method.adapter == "target-time" and method.steps <= 4]
-"""Those that ComfyUI draws too."""
+"""S+ is the variant in which the network gets the target time: TCF(S+) of arXiv 2402.19159."""
+COMFY_METHODS = [method for method in METHODS if method.adapter == "target-time" and method.steps <= 4]
+"""Methods that are also sampled in ComfyUI."""
 
 
 def noise_for(seed: int, count: int) -> Tensor:
-    """Starting noise [count, 4, h, w] of which picture k is what ComfyUI would draw for it alone with seed + k."""
+    """Return initial noise [count, 4, h, w], with row k as ComfyUI draws it for a single picture with seed + k."""
     side = SIZE_PX // 8
     return torch.cat([initial_noise(seed + k, (1, 4, side, side)) for k in range(count)])
 
 
-class Studio:
-    """The tiny base with its LoRAs, read from their files, and its captions encoded."""
+class DemoSampler:
+    """The tiny model with several LoRAs and the encoded captions."""
 
     def __init__(self, loras: dict[str, Path], captions: Sequence[str]) -> None:
-        """Load everything; raises UserError when a file is not what it should be."""
+        """loras: LoRA files by name. Raises UserError if a file is damaged or not a LoRA for the tiny model."""
         cpu, sizes = torch.device("cpu"), torch.zeros(1, 6)
         checkpoint = open_checkpoint(BaseConfig(path="tiny"))
         self.autoencoder = checkpoint.load_autoencoder(cpu)
@@ -77,12 +76,12 @@ class Studio:
         self.guidance = Guidance(uncond, TEACHER_GUIDANCE)
 
     def latents(self, method: Method, count: int, seed: int) -> Tensor:
-        """Sample the first `count` captions by a method: normalized latents [count, 4, h, w]."""
+        """Sample the first `count` captions by a method; return normalized latents, float32 [count, 4, h, w]."""
         with self.model.adapter.using(method.adapter or OFF):
             return self._sample(method, count, seed, None if method.adapter else self.guidance)
 
     def pictures(self, method: Method, count: int, seed: int) -> Tensor:
-        """Draw the first `count` captions by a method: uint8 [count, 3, H, W]."""
+        """Sample the first `count` captions by a method; return pictures, uint8 [count, 3, H, W]."""
         return self.autoencoder.decode(self.latents(method, count, seed))
 
     def _sample(self, method: Method, count: int, seed: int, guidance: Guidance | None) -> Tensor:
@@ -97,7 +96,7 @@ class Studio:
                     sigmas=sigmas,
                     gamma=method.gamma,
                     noise=noise[rows],
-                    seed=seed + start,  # picture k draws its noise from seed + k, whatever the batch
+                    seed=seed + start,  # so that picture k has the fresh noise of seed + k in any batch
                     guidance=guidance,
                 )
             )

@@ -1,7 +1,4 @@
-"""What the demo measures: how close pictures are to the world, and whether they show what their captions say.
-
-Flows in: pictures, the scenes they were asked for, a classifier.  Flows out: numbers ready for JSON.
-"""
+"""The demo's metrics: Frechet distance to pictures of the shapes world, and the share of correct captions."""
 
 from __future__ import annotations
 
@@ -19,12 +16,15 @@ from .classifier import NUM_FEATURES, Classifier, scene_labels
 FEATURE_SPACE = f"{NUM_FEATURES} features, each of about unit variance, of a classifier of the shapes world"
 
 
-class Measures(TypedDict):
-    """What was measured, and of how many pictures in which space: a Frechet distance means nothing without these."""
+class Metrics(TypedDict):
+    """Metrics of a set of pictures, and the sample counts and feature space that a Frechet distance depends on."""
 
     frechet: float
+    """Squared Frechet distance to the reference pictures."""
     accuracy: float
+    """Fraction of pictures that show everything their caption says."""
     accuracy_of: dict[str, float]
+    """The same for each part of the caption, by the names in `LABELS`."""
     samples: int
     reference_samples: int
     feature_space: str
@@ -33,9 +33,9 @@ class Measures(TypedDict):
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     """Squared Frechet distance between Gaussians fitted to features [N, D] and [M, D] (Dowson and Landau 1982).
 
-    |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), in float64. With C = R^T R the trace is the least of
-    |R_a - Q R_b|^2 over rotations Q: a sum of squares, so equal sets give zero without cancellation, and no matrix
-    is squared or rooted. Raises ValueError for other shapes, fewer than two samples and values that are not finite.
+    |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), in float64. With C = R^T R, the trace is the minimum of
+    |R_a - Q R_b|^2 over orthogonal Q. As a sum of squares, it is zero for equal sets without cancellation, and it needs
+    no matrix square root. Raises ValueError for other shapes, fewer than two samples or non-finite values.
     """
     for features in (features_a, features_b):
         if features.ndim != 2 or len(features) < 2 or features.shape[1] != features_a.shape[1]:
@@ -52,20 +52,20 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
 
 
 def _gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean [D] of features [N, D] and a root R [D, D] of their unbiased covariance R^T R, in float64."""
+    """Return the mean [D] of features [N, D], and R [D, D] with R^T R their unbiased covariance, in float64."""
     features = features.double()
     mean = features.mean(0)
     centered = (features - mean) / (len(features) - 1) ** 0.5
-    # Rows of zeros change no covariance and keep the root square when there are fewer samples than features.
+    # Rows of zeros do not change the covariance, and make R square if there are fewer samples than features.
     return mean, torch.linalg.qr(F.pad(centered, (0, 0, 0, features.shape[1])), mode="r").R
 
 
 def caption_accuracy(
     classifier: Classifier, features: Tensor, scenes: Sequence[Scene]
 ) -> tuple[float, dict[str, float]]:
-    """The fraction of pictures, by their features [B, D], that show all of their scene, and each of `LABELS` of it.
+    """Return the fraction of pictures that show their scene completely, and the fraction for each of `LABELS`.
 
-    Raises ValueError when there are not as many scenes as features.
+    features: of the pictures, [B, D]. Raises ValueError if there are not B scenes.
     """
     if len(features) != len(scenes):
         raise ValueError(f"expected one scene for each picture, got {len(features)} pictures and {len(scenes)} scenes")
@@ -73,14 +73,15 @@ def caption_accuracy(
     return right.amin(1).mean().item(), dict(zip(LABELS, right.mean(0).tolist(), strict=True))
 
 
-def evaluate(classifier: Classifier, pictures: Tensor, scenes: Sequence[Scene], reference_features: Tensor) -> Measures:
-    """Measure pictures [B, 3, 64, 64], bytes or floats in [-1, 1], that were asked for as `scenes`.
+def evaluate(classifier: Classifier, pictures: Tensor, scenes: Sequence[Scene], reference_features: Tensor) -> Metrics:
+    """Evaluate pictures [B, 3, 64, 64], uint8 or floats in [-1, 1], that were sampled for the captions of `scenes`.
 
-    The distance is to the reference features [M, D] of held-out pictures. Raises ValueError as the parts do.
+    reference_features: [M, D], of held-out pictures. Raises ValueError if the pictures, the number of scenes or the
+    features are invalid, as `as_signal`, `caption_accuracy` and `frechet_distance` do.
     """
     features = classifier.features(pictures)
     accuracy, accuracy_of = caption_accuracy(classifier, features, scenes)
-    return Measures(
+    return Metrics(
         frechet=frechet_distance(features, reference_features),
         accuracy=accuracy,
         accuracy_of=accuracy_of,
@@ -90,7 +91,7 @@ def evaluate(classifier: Classifier, pictures: Tensor, scenes: Sequence[Scene], 
     )
 
 
-def noise_floor(classifier: Classifier, scenes: Sequence[Scene], reference_features: Tensor, *, seed: int) -> Measures:
-    """What `evaluate` says of the world itself: fresh pictures of the same scenes, drawn apart from all others."""
+def noise_floor(classifier: Classifier, scenes: Sequence[Scene], reference_features: Tensor, *, seed: int) -> Metrics:
+    """Return the metrics of newly drawn pictures of the same scenes: the best values that can be expected."""
     pictures = draw_pictures(scenes, random.Random(f"noise floor {seed}"))
     return evaluate(classifier, pictures, scenes, reference_features)

@@ -47,7 +47,6 @@ class Conditioning:
 
         Raises ValueError if they do not all have the same names and the same row shapes.
         """
-
         names = {name: [part.tensors[name] for part in parts if name in part.tensors] for name in _names(parts)}
         for name, tensors in names.items():
             if len(tensors) != len(parts):

@@ -19,7 +19,6 @@ def fingerprint(source: Path) -> str:
 
 
 def _hash_samples(path: Path) -> str:
-
     size = path.stat().st_size
     content = hashlib.sha256(str(size).encode())
     with open(path, "rb") as file:

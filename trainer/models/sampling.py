@@ -78,7 +78,6 @@ def _noise_scale(schedule: Schedule, sigma: Tensor) -> float:
 
     At the highest sigma, the initial x is unit noise in the training scale; below it, x = sigma eps.
     """
-
     if sigma >= schedule.sigmas_for(1)[0]:
         return 1 / _to_training_scale(schedule, sigma)
     return float(schedule.level(sigma).sigma)

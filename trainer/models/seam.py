@@ -170,7 +170,7 @@ class Checkpoint(Protocol):
     prediction: Prediction
     latents: LatentFormat
     resolution: int
-    """Side, in pixels, of the pictures that the model was trained on."""
+    """Usual side of the pictures of the model's family, in pixels."""
     notes: tuple[str, ...]
     """For the user: what was assumed about the model, and the setting that overrides each assumption."""
 

@@ -37,7 +37,6 @@ def dpm_solver_sample(
             x0_previous, h_previous = previous
             extrapolated = x0 + (x0 - x0_previous) * (h / (2 * h_previous))
         x, previous = jump(x, extrapolated, t.level, s.level), (x0, h)
-
     return model.guided_x0(x, points[-1], cond, uncond, scale)
 
 

@@ -1,1 +1,1 @@
-"""The embedded tiny model: its world of captioned shapes, and the script that trained its teacher."""
+"""The embedded tiny model: the world of captioned shapes it was trained on, and its training script."""

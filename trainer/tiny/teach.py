@@ -1,8 +1,8 @@
-"""Train the embedded tiny teacher: a VAE, a text encoder and a UNet of SD1.5's architecture, scaled down.
+"""Train the embedded tiny teacher on the shapes world: SD1.5's VAE, text encoder and UNet, scaled down.
 
     python -m trajectory_consistency.trainer.tiny.teach --out trainer/tiny/tiny-sd.safetensors
 
-Flows in: the shapes world.  Flows out: one single-file checkpoint in the names that ComfyUI and the trainer read.
+The result is a single-file checkpoint with the same names as SD1.5's.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ NUM_TIMESTEPS = 1000
 CAPTION_DROPOUT = 0.1
 KL_WEIGHT = 1e-4
 INITIAL_LOG_VARIANCE = -6.0
-SHAPE_WEIGHT = 6.0
-LAYOUT_FROM = 850
+SHAPE_WEIGHT = 6.0  # weight of the shape's pixels in the VAE's loss, relative to the background
+LAYOUT_FROM = 850  # from this timestep on, the caption decides where the shape is
 
 
 def pictures(count: int, seed: int) -> tuple[Tensor, list[str]]:
-    """Draw `count` scenes: pictures uint8 [count, 3, H, W] and their captions."""
+    """Draw `count` random scenes; return pictures, uint8 [count, 3, H, W], and captions."""
     scenes = world.random_scenes(count, seed)
     return world.draw_pictures(scenes, random.Random(seed)), [scene.caption for scene in scenes]
 
 
 def to_signal(images: Tensor) -> Tensor:
-    """Bytes [B, 3, H, W] as float32 in [-1, 1], the VAE's range."""
+    """Convert pictures, uint8 [B, 3, H, W], to float32 in [-1, 1], the VAE's range."""
     return images.float() / 127.5 - 1
 
 
 def _steps(count: int, label: str, optimizer: torch.optim.Optimizer, peak_lr: float) -> Iterator[int]:
-    """Count steps with a progress bar, under a one-cycle learning rate."""
+    """Yield step numbers, with a progress bar and a one-cycle learning rate."""
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_lr, total_steps=count + 1, pct_start=0.05)
     for step in tqdm(range(count), desc=label, mininterval=5):
         yield step
@@ -57,8 +57,8 @@ def _steps(count: int, label: str, optimizer: torch.optim.Optimizer, peak_lr: fl
 
 
 def train_vae(vae: AutoencoderKL, images: Tensor, *, steps: int, batch: int, generator: torch.Generator) -> None:
-    """Train `vae` on `images` (L1 + L2, a little KL), then scale its latents to the unit variance SD1.5 expects."""
-    with torch.no_grad():  # a posterior as wide as the prior would drown the first pictures in noise
+    """Train a VAE on pictures, uint8 [N, 3, H, W], with L1 + L2 + KL; then scale its latents to unit variance."""
+    with torch.no_grad():  # start with a narrow posterior: one as wide as the prior would hide the signal in noise
         vae.quant_conv.bias[vae.config.latent_channels :] = INITIAL_LOG_VARIANCE
         vae.quant_conv.weight[vae.config.latent_channels :] = 0
     vae.to(memory_format=torch.channels_last)
@@ -68,7 +68,8 @@ def train_vae(vae: AutoencoderKL, images: Tensor, *, steps: int, batch: int, gen
         posterior = vae.encode(x).latent_dist
         latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
         error = vae.decode(latents).sample - x
-        # The shape is a tenth of the picture and all that is hard in it; the corner is always ground.
+        # Weight the shape, which is a tenth of the picture and the only difficult part. The corner pixel is always
+        # background.
         is_shape = (x - x[:, :, :1, :1]).abs().amax(1, keepdim=True) > 0.05
         weight = torch.where(is_shape, SHAPE_WEIGHT, 1.0)
         distance = (weight * (error.abs() + error.square())).mean() / weight.mean()
@@ -84,7 +85,7 @@ def train_vae(vae: AutoencoderKL, images: Tensor, *, steps: int, batch: int, gen
 
 @torch.no_grad()
 def _scale_latents(vae: AutoencoderKL, images: Tensor) -> None:
-    """Fold a factor into the VAE so that `scaling_factor` times its latents have standard deviation one."""
+    """Scale the VAE's weights so that its latents times `scaling_factor` have standard deviation 1."""
     std = torch.cat([vae.encode(to_signal(part)).latent_dist.mean for part in images.split(64)]).std()
     factor = 1.0 / (vae.config.scaling_factor * std)
     channels = vae.config.latent_channels
@@ -96,7 +97,7 @@ def _scale_latents(vae: AutoencoderKL, images: Tensor) -> None:
 
 @torch.no_grad()
 def encode_pictures(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Scaled latents [B, 4, h, w] of bytes [B, 3, H, W]."""
+    """Encode pictures, uint8 [B, 3, H, W], to normalized latents [B, 4, h, w]."""
     parts = [vae.encode(to_signal(part)).latent_dist.mean for part in tqdm(images.split(64), desc="latents")]
     return torch.cat(parts) * vae.config.scaling_factor
 
@@ -112,7 +113,7 @@ def train_unet(
     generator: torch.Generator,
     save: Callable[[UNet2DConditionModel, CLIPTextModel], None],
 ) -> None:
-    """Train UNet and text encoder together to predict the noise; hand the moving average of both to `save`."""
+    """Train UNet and text encoder together to predict eps; pass the moving averages of both to `save` regularly."""
     models = nn.ModuleList([unet, text_encoder])
     average = torch.optim.swa_utils.AveragedModel(
         models, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999)
@@ -128,7 +129,7 @@ def train_unet(
         x_t = add_noise(latents[picked], eps, vp_level(rearrange(alpha_bar[timesteps], "b -> b 1 1 1")))
         context = text_encoder(torch.where(dropped[:, None], empty, ids[picked])).last_hidden_state
         error = (unet(x_t, timesteps, context).sample - eps).square().mean(dim=(1, 2, 3))
-        loss = (error / alpha_bar[timesteps]).mean()  # the error of v, which weighs all levels alike
+        loss = (error / alpha_bar[timesteps]).mean()  # equals the squared error of v
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(models.parameters(), 1.0)
@@ -141,9 +142,9 @@ def train_unet(
 
 
 def _draw_timesteps(batch: int, generator: torch.Generator) -> Tensor:
-    """Half of a batch over all noise levels, half over the highest, where the caption alone decides the layout.
+    """Draw timesteps [batch]: one half uniformly from LAYOUT_FROM on, the other half uniformly from all.
 
-    With all of it uniform, the word for the place is not learned: too few examples say anything about it.
+    If all were drawn uniformly, the model would not learn the words for places: they matter only at high noise levels.
     """
     timesteps = torch.randint(NUM_TIMESTEPS, (batch,), generator=generator)
     timesteps[: batch // 2] = torch.randint(LAYOUT_FROM, NUM_TIMESTEPS, (batch // 2,), generator=generator)
@@ -151,7 +152,7 @@ def _draw_timesteps(batch: int, generator: torch.Generator) -> Tensor:
 
 
 def write_checkpoint(path: Path, unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel) -> None:
-    """Write one fp16 single-file checkpoint of the three models, which says what `train_unet` lets the UNet predict."""
+    """Write the three models as one float16 single-file checkpoint, with the prediction type (eps) in its metadata."""
     state = ldm.unet_to_ldm(unet.state_dict(), unet.config)
     state |= ldm.vae_to_ldm(vae.state_dict(), vae.config)
     state |= ldm.text_to_ldm(text_encoder.state_dict())
@@ -166,7 +167,7 @@ def main() -> None:
     parser.add_argument("--vae-steps", type=int, default=3800)
     parser.add_argument("--unet-steps", type=int, default=10000)
     parser.add_argument("--pictures", type=int, default=24000)
-    parser.add_argument("--start", type=Path, help="go on from this checkpoint, and keep its VAE as it is")
+    parser.add_argument("--start", type=Path, help="continue from this checkpoint, and keep its VAE unchanged")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.manual_seed(options.seed)

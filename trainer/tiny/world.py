@@ -1,7 +1,4 @@
-"""The captioned-shapes world: small pictures whose caption says all there is to see.
-
-Flows in: a seeded generator.  Flows out: scenes, their captions, their pictures, folders of pictures with captions.
-"""
+"""The shapes world: small pictures of one shape each, with captions that describe them completely."""
 
 from __future__ import annotations
 
@@ -30,13 +27,13 @@ COLORS = {
     "black": (25, 25, 30),
 }
 SHAPES = ("circle", "square", "triangle", "star")
-# The center of the shape, in fractions of the picture's width and height.
+# The center (x, y) of the shape, as fractions of the picture's width and height.
 PLACES = {"left": (0.27, 0.5), "right": (0.73, 0.5), "top": (0.5, 0.27), "bottom": (0.5, 0.73), "center": (0.5, 0.5)}
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One shape of one color at one place on a ground of another color."""
+    """One shape of one color, at one place on a background (ground) of a different color."""
 
     shape: str
     color: str
@@ -45,12 +42,12 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """The sentence that describes the scene completely."""
+        """A caption that describes the scene completely."""
         return f"a {self.color} {self.shape} {self.place} on a {self.ground} background"
 
     @property
     def labels(self) -> tuple[int, ...]:
-        """The scene as one class index for each of `LABELS`."""
+        """The index of the scene's value in each of `LABELS`."""
         return tuple(values.index(value) for values, value in zip(LABELS.values(), astuple(self), strict=True))
 
 
@@ -60,20 +57,21 @@ LABELS: dict[str, list[str]] = {
     "place": list(PLACES),
     "ground": list(COLORS),
 }
+"""The possible values of each field of `Scene`, in its order."""
 
 
 def all_scenes() -> list[Scene]:
-    """Every scene of the world, in a fixed order; color and ground differ."""
+    """Return every possible scene, in a fixed order."""
     return [Scene(*parts) for parts in product(*LABELS.values()) if parts[1] != parts[3]]
 
 
 def random_scenes(count: int, seed: int) -> list[Scene]:
-    """`count` scenes drawn uniformly with replacement, the same for the same seed."""
+    """Return `count` scenes, drawn uniformly with replacement; a function of the seed."""
     return random.Random(seed).choices(all_scenes(), k=count)
 
 
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
-    """The scene as an RGB picture of `SIZE_PX` squared, antialiased; exact place, size and angle are left to chance."""
+    """Draw a scene as an antialiased RGB picture, SIZE_PX x SIZE_PX; the exact place, size and angle are random."""
     canvas = SIZE_PX * SUPERSAMPLING
     image = Image.new("RGB", (canvas, canvas), COLORS[scene.ground])
     center_x, center_y = (c * canvas + rng.uniform(-0.07, 0.07) * canvas for c in PLACES[scene.place])
@@ -88,7 +86,7 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
 
 
 def _outline(shape: str, x: float, y: float, radius: float, tilt: float) -> list[tuple[float, float]]:
-    """The corners of a polygonal shape around (x, y), from its topmost corner on, tilted by `tilt` radians."""
+    """Return the corners (x, y), in pixels, of a polygon around (x, y), rotated by `tilt` radians."""
     corners, inner, start = {
         "square": (4, 1.0, math.pi / 4),
         "triangle": (3, 1.0, 0.0),
@@ -103,13 +101,13 @@ def _outline(shape: str, x: float, y: float, radius: float, tilt: float) -> list
 
 
 def draw_pictures(scenes: Sequence[Scene], rng: random.Random) -> Tensor:
-    """One picture for each scene, uint8 [B, 3, 64, 64]."""
+    """Draw one picture for each scene, uint8 [B, 3, 64, 64]."""
     images = np.stack([np.asarray(draw(scene, rng)) for scene in scenes])
     return torch.from_numpy(rearrange(images, "b h w c -> b c h w").copy())
 
 
 def write_folder(folder: Path, count: int, seed: int) -> None:
-    """Write `count` pictures and their captions, `00000.png`, `00000.txt` and so on, into `folder`."""
+    """Write `count` random pictures and their captions into a folder, as `00000.png`, `00000.txt` and so on."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     for index, scene in enumerate(random_scenes(count, seed)):

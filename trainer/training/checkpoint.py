@@ -91,7 +91,6 @@ class Checkpoints:
 
     def remove_all(self) -> None:
         """Remove all checkpoints: a finished run needs none."""
-
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, step: int) -> Path:

@@ -2,7 +2,6 @@
 
 Every random number is a function of (seed, step, row). It does not depend on how the rows are divided over processes,
 and a checkpoint needs no generator state.
-
 """
 
 from __future__ import annotations

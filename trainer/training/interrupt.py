@@ -36,7 +36,6 @@ def watch_stop_signals() -> Iterator[Callable[[], bool]]:
         yield lambda: False
         return
     previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-
     try:
         yield lambda: first is not None
     finally:

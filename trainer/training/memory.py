@@ -35,7 +35,7 @@ class MemorySettings(NamedTuple):
     rank: int
     """Rank of the LoRA."""
     batch: int
-    """Pictures per micro-batch of one process."""
+    """Pictures per micro-batch."""
     width: int
     """Width of the training pictures, in pixels."""
     height: int
@@ -64,7 +64,7 @@ class MemorySettings(NamedTuple):
 
     @staticmethod
     def from_config(config: Config, dtype: torch.dtype) -> MemorySettings:
-        """Return the settings of a configuration, for one process."""
+        """Return the settings of a configuration, for a run in a single process."""
         training, preview, side = config.training, config.preview, config.data.resolution
         device, _ = device_and_dtype(config)
         return MemorySettings(

@@ -92,6 +92,5 @@ def _flatten(state: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, 
     for key, value in state.items():
         if isinstance(value, Mapping):
             yield from _flatten(value, f"{prefix}{key}.")
-
         else:
             yield f"{prefix}{key}", value

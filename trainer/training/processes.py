@@ -111,7 +111,6 @@ ALONE = Processes()
 def join_processes(device: torch.device) -> tuple[Processes, torch.device]:
     """Connect to the processes that were launched together with this one; also return this process's device."""
     state = PartialState(cpu=device.type == "cpu", timeout=_TIMEOUT)
-
     if state.num_processes == 1:
         return ALONE, device
     return Processes(state.process_index, state.num_processes), state.device

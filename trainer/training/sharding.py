@@ -22,7 +22,6 @@ def shard(model: Model, processes: Processes) -> None:
     The adapter is not part of the network, and stays complete in every process. From now on, all processes must call
     the network the same number of times.
     """
-
     mesh = init_device_mesh(model.device.type, (processes.count,))
     for module in (*model.blocks(), model.network):
         fully_shard(module, mesh=mesh)

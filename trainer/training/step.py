@@ -15,7 +15,6 @@ from .examples import Examples
 
 def step_losses(model: Model, examples: Examples, config: Config) -> Tensor:
     """Return the weighted loss of each example, [b], with a gradient; the examples are on the model's device."""
-
     method, schedule, ndim = config.method, model.schedule, examples.latents.ndim
     cond, uncond, guidance = examples.cond, examples.uncond, examples.guidance
 

@@ -104,7 +104,7 @@ def teacher_features(folder: Path) -> Tensor:
     path = folder / "teacher.safetensors"
     if not path.exists():
         row = demo.Method("teacher", None, 50, 0.0)
-        drawn = demo.Studio({}, CAPTIONS * TEACHERS).pictures(row, PICTURES * TEACHERS, 40_000)
+        drawn = demo.DemoSampler({}, CAPTIONS * TEACHERS).pictures(row, PICTURES * TEACHERS, 40_000)
         with atomic_write(path) as unfinished:
             save_file({"features": classifier(folder).features(drawn)}, unfinished)
     return load_file(path)["features"]
@@ -140,7 +140,7 @@ def measure(method: Method, lr: float, seed: int, folder: Path) -> dict[str, Any
 
 def measure_cells(lora: Path, wanted: list[tuple[int, float]], seed: int, folder: Path) -> dict[str, dict[str, float]]:
     """What is reported of a student's samples, by "steps gamma"."""
-    studio, found = demo.Studio({"student": lora}, CAPTIONS), {}
+    studio, found = demo.DemoSampler({"student": lora}, CAPTIONS), {}
     for steps, gamma in wanted:
         row = demo.Method(f"{steps} steps", "student", steps, gamma)
         pictures = studio.pictures(row, PICTURES, 20_000 + 1000 * seed)
@@ -152,7 +152,7 @@ def measure_references(seed: int, folder: Path) -> dict[str, dict[str, float]]:
     """The same of fresh pictures, and of the teacher by two solvers; its jumps are "DDIM"."""
     found = {"fresh data": measure_pictures(pictures_of(SCENES, f"fresh {seed}"), folder)}
     found["DDIM"] = trajectory_errors(None, folder)
-    studio, start = demo.Studio({}, CAPTIONS), 20_000 + 1000 * seed
+    studio, start = demo.DemoSampler({}, CAPTIONS), 20_000 + 1000 * seed
     for steps in (*STEPS, 50):
         row = demo.Method(f"DDIM {steps}", None, steps, 0.0)
         found[row.label] = measure_pictures(studio.pictures(row, PICTURES, start), folder)
@@ -170,14 +170,14 @@ def measure_references(seed: int, folder: Path) -> dict[str, dict[str, float]]:
     return found
 
 
-def _followed() -> tuple[demo.Studio, Tensor]:
+def _followed() -> tuple[demo.DemoSampler, Tensor]:
     """What trajectories are followed of: captions, encoded, and the latents of pictures of them."""
     pictures, scenes = world_sample(FOLLOWED, purpose="trajectories", seed=0)
-    studio = demo.Studio({}, [scene.caption for scene in scenes])
+    studio = demo.DemoSampler({}, [scene.caption for scene in scenes])
     return studio, studio.autoencoder.encode(pictures).mean
 
 
-def _point(studio: demo.Studio, timestep: int) -> TimePoint:
+def _point(studio: demo.DemoSampler, timestep: int) -> TimePoint:
     return studio.model.schedule.point(torch.full((FOLLOWED,), timestep), 4)
 
 
@@ -229,7 +229,7 @@ def draw(lr: Mapping[str, float], folder: Path, path: Path) -> None:
     """Draw some captions by each method, by its learning rate, in rows of numbers of steps, under the teacher's."""
     captions = [scene.caption for scene in world.random_scenes(COLUMNS, 1)]
     loras = {name: distill(METHODS[name], rate, SEEDS[0], folder) for name, rate in lr.items()}
-    studio = demo.Studio(loras, captions)
+    studio = demo.DemoSampler(loras, captions)
     rows = [demo.Method("Teacher", None, steps, 0.0) for steps in (50, 4)]
     rows += [demo.Method(name, name, steps, METHODS[name].gamma) for name in lr for steps in DRAWN]
     grid = [

@@ -1,8 +1,8 @@
-"""A ComfyUI pack that the demo and the tests lend to the host, so that it knows the tiny family.
+"""A ComfyUI pack, installed by the demo and by tests, that adds support for the tiny family.
 
-The stock CheckpointLoaderSimple then loads the UNet and the text encoder of a tiny checkpoint. Its VAE it cannot, since
-the host's has 128 channels whatever the file has: TinyShapesVAE gives that. The shapes are those of trainer/bases/tiny,
-and with them the number of groups in a GroupNorm, which for the host is always 32.
+With it, the stock CheckpointLoaderSimple loads the UNet and the text encoder of a tiny checkpoint. The node
+TinyShapesVAE loads the VAE, since the stock loader always builds one with 128 channels. The shapes are those in
+trainer/models/unet/families/tiny. The tiny models have 4 groups in each GroupNorm, where the host always builds 32.
 """
 
 from __future__ import annotations
@@ -45,24 +45,24 @@ VAE_CONFIG = {
 
 
 @contextmanager
-def few_groups() -> Iterator[None]:
-    """Build what is built in the meantime with NORM_GROUPS groups, whatever it asks for."""
+def patched_group_norm() -> Iterator[None]:
+    """Within the block, every new GroupNorm has NORM_GROUPS groups, whatever number is asked for."""
     build = torch.nn.GroupNorm.__init__
 
-    def build_with_few(
+    def build_with_norm_groups(
         self: torch.nn.GroupNorm, num_groups: int, num_channels: int, *args: Any, **options: Any
     ) -> None:
         build(self, NORM_GROUPS, num_channels, *args, **options)
 
-    with mock.patch.object(torch.nn.GroupNorm, "__init__", build_with_few):
+    with mock.patch.object(torch.nn.GroupNorm, "__init__", build_with_norm_groups):
         yield
 
 
 class TinyTextEncoder(comfy.sd1_clip.SDClipModel):
-    """SD 1.5's text encoder at a width of 32."""
+    """SD1.5's text encoder with a width of 32 and two layers."""
 
     def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: dict[str, Any] | None = None) -> None:
-        """Take what the host gives every text encoder."""
+        """Take the arguments that the host passes to every text encoder."""
         super().__init__(
             device=device,
             dtype=dtype,
@@ -73,36 +73,36 @@ class TinyTextEncoder(comfy.sd1_clip.SDClipModel):
 
 
 class TinyClip(comfy.sd1_clip.SD1ClipModel):
-    """The same, as the host wraps it."""
+    """The host's wrapper around TinyTextEncoder."""
 
     def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: dict[str, Any] | None = None) -> None:
-        """Take what the host gives every text encoder."""
+        """Take the arguments that the host passes to every text encoder."""
         super().__init__(device=device, dtype=dtype, model_options=model_options or {}, clip_model=TinyTextEncoder)
 
 
 class TinyShapes(comfy.supported_models.SD15):
-    """SD 1.5 at a width of 32."""
+    """The host's model class for a tiny checkpoint: SD1.5 with a width of 32."""
 
     unet_config = comfy.supported_models.SD15.unet_config | {"context_dim": 32, "model_channels": 32}
     unet_extra_config = {"num_heads": 2, "num_head_channels": -1}
     vae_key_prefix = ["no such key, so that the host does not try its own VAE on it: "]
 
     def get_model(self, *args: Any, **options: Any) -> Any:
-        """Build the model around the UNet."""
-        with few_groups():
+        """Build the model, with the UNet in it."""
+        with patched_group_norm():
             return super().get_model(*args, **options)
 
     def clip_target(self, state_dict: Mapping[str, Any] | None = None) -> ClipTarget:
-        """Name the tokenizer and the text encoder."""
+        """Return the classes of the tokenizer and the text encoder."""
         return ClipTarget(comfy.sd1_clip.SD1Tokenizer, TinyClip)
 
 
 class TinyShapesVAE:
-    """The VAE in a tiny checkpoint."""
+    """Node that loads the VAE of a tiny checkpoint."""
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802, as the host calls it
-        """Ask for a checkpoint's name."""
+        """Return the node's inputs: the file name of a checkpoint."""
         return {"required": {"ckpt_name": (folder_paths.get_filename_list("checkpoints"),)}}
 
     RETURN_TYPES = ("VAE",)
@@ -110,10 +110,10 @@ class TinyShapesVAE:
     CATEGORY = "loaders"
 
     def load(self, ckpt_name: str) -> tuple[comfy.sd.VAE]:
-        """Return the VAE."""
+        """Load the VAE of a checkpoint."""
         tensors = comfy.utils.load_torch_file(folder_paths.get_full_path_or_raise("checkpoints", ckpt_name))
         weights = comfy.utils.state_dict_prefix_replace(tensors, {"first_stage_model.": ""}, filter_keys=True)
-        with few_groups():
+        with patched_group_norm():
             return (comfy.sd.VAE(sd=weights, config={"params": {"ddconfig": VAE_CONFIG, "embed_dim": 4}}),)
 
 

@@ -23,7 +23,6 @@ class Vae:
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> LatentDistribution:
         """Encode pictures, uint8 [B, 3, H, W] on the VAE's device; the normalized latents are [B, 4, H / 8, W / 8]."""
-
         posterior = self.vae.encode(pixels.float() / 127.5 - 1).latent_dist
         return LatentDistribution(posterior.mean * self.scale, posterior.std * self.scale)
 

@@ -157,8 +157,8 @@ class UNetCheckpoint:
         """Whether the schedule has zero terminal SNR: base.zero_snr, else what the model says, else no."""
         zero = {"yes": True, "no": False}.get(setting, self._source.zero_snr())
         if zero is None and self.prediction != "eps":
-            remedy = "set base.zero_snr to yes if it is a zero terminal SNR model"
-            notes.append(f"{self.path.name} does not say whether it has zero terminal SNR: no is assumed; {remedy}")
+            remedy = "set base.zero_snr to yes if it has it"
+            notes.append(f"{self.path.name} does not say whether it has zero terminal SNR, so no is assumed; {remedy}")
         if zero and self.prediction == "eps":
             raise UserError(
                 f"{self.path} is said to predict eps at zero terminal SNR, where x at timestep 999 is pure noise, and "
@@ -190,7 +190,6 @@ def _open(path: str) -> SingleFile | DiffusersFolder:
 
 def _short_hash(path: Path) -> str:
     """Return the short model hash that web UIs show for a checkpoint: of 64 KiB from offset 1 MiB."""
-
     with open(path, "rb") as file:
         file.seek(0x100000)
         return hashlib.sha256(file.read(0x10000)).hexdigest()[:8]

@@ -124,7 +124,6 @@ class DiffusersFolder:
 
     def _config(self, part: str, name: str = "config.json") -> dict[str, Any]:
         """Return the configuration of a part, {} if there is none; raises UserError if it is not JSON."""
-
         path = self.path / part / name
         if not path.is_file():
             return {}

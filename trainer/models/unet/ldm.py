@@ -196,7 +196,6 @@ def _unet_modules(config: Mapping[str, Any]) -> dict[str, str]:
 
 def _vae_modules(config: Mapping[str, Any]) -> dict[str, str]:
     """Map diffusers module paths of a VAE to original ones, which number decoder levels from the pixels inwards."""
-
     names = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
     levels, layers = len(config["block_out_channels"]), config["layers_per_block"]
     for half in ("encoder", "decoder"):

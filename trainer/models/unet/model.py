@@ -126,5 +126,4 @@ class UNetModel:
 
 def _twice(t: TimePoint) -> TimePoint:
     """Repeat the network times for the two halves of a batch; the level is not repeated, as `_predict` ignores it."""
-
     return t._replace(network_time=torch.cat([t.network_time, t.network_time]))

@@ -80,7 +80,7 @@ class SingleFile(SafetensorsFile):
         return None, ""
 
     def zero_snr(self) -> bool | None:
-        """Return True if the file has a `ztsnr` marker tensor, else None: no marker means "trained without"."""
+        """Return True if the file has a `ztsnr` marker tensor, else None: there is no marker for the opposite."""
         return True if "ztsnr" in self.shapes else None
 
     def check_encoders(self, *, vae: bool) -> None:
@@ -152,9 +152,9 @@ class SingleFile(SafetensorsFile):
                 f"are missing, such as {missing[0]}"
             )
         state = {}
-        for key, empty in model.state_dict().items():
+        for key, meta in model.state_dict().items():
             try:
-                part = locations[key].read(self.tensor(locations[key].name), empty.shape)
+                part = locations[key].read(self.tensor(locations[key].name), meta.shape)
             except ValueError as error:
                 raise UserError(f"{self.path} does not hold a {what}: {error}") from error
             state[key] = part.to(dtype, copy=True).contiguous()
