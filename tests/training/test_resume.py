@@ -19,6 +19,7 @@ from torch import Tensor
 
 import child_runs
 from tiny_base import write_base, write_inputs
+from trajectory_consistency.trainer import preflight
 from trajectory_consistency.trainer.cli import main
 from trajectory_consistency.trainer.config.settings import from_mapping
 from trajectory_consistency.trainer.errors import UserError
@@ -279,3 +280,15 @@ def test_checkpoints_without_their_configuration_are_not_taken_up(half_way: Valu
     Path(half_way["output"]["folder"], "config.toml").unlink()
     with pytest.raises(UserError, match="has checkpoints but no config.toml"):
         check(from_mapping(half_way))
+
+
+def test_a_run_does_not_resume_on_a_base_of_a_different_dtype(
+    half_way: Values, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when base.dtype is "auto", and the device that it depends on is another kind of device."""
+    config = from_mapping(half_way)
+    assert config.base.dtype == "auto"
+    check(config)
+    monkeypatch.setattr(preflight, "device_and_dtype", lambda config: (torch.device("cpu"), torch.bfloat16))
+    with pytest.raises(UserError, match=r"the base's dtype was torch.float32 and is torch.bfloat16"):
+        check(config)
