@@ -1,10 +1,10 @@
 # Needs Python 3.11 or newer; choose another with `make test PYTHON=python3.12`.
 #
-# On Windows type instead, in this folder:
+# On Windows, run in this folder instead:
 #   py -m venv .venv
-#   .venv\Scripts\pip install -e .[trainer,dev] -c constraints.txt
-#   .venv\Scripts\python -m trajectory_consistency.trainer.demo --out demo-out     (for make demo)
-#   .venv\Scripts\pytest                                    (for make test)
+#   .venv\Scripts\pip install -e ".[trainer,dev]" -c constraints.txt
+#   .venv\Scripts\python -m trajectory_consistency.trainer.demo --out demo-out    (make demo)
+#   .venv\Scripts\pytest                                                            (the tests of make test)
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -15,7 +15,7 @@ INSTALLED := .venv/.installed
 demo: $(INSTALLED)
 	$(BIN)/python -m trajectory_consistency.trainer.demo --out demo-out
 
-# The host and the demo work on all cores, and so by themselves.
+# ComfyUI and the demo use all cores, so their tests run alone, after the others.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --ignore tests/host --ignore tests/demo/test_demo.py
 	$(BIN)/pytest tests/host tests/demo/test_demo.py
@@ -25,20 +25,20 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# Takes a quarter of an hour, wants the machine for itself, and a ComfyUI. Other packs are compared with where
-# PEERS="--pack JettHu=FOLDER --pack dfl=FOLDER --pack licyk=FOLDER" says where their clones are.
+# Takes a quarter of an hour and needs ComfyUI; run nothing else meanwhile. To compare with other packs, pass the folders
+# of their clones: PEERS="--pack JettHu=FOLDER --pack dfl=FOLDER --pack licyk=FOLDER".
 bench: $(INSTALLED)
 	mkdir -p bench-out
 	$(BIN)/python tests/bench/nodes.py --out bench-out/nodes.md
 	$(BIN)/python tests/bench/peers.py --out bench-out/peers.md $(PEERS)
 	$(BIN)/python tests/bench/training_step.py --out bench-out/training.md
 
-# Takes two to three hours on two cores; what is done already is in bench-out/quality, and is not done again.
+# Takes two to three hours on two cores. Results are kept in bench-out/quality; a second call computes only missing ones.
 bench-quality: $(INSTALLED)
 	$(BIN)/pip install -e '.[bench]' -c constraints.txt
 	$(BIN)/python tests/bench/quality --results bench-out/quality --write
 
-# The host loads this folder as one package, and so must mypy, whatever the folder is called: hence the link.
+# ComfyUI loads this folder as one package. The link lets mypy do the same, under one name, whatever the folder's name is.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -e '.[trainer,dev]' -c constraints.txt

@@ -1,14 +1,13 @@
 """The header of a LoRA file: what the file contains, which base model it is for, and its recommended settings."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
-from ..tcd import TargetInput, lora_modules, peft_alpha, split_target_time
+from ..tcd import PEFT_CONFIG_KEY, TargetInput, lora_modules, parse_peft_config, peft_alpha, split_target_time
 from ..tcd.lora_metadata import (
     CFG_KEY,
     DEFAULT_CFG,
@@ -24,7 +23,6 @@ from .ranges import check_range
 
 _BASE_BY_CONTEXT_WIDTH = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
 _BASE_BY_NAME = {"single_transformer_blocks_": "Flux", "double_blocks_": "Flux", "joint_blocks_": "SD3"}
-_PEFT_CONFIG_KEY = "lora_adapter_metadata"  # written by diffusers >= 0.33
 _CHECKPOINT_PREFIXES = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.")
 
 
@@ -109,14 +107,14 @@ class LoraFile:
 
         path: the module's diffusers path. Raises ValueError if the config cannot be read.
         """
-        text = self.metadata.get(_PEFT_CONFIG_KEY)
+        text = self.metadata.get(PEFT_CONFIG_KEY)
         if text is None:
             return None
         try:
-            config = _network_config(json.loads(text))
+            config = parse_peft_config(text)
             return None if config is None else peft_alpha(config, path, rank)
         except ValueError as error:
-            raise ValueError(f"{_PEFT_CONFIG_KEY} of {self.name} is damaged: {error}") from None
+            raise ValueError(f"{PEFT_CONFIG_KEY} of {self.name} is damaged: {error}") from None
 
     def recommended_settings(self) -> RecommendedSettings:
         """Return the recommended settings from the metadata tcd.steps, tcd.eta and tcd.cfg, or their defaults.
@@ -141,13 +139,3 @@ class LoraFile:
             raise ValueError(f"{label} is {text!r}, but must be {number}") from None
         check_range(label, value, low, high)
         return value
-
-
-def _network_config(config: Any) -> dict[str, Any] | None:
-    """Return the denoising network's part of a PEFT config; diffusers writes its keys as unet.r, transformer.r or r."""
-    if not isinstance(config, dict):
-        raise ValueError(f"it holds a {type(config).__name__}, but must be an object")
-    for prefix in ("unet.", "transformer.", ""):
-        if f"{prefix}lora_alpha" in config:
-            return {key.removeprefix(prefix): value for key, value in config.items() if key.startswith(prefix)}
-    return None

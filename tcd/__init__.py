@@ -7,7 +7,7 @@ What the trainer trains is what the nodes sample, because both call the function
 from .adapter import Adapter, AdapterWeights, Lora
 from .flow_time import ContinuousSchedule, FlowSchedule
 from .levels import alpha_bar_to_sigma, scaled_linear_alpha_bar, sigma_to_alpha_bar, vp_level, zero_terminal_snr
-from .lora_alpha import peft_alpha
+from .lora_alpha import PEFT_CONFIG_KEY, parse_peft_config, peft_alpha
 from .lora_coverage import Coverage, ShapeMismatch, coverage
 from .lora_keys import LoraModule, kohya_name, lora_modules, split_name, to_kohya
 from .prediction import Prediction, from_x0, to_x0
@@ -18,6 +18,7 @@ from .timesteps import parse_flow_times, parse_timesteps, refined_origin_steps, 
 from .trajectory import Level, add_noise, jump, renoise
 
 __all__ = [
+    "PEFT_CONFIG_KEY",
     "Adapter",
     "AdapterWeights",
     "BridgeSchedule",
@@ -45,6 +46,7 @@ __all__ = [
     "kohya_name",
     "lora_modules",
     "parse_flow_times",
+    "parse_peft_config",
     "parse_timesteps",
     "peft_alpha",
     "refined_origin_steps",

@@ -1,9 +1,30 @@
 """The alpha of a LoRA whose file has none, from the PEFT config it was trained with."""
 
+import json
 import math
 import re
 from collections.abc import Mapping
 from typing import Any
+
+PEFT_CONFIG_KEY = "lora_adapter_metadata"
+"""The metadata key under which diffusers (>= 0.33) stores the PEFT configs of a pipeline's LoRAs, as JSON."""
+
+
+def parse_peft_config(text: str) -> dict[str, Any] | None:
+    """Return the denoising network's PEFT config from the JSON under PEFT_CONFIG_KEY.
+
+    diffusers prefixes each key with the model's name, as in "unet.lora_alpha" or "transformer.lora_alpha"; keys without
+    a prefix are accepted too. The result has no prefixes. It is None if the configs are of text encoders only.
+
+    Raises ValueError if the text is not JSON, or is JSON for something other than an object.
+    """
+    config = json.loads(text)  # json's error is a ValueError
+    if not isinstance(config, dict):
+        raise ValueError(f"it holds a {type(config).__name__}, but must be an object")
+    for prefix in ("unet.", "transformer.", ""):
+        if f"{prefix}lora_alpha" in config:
+            return {key.removeprefix(prefix): value for key, value in config.items() if key.startswith(prefix)}
+    return None
 
 
 def peft_alpha(config: Mapping[str, Any], path: str, rank: int) -> float:

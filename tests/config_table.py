@@ -1,4 +1,4 @@
-"""The list of all configuration keys in docs/training.md, made of config.py: run this file to write it anew."""
+"""The list of all configuration keys in docs/training.md, made of settings.py: run this file to write it anew."""
 
 import ast
 from dataclasses import MISSING, Field, fields, is_dataclass
@@ -13,9 +13,21 @@ BEGIN, END = "<!-- keys: written by tests/config_table.py -->\n", "<!-- end of k
 
 
 def table() -> str:
-    """A table to each section: key, default, and what config.py says of it."""
+    """A table to each section: key, default, and what settings.py says of it."""
     comments = _comments()
     return "".join(_section(config.Config, "", comments))
+
+
+def undescribed() -> list[str]:
+    """The keys of which settings.py says nothing."""
+    comments = _comments()
+    kinds = [kind for kind in vars(config).values() if isinstance(kind, type) and is_dataclass(kind)]
+    return [
+        f"{kind.__name__}.{entry.name}"
+        for kind in kinds
+        for entry in fields(kind)
+        if not is_dataclass(get_type_hints(kind)[entry.name]) and not comments.get((kind.__name__, entry.name))
+    ]
 
 
 def _section(kind: type, prefix: str, comments: dict[tuple[str, str], str]) -> list[str]:
@@ -55,7 +67,7 @@ def _values(hint: Any, entry: "Field[Any]") -> str:
 
 
 def _comments() -> dict[tuple[str, str], str]:
-    """The text that stands below each field in config.py, in one line."""
+    """The text that stands below each field in settings.py, in one line."""
     found: dict[tuple[str, str], str] = {}
     tree = ast.parse(Path(config.__file__).read_text(encoding="utf-8"))
     for kind in (node for node in tree.body if isinstance(node, ast.ClassDef)):

@@ -1,4 +1,4 @@
-"""The kinds of schedule that the sampler must serve, each with a way to choose N steps. Times: see tcd.schedule."""
+"""The kinds of schedule that sampling and training must serve; for sampling, each with a way to choose N steps."""
 
 from collections.abc import Callable
 
@@ -16,6 +16,15 @@ from trajectory_consistency.tcd import (
 )
 
 Ladder = tuple[Schedule, Tensor]
+
+CLOCKS: dict[str, Schedule] = {
+    "discrete": DiscreteSchedule.from_alpha_bar(scaled_linear_alpha_bar()),
+    "zero_snr": DiscreteSchedule.from_alpha_bar(zero_terminal_snr(scaled_linear_alpha_bar())),
+    "flow": FlowSchedule(),
+    "flow_shifted": FlowSchedule(lambda u: 3 * u / (1 + 2 * u)),
+    "edm": ContinuousSchedule(80.0),
+}
+DISCRETE = ("discrete", "zero_snr")
 
 GAMMAS = [0.0, 0.3, 1.0]
 

@@ -1,9 +1,10 @@
-"""Data ~ N(MEAN, STD^2), whose trajectories have a closed form; and seeded normal numbers."""
+"""Data ~ N(MEAN, STD^2), whose trajectories have a closed form; points in float64; and seeded normal numbers."""
 
 import torch
 from torch import Tensor
 
-from trajectory_consistency.tcd import Level
+from trajectory_consistency.tcd import Level, Schedule, TimePoint
+from trajectory_consistency.tcd.times import Points, Times
 
 MEAN, STD = 0.7, 0.4
 
@@ -22,3 +23,25 @@ def told_x0(x: Tensor, t: Level, s: Level) -> Tensor:
     """The x0 that a network told s must predict for the jump to follow the exact trajectory of a Gaussian."""
     ratio = s.sigma / t.sigma
     return (gaussian_map(x, t, s) - ratio * x) / (s.alpha - ratio * t.alpha)
+
+
+def told_network(x: Tensor, t: TimePoint, s: TimePoint, rows: Tensor) -> Tensor:
+    """That network, as the loss calls it."""
+    return told_x0(x, t.level, s.level)
+
+
+def points_of(schedule: Schedule, times: Times, ndim: int = 4) -> Points:
+    """The points of three times, as a training step makes them."""
+    return Points(*(schedule.point(time, ndim) for time in times))
+
+
+def in_float64(point: TimePoint) -> TimePoint:
+    """The same point, with levels in which arithmetic is exact enough to be held to 1e-12."""
+    alpha, sigma = (torch.as_tensor(part).double() for part in point.level)
+    return point._replace(level=Level(alpha, sigma))
+
+
+def half_log_snr(level: Level) -> Tensor:
+    """log(alpha / sigma) in float64; infinite without noise or signal."""
+    alpha, sigma = (torch.as_tensor(part).double() for part in level)
+    return (alpha / sigma).log()

@@ -1,4 +1,4 @@
-"""The families of full-size models in small: their signature, block for block, at a fraction of the width."""
+"""The families of full-size models in small: their layout, block for block, at a fraction of the width."""
 
 import json
 from functools import cache
@@ -54,6 +54,7 @@ def shrink(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
             (folder / family / part / "config.json").write_text(text, encoding="utf-8")
     monkeypatch.setattr(bases, "ROOT", folder)
     monkeypatch.setattr(bases, "_FAMILIES", SIGNATURES)
+    monkeypatch.setattr(bases, "layer_shapes", cache(bases.layer_shapes.__wrapped__))  # without what it has seen
 
 
 class Parts(NamedTuple):

@@ -16,6 +16,11 @@ def test_the_list_of_keys_is_that_of_the_configuration() -> None:
     assert listed == config_table.table() + "\n", "run python tests/config_table.py"
 
 
+def test_every_key_is_described() -> None:
+    assert len(re.findall(r"^\| `\w+\.", config_table.table(), re.MULTILINE)) > 50
+    assert config_table.undescribed() == []
+
+
 def test_every_command_and_recipe_is_told_and_no_other() -> None:
     said = re.findall(r"tcd-train (\w+)", page())
     assert set(said) == set(COMMANDS)

@@ -1,4 +1,4 @@
-"""README's way from a checkpoint to pictures, in its own words: the commands and the configuration that stand there."""
+"""README's commands, run with its configuration, and its diagrams of files."""
 
 import re
 import shlex
@@ -12,10 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from test_architecture import imports_of
 from trajectory_consistency.trainer.cli import main
 from trajectory_consistency.trainer.tiny import world
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 SMALL = ["data.resolution=64", "training.steps=6", "training.batch=2", "training.checkpoint_every=2"]
 SMALL += ["training.device=cpu", "preview.steps=[1, 4]", "preview.every=3"]
 # The command line in a process of its own, which dies by SIGKILL in its fourth step.
@@ -75,9 +77,9 @@ def test_the_commands_make_a_lora_from_the_configuration_that_stands_below_them(
     killed = subprocess.run([sys.executable, "-c", KILLED, *run], capture_output=True, text=True)
     assert killed.returncode == -9, killed.stderr
     first = Path("runs/first")
-    assert not (first / "tcd-lora.safetensors").exists() and "going on" not in killed.stderr
+    assert not (first / "tcd-lora.safetensors").exists() and "resuming" not in killed.stderr
     assert main(run) == 0
-    assert "going on from step 2 of 6" in caplog.text and f"look at {first / 'report.html'}" in caplog.text
+    assert "resuming at step 2 of 6" in caplog.text and f"look at {first / 'report.html'}" in caplog.text
     (first / "report.html").unlink()
     assert main(report) == 0
     page = (first / "report.html").read_text(encoding="utf-8")
@@ -96,3 +98,27 @@ def test_the_commands_make_a_lora_from_the_configuration_that_stands_below_them(
 def test_no_command_is_left_out() -> None:
     tried = {name for name in ("check", "cache", "run", "report", "inspect", "sample") if commands(name)}
     assert set(re.findall(r"^    tcd-train (\w+)", section(), re.MULTILINE)) == tried
+
+
+def imported_through_packages(file: str) -> set[str]:
+    """The names that a file imports, with those that a package's __init__ takes from its modules resolved."""
+    names = imports_of(Path(file))
+    for name in list(names):
+        package, _, member = name.rpartition(".")
+        is_parent = any(other.startswith(f"{name}.") for other in names)  # `from a import b` yields a and a.b
+        for module, ending in [(package, f".{member}"), *([] if is_parent else [(name, "")])]:
+            init = Path(*module.split("."), "__init__.py")
+            if module and (ROOT / init).is_file():
+                names |= {each for each in imports_of(init) if each.endswith(ending)}
+    return names
+
+
+def test_each_file_in_the_diagrams_imports_the_next() -> None:
+    diagrams = re.findall(r"^    (\S+\.py(?:  ->  \S+\.py)+)$", README.read_text(encoding="utf-8"), re.MULTILINE)
+    chains = [diagram.split("  ->  ") for diagram in diagrams]
+    assert [len(chain) for chain in chains] == [4, 4]
+    for chain in chains:
+        assert all((ROOT / file).is_file() for file in chain)
+        for file, following in zip(chain, chain[1:], strict=False):
+            module = following.removesuffix(".py").replace("/", ".")
+            assert any(f"{name}.".startswith(f"{module}.") for name in imported_through_packages(file)), (file, module)

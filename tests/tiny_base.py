@@ -5,13 +5,15 @@ from pathlib import Path
 
 import torch
 
-from trajectory_consistency.tcd import AdapterWeights, TargetInput
-from trajectory_consistency.tcd.adapter import STUDENT
+from trajectory_consistency.tcd import AdapterWeights, TargetInput, timestep_grid
+from trajectory_consistency.tcd.adapter import FILE, STUDENT
 from trajectory_consistency.trainer.config import settings as config
 from trajectory_consistency.trainer.data.buckets import Size
 from trajectory_consistency.trainer.data.dataset import Dataset, Table, caption_of
 from trajectory_consistency.trainer.data.order import Group
+from trajectory_consistency.trainer.files.adapter_weights import load_weights
 from trajectory_consistency.trainer.models.conditioning import Conditioning
+from trajectory_consistency.trainer.models.sampling import Guidance, initial_noise, sample_latents
 from trajectory_consistency.trainer.models.unet import families
 from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint
 from trajectory_consistency.trainer.models.unet.model import UNetModel
@@ -54,12 +56,41 @@ def with_adapter(
     target_input: TargetInput | None = None,
     effect: float = 0.0,
 ) -> AdapterWeights:
-    """Add a student to a model; effect: standard deviation of the noise added to its weights, none by default."""
+    """Add a student to a model; effect: the standard deviation of the noise added to its weights."""
     weights = model.new_weights(rank=rank, alpha=alpha, seed=seed, targets=targets, target_input=target_input)
     generator = torch.Generator().manual_seed(9)
     for parameter in weights.parameters() if effect else ():
         parameter.data += effect * torch.randn(parameter.shape, generator=generator)
     return model.adapter.add(STUDENT, weights)
+
+
+def drawn_by_hand(
+    base: config.BaseConfig,
+    lora: Path | None,
+    prompt: str,
+    seed: int,
+    *,
+    steps: int,
+    gamma: float,
+    cfg: float,
+    side: int,
+) -> torch.Tensor:
+    """The picture, uint8 [3, side, side], that a person gets who loads a base, and perhaps a LoRA file, and samples."""
+    checkpoint, cpu = UNetCheckpoint(base), torch.device("cpu")
+    model, text_encoder = checkpoint.load(torch.float32, cpu), checkpoint.load_text_encoder(torch.float32, cpu)
+    if lora:
+        model.adapter.add(FILE, load_weights(model, lora))
+    (cond,), (uncond,) = (text_encoder.encode([text]) for text in (prompt, ""))
+    latents = sample_latents(
+        model,
+        cond,
+        sigmas=model.schedule.sigmas_at(",".join(map(str, timestep_grid(steps)))),
+        gamma=gamma,
+        noise=initial_noise(seed, (1, 4, side // 8, side // 8)),
+        seed=seed,
+        guidance=None if cfg == 1 else Guidance(uncond, cfg),
+    )
+    return checkpoint.load_autoencoder(cpu).decode(latents)[0]
 
 
 def context(tensor: torch.Tensor) -> Conditioning:

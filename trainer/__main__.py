@@ -1,4 +1,4 @@
-"""`python -m trainer` is the same as `tcd-train`."""
+"""`python -m trajectory_consistency.trainer` is the same as `tcd-train`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Write files atomically: after a crash a file is either complete or absent."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from safetensors import SafetensorError
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Give a hidden path beside `path` to write to; once the block is done, what is there is on the disk under `path`.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; when the block ends, sync the file written there and rename it to `path`.
 
-    When the block raises, neither exists, and what was under `path` before still is.  Raises OSError, which says what
-    to do, when the disk does not take the file.
+    If the block raises, the temporary file is removed and an existing file at `path` is left as it was.
+    Raises OSError, with advice for the user, if the file cannot be written.
     """
     unfinished = path.with_name(f".{path.stem}.unfinished{path.suffix}")
     try:
@@ -25,14 +25,14 @@ def whole_file(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         unfinished.replace(path)
         _sync_folder(path.parent)
-    except (OSError, SafetensorError) as error:  # safetensors reports the system's errors as its own
+    except (OSError, SafetensorError) as error:  # safetensors wraps the system's errors in its own
         raise OSError(f"{path} could not be written: {error}; make room on the disk, then start again") from error
     finally:
         unfinished.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
-    # The new name is in the folder, which is written in its own time; Windows does not open folders, and needs not.
+    # The rename is recorded in the folder, which needs a sync of its own.  Windows cannot open a folder to sync it.
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

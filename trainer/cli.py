@@ -8,12 +8,12 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from .commands import COMMANDS, LASTING
+from .commands import COMMANDS, RESUMABLE
 from .errors import RunError, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return 0, 2 for bad input, 1 for a run that failed, 130 when interrupted."""
+    """Run one command and return its exit code: 0, 1 if it failed, 2 for bad input, 130 if interrupted."""
     options = _parse(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -21,15 +21,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except UserError as error:
         return _fail(str(error), 2)
-    except (RunError, OSError) as error:  # an OSError says which file, and that the disk is full
+    except (RunError, OSError) as error:  # the message of an OSError names the file and the reason
         return _fail(str(error), 1)
     except KeyboardInterrupt as error:
-        kept = "; the same command goes on from what is saved" if options.command in LASTING else ""
-        return _fail(str(error) or f"interrupted{kept}", 130)
+        hint = "; run the same command again to resume from what is saved" if options.command in RESUMABLE else ""
+        return _fail(str(error) or f"interrupted{hint}", 130)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """What the arguments say; flags may stand before, between and behind the others."""
+    """Parse the command line; options may come before, between and after the positional arguments."""
     parser = argparse.ArgumentParser(prog="tcd-train", description="Distill a diffusion model into a TCD LoRA.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name in COMMANDS:
@@ -39,11 +39,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         command.set_defaults(execute=module.execute, command=name)
     if not arguments or arguments[0] not in COMMANDS:
         return parser.parse_args(arguments)
-    command = commands.choices[arguments[0]]  # by itself, since a parser of commands does not let flags mix with lists
-    options, others = command.parse_known_intermixed_args(arguments[1:])
-    if others:
-        flags = [text for text in others if text.startswith("-")]
-        command.error(f"unrecognized arguments: {' '.join(flags or others)}")
+    # The command's parser is called directly, because argparse cannot intermix arguments through subparsers.
+    command = commands.choices[arguments[0]]
+    options, unknown = command.parse_known_intermixed_args(arguments[1:])
+    if unknown:
+        flags = [text for text in unknown if text.startswith("-")]
+        command.error(f"unrecognized arguments: {' '.join(flags or unknown)}")
     return options
 
 

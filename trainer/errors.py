@@ -1,9 +1,9 @@
-"""What ends a command with a message in place of a traceback."""
+"""Errors for which the command line prints a message instead of a traceback."""
 
 
 class UserError(ValueError):
-    """Bad input; the command line prints the message alone and exits with code 2."""
+    """The input is invalid; the command exits with code 2."""
 
 
 class RunError(RuntimeError):
-    """A run that was rightly asked for and failed; the command line prints the message and exits with code 1."""
+    """The input was valid, but the run failed; the command exits with code 1."""

@@ -1,4 +1,4 @@
-"""Random numbers as a function of (seed, purpose, step): there is no generator state to save or to lose."""
+"""Random numbers as a function of (seed, purpose, step), so that no generator state has to be saved."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ import torch
 
 
 def generator(seed: int, purpose: str, step: int = 0) -> torch.Generator:
-    """A CPU generator for one purpose at one step; the same arguments give the same numbers on every machine."""
+    """Return a CPU generator; the same arguments give the same random numbers on every machine."""
     digest = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))

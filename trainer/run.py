@@ -1,4 +1,4 @@
-"""One run: from a validated configuration to `output.folder` with the LoRA, and the configuration beside it."""
+"""A training run: distills as a configuration says and writes the LoRA, its configuration and logs to output.folder."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from pathlib import Path
 import torch
 
 from ..tcd.adapter import STUDENT
-from .atomic import whole_file
-from .config.device import placed
-from .config.memory_advice import memory_advice, when_loading, when_previewing
+from .atomic import atomic_write
+from .config.device import device_and_dtype
+from .config.memory_advice import loading_advice, memory_advice, preview_advice
 from .config.settings import FILE_NAME, Config
 from .data.buckets import Size
-from .data.encode import prepare
+from .data.encode import load_or_encode
 from .files.adapter_weights import start_from
-from .files.export import describe, write_lora
+from .files.metadata import lora_metadata
+from .files.write import write_lora
 from .models import open_checkpoint
 from .models.seam import Checkpoint, Model
-from .preflight import CHECKPOINTS, check, checkpoints_of, is_finished, plan
+from .preflight import CHECKPOINT_FOLDER, check, checkpoints_of, is_finished, plan
 from .training import sharding
 from .training.checkpoint import Checkpoints
 from .training.loop import Observer, StepRecord, train
@@ -27,7 +28,7 @@ from .views.history import History
 from .views.preview import Previews
 from .views.preview_prompts import PreviewPrompts, encode_prompts
 from .views.report import write_report
-from .views.trackers import trackers
+from .views.trackers import start_trackers
 
 log = logging.getLogger("trajectory-consistency")
 
@@ -35,30 +36,33 @@ log = logging.getLogger("trajectory-consistency")
 def run(config: Config) -> Path:
     """Distill, or resume from the last checkpoint in the output folder, and return the LoRA file's path.
 
-    Of several processes the first checks everything and writes everything.  Raises UserError for bad input, what
-    `prepare` and `train` raise, and ExportError if the file does not hold what was trained.
+    With several processes, each encodes a part of the data that are not cached yet, and trains on a part of each batch;
+    the main one does all else.
+
+    Raises UserError for bad input, VerificationError if the LoRA file differs from what was trained, and whatever
+    `load_or_encode` and `train` raise.
     """
-    device, dtype = placed(config)
+    device, dtype = device_and_dtype(config)
     processes, device = join_processes(device)
-    if processes.on_main_process(lambda: _finish(config)):
+    if processes.on_main_process(lambda: _finish_clean_up(config)):
         return config.lora_path
-    found = processes.on_main_process(lambda: _begin(config, processes))
-    dataset = prepare(
-        config, device, dtype, part=processes.rank, parts=processes.count, total=found, wait=processes.barrier
+    samples = processes.on_main_process(lambda: _check_and_log_plan(config, processes))
+    dataset = load_or_encode(
+        config, device, dtype, part=processes.rank, parts=processes.count, total=samples, barrier=processes.barrier
     )
-    checkpoints = processes.on_main_process(lambda: _resumable(config, dtype))
+    checkpoints = processes.on_main_process(lambda: _matching_checkpoints(config, dtype))
     checkpoint = open_checkpoint(config.base)
-    metadata = describe(config, checkpoint)
+    metadata = lora_metadata(config, checkpoint)
     prompts = _preview_prompts(config, checkpoint, device, dtype) if processes.main and config.preview.prompts else None
     model = load_student(config, checkpoint, device, dtype)
     if sharding.fsdp_requested():
         sharding.shard(model, processes)
     observers: list[Observer] = []
     if processes.main:
-        _claim(config)
-        observers += [History(config.output_folder), *trackers(config)]
+        _write_config(config)
+        observers += [History(config.output_folder), *start_trackers(config)]
         if prompts is not None:
-            observers.append(_previews(Previews(model, checkpoint, prompts, config, metadata), config))
+            observers.append(_start_previews(Previews(model, checkpoint, prompts, config, metadata), config))
         if checkpoints.steps():
             log.info("resuming at step %d of %d", checkpoints.steps()[0], config.training.steps)
     train(model, dataset, config, observers=observers, checkpoints=checkpoints, processes=processes)
@@ -75,8 +79,8 @@ def run(config: Config) -> Path:
 
 
 def load_student(config: Config, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Model:
-    """Load the base with an adapter on it as training begins."""
-    with memory_advice(when_loading(dtype)):
+    """Load the base and add a student with initial weights: new ones, or those of adapter.start_from."""
+    with memory_advice(loading_advice(dtype)):
         model = checkpoint.load(dtype, device)
     adapter = config.adapter
     weights = model.new_weights(
@@ -94,26 +98,26 @@ def load_student(config: Config, checkpoint: Checkpoint, device: torch.device, d
     return model
 
 
-def _begin(config: Config, processes: Processes) -> int:
-    """Check everything and log the plan; return the number of samples that there are, good and bad."""
+def _check_and_log_plan(config: Config, processes: Processes) -> int:
+    """Check everything, log the plan, and return the number of samples in the data, including unusable ones."""
     inputs = check(config, processes)
     log.info("%s", plan(config, inputs))
-    return inputs.found.seen
+    return inputs.data.seen
 
 
 def _preview_prompts(
     config: Config, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
 ) -> PreviewPrompts:
-    """What previews draw, encoded."""
+    """Encode the preview prompts."""
     preview, side = config.preview, config.data.resolution
     size = Size(preview.height or side, preview.width or side)
-    with memory_advice(when_previewing(config)):
+    with memory_advice(preview_advice(config)):
         return encode_prompts(checkpoint, preview.prompts, preview.seeds, size, device=device, dtype=dtype)
 
 
-def _previews(previews: Previews, config: Config) -> Observer:
-    """Draw the pictures of the start; return the observer that draws the later ones."""
-    advice = when_previewing(config)
+def _start_previews(previews: Previews, config: Config) -> Observer:
+    """Draw the previews of step 0, and return an observer that draws the later ones."""
+    advice = preview_advice(config)
 
     def observe(record: StepRecord) -> None:
         with memory_advice(advice):
@@ -125,14 +129,14 @@ def _previews(previews: Previews, config: Config) -> Observer:
 
 
 def _unsharded(sharded: Model, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Model:
-    """The same student on a network whose weights are all here, for what one process does alone."""
+    """Return the student on a base that is not sharded, so that the main process can run it alone."""
     model = checkpoint.load(dtype, device)
     model.adapter.add(STUDENT, sharded.adapter.weights[STUDENT])
     return model
 
 
-def _resumable(config: Config, dtype: torch.dtype) -> Checkpoints:
-    """The checkpoints of a run whose data are cached.
+def _matching_checkpoints(config: Config, dtype: torch.dtype) -> Checkpoints:
+    """Return the run's checkpoints; requires a complete cache.
 
     Raises UserError if they were made from different data or a different model.
     """
@@ -141,18 +145,21 @@ def _resumable(config: Config, dtype: torch.dtype) -> Checkpoints:
     return checkpoints
 
 
-def _finish(config: Config) -> bool:
-    """Return whether this run is finished. If it was killed during clean-up, finish the clean-up first."""
+def _finish_clean_up(config: Config) -> bool:
+    """Return whether the run is finished already; if so, write its report and remove its checkpoints.
+
+    Both may be missing if the run was killed after it wrote the LoRA.
+    """
     if not is_finished(config):
         return False
     report = write_report(config.output_folder)
-    Checkpoints(config.output_folder / CHECKPOINTS, 1, 1).remove_all()
+    Checkpoints(config.output_folder / CHECKPOINT_FOLDER, 1, 1).remove_all()
     log.info("%s is there, and the run is done; look at %s", config.lora_path, report)
     return True
 
 
-def _claim(config: Config) -> None:
+def _write_config(config: Config) -> None:
     """Write the resolved configuration into the output folder."""
     config.output_folder.mkdir(parents=True, exist_ok=True)
-    with whole_file(config.output_folder / FILE_NAME) as unfinished:
+    with atomic_write(config.output_folder / FILE_NAME) as unfinished:
         unfinished.write_text(config.to_toml(), encoding="utf-8")

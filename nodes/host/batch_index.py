@@ -16,8 +16,8 @@ def batch_indices(noise: Tensor | None, seed: int) -> list[int] | None:
     The index is the image's place in the batch, unless the latent has a batch_index (LatentFromBatch): the host then
     draws the noises one by one and keeps the listed ones. They are drawn again here and compared.
 
-    Returns None if the place in the batch is to be used: the noise is in that order, there is none (as in the second
-    half of a split run), or it was not drawn from this seed.
+    Returns None if the caller should use the place in the batch: the latent has no batch_index, there is no noise (as
+    in the second half of a split run), or the noise was not drawn from this seed.
     """
     if noise is None or not noise.any():
         return None

@@ -28,7 +28,7 @@ def schedule_of(model_sampling: Any) -> Schedule:
 
 
 def tcd_sigmas(model: Any, *, steps: int, denoise: float, timesteps: str) -> Tensor:
-    """Return SIGMAS [N + 1] ending in 0: at the timesteps typed, or without any, at N steps evenly spaced in time.
+    """Return SIGMAS [N + 1] ending in 0, at the typed timesteps if there are any, else N steps evenly spaced in time.
 
     Empty if denoise = 0; the host then does nothing. Raises ValueError if Schedule.sigmas_for or sigmas_at does.
     """

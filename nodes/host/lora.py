@@ -52,7 +52,8 @@ def _patch_targets(model: Any) -> dict[str, _PatchTarget]:
     """Return the weights that the host can patch, by kohya name; a weight with several names appears under each."""
     weights = model.model.state_dict()
     targets = {}
-    for name, key in comfy.lora.model_lora_keys_unet(model.model, {}).items():  # {}: the default argument is shared
+    # An explicit {}, because the function adds to its default argument, which would keep the keys of other models.
+    for name, key in comfy.lora.model_lora_keys_unet(model.model, {}).items():
         weight, part = (key, None) if isinstance(key, str) else key[:2]
         if weight in weights:
             shape = list(weights[weight].shape)

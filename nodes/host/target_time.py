@@ -20,7 +20,7 @@ class TargetTimePatch:
     """Adds a target-time embedding to the network's embedding of t; installed as an emb_patch of the host."""
 
     def __init__(self, name: str, embedding: TargetTime, strength: float, schedule: DiscreteSchedule) -> None:
-        """Store strength * embedding; name is its file, and the schedule converts the sigmas of other samplers."""
+        """Add strength * embedding. name: the LoRA file; schedule: gives the timesteps if another sampler runs."""
         self.name, self.embedding, self.strength, self.schedule = name, embedding, strength, schedule
         self._warned = False
 
@@ -36,7 +36,7 @@ class TargetTimePatch:
     def to(self, target: Any) -> "TargetTimePatch":
         """Move the embedding to a device; a dtype is ignored, because the embedding is always computed in float32."""
         if not isinstance(target, torch.dtype):
-            # Built again, because torch cannot move parameters in place that were created in inference mode, as here.
+            # Rebuilt, because torch cannot move parameters in place that were created in inference mode.
             moved = {name: tensor.to(target) for name, tensor in self.embedding.state_dict().items()}
             with torch.device(target):
                 self.embedding = TargetTime.from_state_dict(moved, self.embedding.target_input)
@@ -74,7 +74,7 @@ def with_target_time(
 
 
 def install_target_time(model: Any, name: str, embedding: TargetTime, strength: float) -> None:
-    """Patch a clone of a model, in place, with an embedding; raises ValueError if its sampling has no timesteps."""
+    """Install an embedding on a model, in place; raises ValueError if the model's sampling has no timesteps."""
     schedule = schedule_of(model.get_model_object("model_sampling"))
     if not isinstance(schedule, DiscreteSchedule):
         raise ValueError(f"{name} was not applied: it needs timesteps, and this model's sampling has none")

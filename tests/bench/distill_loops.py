@@ -1,7 +1,7 @@
 """One process of tests/bench/training_step.py: a loop that trains a full-size SD 1.5, a step for each line.
 
 Arguments: ours or separate, the checkpoint, side in pixels, batch, rank, device, dtype. Prints JSON lines: for "step"
-the seconds it took, for "end" the peak of memory since the first step, in bytes.
+the seconds it took, for "peak" the peak of memory since the first step, in bytes.
 
 `separate` is the order of work of diffusers' train_lcm_distill_lora_sd_wds.py: each step encodes its pictures with the
 VAE and its captions with the text encoder, the student is called first and keeps its activations while a second UNet,
@@ -11,24 +11,25 @@ The sums between these calls are ours in both, and so are UNet, adapter, optimiz
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from turns import serve
 
 from trajectory_consistency.tcd import add_noise, jump
+from trajectory_consistency.tcd.adapter import STUDENT
 from trajectory_consistency.tcd.objective import huber
 from trajectory_consistency.trainer.config import settings as configuration
 from trajectory_consistency.trainer.data.dataset import Batch
+from trajectory_consistency.trainer.models import open_checkpoint
 from trajectory_consistency.trainer.models.conditioning import Conditioning
-from trajectory_consistency.trainer.models.unet.adapter import add_adapter
-from trajectory_consistency.trainer.models.unet.network import Network
-from trajectory_consistency.trainer.models.unet.teacher import load_base, load_encoders
+from trajectory_consistency.trainer.models.seam import Autoencoder, Checkpoint, TextEncoder
+from trajectory_consistency.trainer.run import load_student
+from trajectory_consistency.trainer.training.examples import draw_times_and_guidance
 from trajectory_consistency.trainer.training.loop import Training
-from trajectory_consistency.trainer.training.step import draw
 
 CAPTIONS = (
     "a lighthouse on a cliff above a calm sea",
@@ -56,16 +57,13 @@ class Ours:
     """The trainer's own loop, after the VAE and the text encoder were let go."""
 
     def __init__(self, config: configuration.Config, device: torch.device, dtype: torch.dtype) -> None:
-        encoders = load_encoders(config.base.path, dtype=dtype).to(device)
-        size, side = config.training.batch, config.data.resolution
-        with torch.no_grad():
-            latents = encoders.vae.encode(pixels(size, side).to(device)).latent_dist.sample()
-        latents = latents * encoders.vae.config.scaling_factor
-        data = Pictures(latents.float(), encoders.encode(captions(size)), encoders.encode([""] * size))
-        del encoders
-        base = load_base(config.base.path, dtype=dtype)
-        network = Network(base.unet.to(device), base.alpha_bar.float().to(device), base.prediction)
-        self._training = Training(network, adapted(network, config), data, config)
+        checkpoint, size = open_checkpoint(config.base), config.training.batch
+        latents = latents_of(checkpoint.load_autoencoder(device), config)
+        text_encoder = checkpoint.load_text_encoder(dtype, device)
+        cond, uncond = (encode(checkpoint, text_encoder, texts, config) for texts in (captions(size), [""] * size))
+        data = Pictures(latents.cpu(), cond.to("cpu"), uncond.to("cpu"))
+        del text_encoder
+        self._training = Training(load_student(config, checkpoint, device, dtype), data, config)
 
     def step(self) -> None:
         self._training.train_step()
@@ -76,31 +74,31 @@ class Separate:
 
     def __init__(self, config: configuration.Config, device: torch.device, dtype: torch.dtype) -> None:
         self.config, self.device = config, device
-        self.encoders = load_encoders(config.base.path, dtype=dtype).to(device)
-        bases = [load_base(config.base.path, dtype=dtype) for _ in range(2)]
-        alpha_bar = bases[0].alpha_bar.float().to(device)
-        self.student, self.teacher = (Network(base.unet.to(device), alpha_bar, base.prediction) for base in bases)
-        self.parameters = adapted(self.student, config)
+        self.checkpoint = open_checkpoint(config.base)
+        self.autoencoder = self.checkpoint.load_autoencoder(device)
+        self.text_encoder = self.checkpoint.load_text_encoder(dtype, device)
+        self.student = load_student(config, self.checkpoint, device, dtype)
+        self.teacher = self.checkpoint.load(dtype, device)
+        self.parameters = list(self.student.adapter.weights[STUDENT].parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.training.lr)
-        self.uncond = self.encoders.encode([""]).to(device)
+        self.uncond = encode(self.checkpoint, self.text_encoder, [""] * config.training.batch, config)
+        self.noise = torch.Generator().manual_seed(0)
         self.done = 0
 
     def step(self) -> None:
-        size, side = self.config.training.batch, self.config.data.resolution
-        vae, student, teacher = self.encoders.vae, self.student, self.teacher
+        student, teacher, schedule = self.student, self.teacher, self.student.schedule
+        latents = latents_of(self.autoencoder, self.config)
+        cond = encode(self.checkpoint, self.text_encoder, captions(len(latents)), self.config)
+        drawn = draw_times_and_guidance(self.config, schedule.to("cpu"), self.done)
+        t, t_next, s = (schedule.point(time.to(self.device), latents.ndim) for time in drawn.times)
+        w = drawn.guidance.to(self.device).view(-1, 1, 1, 1)
+        eps = torch.randn(latents.shape, generator=self.noise).to(self.device)
+        x_t = add_noise(latents, eps, t.level)
+        predicted = jump(x_t, student.x0(x_t, t, cond), t.level, s.level)
         with torch.no_grad():
-            latents = vae.encode(pixels(size, side).to(self.device)).latent_dist.sample() * vae.config.scaling_factor
-        cond, uncond = self.encoders.encode(captions(size)).to(self.device), self.uncond.expand(size)
-        draws = draw(self.config, self.done, latents.shape[1:])
-        t, t_next, s = (time.to(self.device) for time in draws.times[:3])
-        w = draws.guidance.to(self.device).view(-1, 1, 1, 1)
-        level, level_next, level_s = (student.level(each) for each in (t, t_next, s))
-        x_t = add_noise(latents, draws.eps.to(self.device), level)
-        predicted = jump(x_t, student.x0(x_t, t, cond), level, level_s)
-        with torch.no_grad():
-            conditional, free = teacher.x0(x_t, t, cond), teacher.x0(x_t, t, uncond)
-            x_next = jump(x_t, free + w * (conditional - free), level, level_next)
-            target = jump(x_next, student.x0(x_next, t_next, cond), level_next, level_s)
+            conditional, free = teacher.x0(x_t, t, cond), teacher.x0(x_t, t, self.uncond)
+            x_next = jump(x_t, free + w * (conditional - free), t.level, t_next.level)
+            target = jump(x_next, student.x0(x_next, t_next, cond), t_next.level, s.level)
         huber(predicted, target, c=self.config.method.huber_c).mean().backward()
         nn.utils.clip_grad_norm_(self.parameters, self.config.training.clip)
         self.optimizer.step()
@@ -108,13 +106,20 @@ class Separate:
         self.done += 1
 
 
-def adapted(network: Network, config: configuration.Config) -> list[nn.Parameter]:
-    adapter = config.adapter
-    return add_adapter(network.unet, rank=adapter.rank, alpha=adapter.alpha, seed=0, targets=adapter.targets)
+def latents_of(autoencoder: Autoencoder, config: configuration.Config) -> Tensor:
+    """Latents of a batch, on the device of the autoencoder, where its pictures are brought first."""
+    shape = (config.training.batch, 3, config.data.resolution, config.data.resolution)
+    pixels = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    encoded = autoencoder.encode(pixels.to(next(autoencoder.parameters()).device))
+    return encoded.mean if encoded.std is None else encoded.mean + encoded.std * torch.randn_like(encoded.mean)
 
 
-def pixels(size: int, side: int) -> Tensor:
-    return torch.rand(size, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+def encode(
+    checkpoint: Checkpoint, text_encoder: TextEncoder, texts: list[str], config: configuration.Config
+) -> Conditioning:
+    side = config.data.resolution
+    sizes = torch.tensor([side, side, 0, 0, side, side]).expand(len(texts), -1)
+    return checkpoint.collate(text_encoder.encode(texts), sizes.to(next(text_encoder.parameters()).device))
 
 
 def captions(size: int) -> list[str]:
@@ -148,17 +153,16 @@ def main() -> None:
     )
     device = torch.device(device_name)
     loop = {"ours": Ours, "separate": Separate}[kind](config, device, getattr(torch, dtype))
-    print(json.dumps("ready"), flush=True)
     forget_peak(device)
-    for line in sys.stdin:
-        if line.strip() == "end":
-            break
+
+    def step() -> float:
         began = time.perf_counter()
         loop.step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        print(json.dumps(time.perf_counter() - began), flush=True)
-    print(json.dumps(peak(device)), flush=True)
+        return time.perf_counter() - began
+
+    serve(step=step, peak=lambda: peak(device))
 
 
 if __name__ == "__main__":

@@ -28,8 +28,9 @@ from graphs import Graph, host_noise, latents, relative_error, salt  # noqa: E40
 from reference import tcd_scheduler_sample  # noqa: E402
 
 from trajectory_consistency.tcd import timestep_grid  # noqa: E402
+from trajectory_consistency.trainer.config.settings import BaseConfig  # noqa: E402
 from trajectory_consistency.trainer.demo.comfy_server import PACK, ComfyServer, find_host  # noqa: E402
-from trajectory_consistency.trainer.models.unet.teacher import load_base  # noqa: E402
+from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint  # noqa: E402
 
 GAMMAS, STEPS = (0.0, 0.3, 1.0), (1, 2, 4, 8)
 CHECKPOINT = "sd15-random.safetensors"
@@ -55,7 +56,8 @@ def main() -> None:
 
 def agreement(server: ComfyServer) -> dict[tuple[float, int], float]:
     """Relative distance of the host's latent from that of diffusers' UNet and TCDScheduler, by gamma and steps."""
-    unet = load_base(str(full_size_sd15())).unet.float().eval()
+    checkpoint = UNetCheckpoint(BaseConfig(path=str(full_size_sd15())))
+    unet = checkpoint.load(torch.float32, torch.device("cpu")).network
     found = {}
     for gamma in GAMMAS:
         for steps in STEPS:

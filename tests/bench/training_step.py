@@ -7,14 +7,11 @@ of its own; they take turns, a step at a time. See distill_loops.py for what eac
 """
 
 import argparse
-import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,6 +19,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "host"))
 
 from full_size import full_size_sd15  # noqa: E402
+from turns import Loop, in_turns  # noqa: E402
 
 KINDS = "ours", "separate"
 
@@ -37,38 +35,12 @@ def main() -> None:
     options = parser.parse_args()
     dtype = "float32" if options.device == "cpu" else "bfloat16"
     settings = [options.side, options.batch, options.rank, options.device, dtype]
-    loops = {kind: Loop(kind, settings) for kind in KINDS}
-    times: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for turn in range(options.steps + 1):
-        for kind in sorted(KINDS, reverse=bool(turn % 2)):
-            seconds = loops[kind].ask("step")
-            print(f"{kind}: {seconds:.2f} s", flush=True)
-            if turn:
-                times[kind].append(seconds)
-    peaks = {kind: loop.ask("end") for kind, loop in loops.items()}
+    loops = {kind: Loop(HERE / "distill_loops.py", kind, full_size_sd15(), *settings) for kind in KINDS}
+    times = in_turns(loops, options.steps)
+    peaks = {kind: loop.ask("peak") for kind, loop in loops.items()}
+    for loop in loops.values():
+        loop.close()
     options.out.write_text(report(times, peaks, options, dtype), encoding="utf-8")
-
-
-class Loop:
-    """A process that does a step whenever it is asked to."""
-
-    def __init__(self, kind: str, settings: list[Any]) -> None:
-        command = [sys.executable, str(HERE / "distill_loops.py"), kind, str(full_size_sd15()), *map(str, settings)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._answer()
-
-    def ask(self, what: str) -> float:
-        assert self._process.stdin
-        self._process.stdin.write(what + "\n")
-        self._process.stdin.flush()
-        return float(self._answer())
-
-    def _answer(self) -> Any:
-        assert self._process.stdout
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self._process.args} ended: see its error above")
-        return json.loads(line)
 
 
 def report(times: dict[str, list[float]], peaks: dict[str, float], options: argparse.Namespace, dtype: str) -> str:

@@ -1,6 +1,7 @@
 """What `tcd-train check` says before a run: the data, the buckets, the LoRA's keys and the memory."""
 
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -14,13 +15,17 @@ from safetensors.torch import load_file
 
 from tiny_base import small_config, write_inputs
 from trajectory_consistency.trainer.cli import main
+from trajectory_consistency.trainer.config.settings import AdapterConfig, BaseConfig
 from trajectory_consistency.trainer.data.buckets import Size
-from trajectory_consistency.trainer.data.encode import prepare
+from trajectory_consistency.trainer.data.encode import load_or_encode
 from trajectory_consistency.trainer.errors import UserError
-from trajectory_consistency.trainer.files.lora_keys import describe_keys
-from trajectory_consistency.trainer.format_bytes import readable
+from trajectory_consistency.trainer.files.describe_keys import describe_keys
+from trajectory_consistency.trainer.format_bytes import format_bytes
+from trajectory_consistency.trainer.models import open_checkpoint
+from trajectory_consistency.trainer.models.seam import Checkpoint
 from trajectory_consistency.trainer.models.unet import families as bases
-from trajectory_consistency.trainer.run import check, run
+from trajectory_consistency.trainer.preflight import check, check_inputs
+from trajectory_consistency.trainer.run import run
 from trajectory_consistency.trainer.training.memory import MemoryEstimate, MemorySettings, estimate_memory
 from trajectory_consistency.trainer.training.processes import Processes
 
@@ -29,26 +34,28 @@ MEASURE = r"""
 import pathlib, re, sys, torch
 from trajectory_consistency.trainer.config.settings import load
 from trajectory_consistency.trainer.training.loop import train
-from trajectory_consistency.trainer.run import _student
+from trajectory_consistency.trainer.models import open_checkpoint
+from trajectory_consistency.trainer.run import load_student
 from trajectory_consistency.trainer.data.dataset import Dataset, Table, caption_of
 from trajectory_consistency.trainer.data.buckets import Size
 from trajectory_consistency.trainer.data.order import Group
 torch.set_num_threads(1)
 config = load(pathlib.Path(sys.argv[1]))
+checkpoint = open_checkpoint(config.base)
 height = config.data.resolution // 8
-latents = {"mean": torch.randn(2, 4, height, height), "time_ids": torch.zeros(2, 6)}
+latents = {"mean": torch.randn(2, 4, height, height), "sizes": torch.zeros(2, 6)}
 captions = {"context": torch.randn(3, 77, int(sys.argv[2]))}
 table = Table(torch.tensor([(0, row, 0, row + 1) for row in range(2)]), [latents], [captions])
-dataset = Dataset((Group(Size(8 * height, 8 * height), 2, 1.0),), [table], caption_of(captions, 0))
+dataset = Dataset((Group(Size(8 * height, 8 * height), 2, 1.0),), [table], caption_of(captions, 0), checkpoint.collate)
 def memory(name):
     # Not getrusage, whose greatest memory a process takes over from the one that started it.
     status = pathlib.Path("/proc/self/status").read_text()
     return int(re.search(name + r":\s+(\d+) kB", status)[1]) * 1024
-student, parameters, _ = _student(config, torch.device("cpu"), torch.float32)
-frozen = sum(p.numel() * p.element_size() for p in student.unet.parameters())
+model = load_student(config, checkpoint, torch.device("cpu"), torch.float32)
+frozen = sum(p.numel() * p.element_size() for p in model.network.parameters())
 pathlib.Path("/proc/self/clear_refs").write_text("5")  # forget the greatest memory so far, that of loading
 before = memory("VmRSS")
-train(student, parameters, dataset, config)
+train(model, dataset, config)
 print(memory("VmHWM") - before + frozen)
 """
 
@@ -56,17 +63,16 @@ print(memory("VmHWM") - before + frozen)
 MEASURE_VAE = r"""
 import pathlib, re, torch
 from trajectory_consistency.trainer.models.unet import families as bases
-from trajectory_consistency.trainer.data.pictures import to_signal
-from trajectory_consistency.trainer.models.sampling import decode
+from trajectory_consistency.trainer.models.unet.autoencoder import Vae
 torch.set_num_threads(1)
 def memory(name):
     status = pathlib.Path("/proc/self/status").read_text()
     return int(re.search(name + r":\s+(\d+) kB", status)[1]) * 1024
-vae = bases.empty_vae("sd15").requires_grad_(False).eval()
+vae = Vae(bases.empty_vae("sd15").requires_grad_(False).eval())
 weights = sum(4 * parameter.numel() for parameter in vae.parameters())
 for phase in (
-    lambda: vae.encode(to_signal(torch.zeros(1, 3, 512, 512, dtype=torch.uint8))),
-    lambda: decode(vae, torch.zeros(1, 4, 64, 64)),
+    lambda: vae.encode(torch.zeros(1, 3, 512, 512, dtype=torch.uint8)),
+    lambda: vae.decode(torch.zeros(1, 4, 64, 64)),
 ):
     pathlib.Path("/proc/self/clear_refs").write_text("5")
     before = memory("VmRSS")
@@ -79,6 +85,18 @@ for phase in (
 @pytest.fixture
 def values(tmp_path: Path) -> dict[str, dict[str, object]]:
     return write_inputs(tmp_path)
+
+
+def opened(values: dict[str, dict[str, object]]) -> Checkpoint:
+    return open_checkpoint(BaseConfig(**values["base"]))
+
+
+def without_weights(family: bases.Family, folder: Path) -> Checkpoint:
+    """A diffusers folder with no more in it than what tells the family."""
+    config = folder / "unet" / "config.json"
+    config.parent.mkdir()
+    config.write_text(json.dumps(bases.config(family, "unet")), encoding="utf-8")
+    return open_checkpoint(BaseConfig(path=str(folder)))
 
 
 def test_it_tells_all_and_writes_nothing(
@@ -97,14 +115,14 @@ def test_it_tells_all_and_writes_nothing(
 
 def test_the_keys_that_are_told_are_those_of_the_file(values: dict[str, dict[str, object]]) -> None:
     tensors = load_file(run(small_config(values, steps=1)))
-    said = describe_keys("tiny", 4, ("all",))
-    assert f"{len(tensors) // 3} modules of tiny's UNet, {len(tensors)} tensors" in said
+    checkpoint = opened(values)
+    said = describe_keys(checkpoint, AdapterConfig(rank=4))
+    assert f"{len(tensors) // 3} modules of tiny's network, {len(tensors)} tensors" in said
     numbers = sum(tensor.numel() for key, tensor in tensors.items() if not key.endswith("alpha"))
     assert f"{numbers / 1e6:.1f} million" in said
     assert set(re.findall(r"lora_unet_\S+", said)) <= tensors.keys()
-    assert " modules of tiny's UNet" in describe_keys("tiny", 4, ("attention",)) and "conv1" not in describe_keys(
-        "tiny", 4, ("attention",)
-    )
+    attention = describe_keys(checkpoint, AdapterConfig(rank=4, targets=("attention",)))
+    assert " modules of tiny's network" in attention and "conv1" not in attention
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(values: dict[str, dict[str, object]]) -> None:
@@ -113,6 +131,38 @@ def test_a_batch_that_cannot_be_divided_is_refused(values: dict[str, dict[str, o
     with pytest.raises(UserError, match="training.batch is 9: use a multiple of .* 3 x 2"):
         check(small_config(values, batch=9, accumulate=3), Processes(0, 2))
     check(small_config(values, batch=9, accumulate=3))
+
+
+def test_nothing_left_of_what_is_skipped_is_said_before_a_run_and_in_a_dry_one(
+    values: dict[str, dict[str, object]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for caption in (tmp_path / "data").glob("*.txt"):
+        caption.unlink()
+    values["data"]["skip_bad"] = True
+    path = tmp_path / "config.toml"
+    path.write_text(tomli_w.dumps(values), encoding="utf-8")
+    for inspect in (check, check_inputs):
+        with pytest.raises(UserError, match="no picture is left to train on: 6 of 6 pictures have no caption: 00000"):
+            inspect(small_config(values))
+    for command in (["check"], ["run", "--dry-run"], ["run"]):
+        assert main([command[0], str(path), *command[1:]]) == 2
+        assert capsys.readouterr().err.startswith("error: no picture is left to train on: 6 of 6 pictures have no")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["everything"], r"adapter.targets is \['everything'\]: use the groups all, .* or the kinds to_q, "),
+        ([], r"is \[\]"),
+    ],
+)
+def test_targets_that_the_model_does_not_have_are_refused_before_a_run(
+    values: dict[str, dict[str, object]], targets: list[str], message: str
+) -> None:
+    values["adapter"]["targets"] = targets
+    with pytest.raises(UserError, match=message):
+        check(small_config(values))
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no folder in which nobody may write")
@@ -126,13 +176,13 @@ def test_folders_where_nothing_can_be_written_are_refused(values: dict[str, dict
 
 def test_a_complete_cache_need_not_be_writable(values: dict[str, dict[str, object]]) -> None:
     config = small_config(values)
-    prepare(config, torch.device("cpu"), torch.float32)
+    load_or_encode(config, torch.device("cpu"), torch.float32)
 
     def refused(key: str, folder: Path) -> None:
         assert key == "output.folder", folder
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trajectory_consistency.trainer.run._check_writable", refused)
+        patch.setattr("trajectory_consistency.trainer.preflight._check_writable", refused)
         check(config)
 
 
@@ -173,15 +223,15 @@ def test_the_estimate_is_within_a_fifth_of_what_a_step_takes(
     path.write_text(config.to_toml(), encoding="utf-8")
     width = bases.config(family, "unet")["cross_attention_dim"]
     (taken,) = measured(MEASURE, str(path), str(width))
-    expected = estimate_memory(MemorySettings.from_config(config, family, torch.float32)).training
+    expected = estimate_memory(open_checkpoint(config.base), MemorySettings.from_config(config, torch.float32)).training
     assert abs(expected / taken - 1) < 0.2, (expected, taken)
 
 
 @LINUX
 @pytest.mark.slow
-def test_the_estimates_of_encoding_and_decoding_are_within_a_fifth_of_what_they_take() -> None:
-    settings = MemorySettings("sd15", rank=4, batch=1, width=512, height=512)
-    unet_alone, both = estimate_memory(settings), estimate_memory(settings._replace(preview=Size(512, 512)))
+def test_the_estimates_of_encoding_and_decoding_are_within_a_fifth_of_what_they_take(tmp_path: Path) -> None:
+    settings, sd15 = MemorySettings(rank=4, batch=1, width=512, height=512), without_weights("sd15", tmp_path)
+    unet_alone, both = estimate_memory(sd15, settings), estimate_memory(sd15, settings._replace(preview=Size(512, 512)))
     trained = unet_alone.adapter // 12  # its own four bytes, and two moments
     encoding, decoding = measured(MEASURE_VAE)
     with torch.device("meta"):
@@ -194,27 +244,29 @@ def test_the_estimates_of_encoding_and_decoding_are_within_a_fifth_of_what_they_
 def test_all_phases_are_told_and_the_one_that_takes_most(values: dict[str, dict[str, object]]) -> None:
     def memory(**changed: dict[str, object]) -> MemoryEstimate:
         config = small_config({**values, **changed})
-        return estimate_memory(MemorySettings.from_config(config, "tiny", torch.float32))
+        return estimate_memory(opened(values), MemorySettings.from_config(config, torch.float32))
 
     plain = memory()
     assert plain.preview == 0 and plain.total == max(plain.training, plain.caching)
-    assert str(plain).startswith(f"{readable(plain.total)} at the most: {readable(plain.training)} in training (")
-    assert f", no previews, {readable(plain.caching)} while caching" in str(plain)
+    assert str(plain).startswith(
+        f"{format_bytes(plain.total)} at the most: {format_bytes(plain.training)} in training ("
+    )
+    assert f", no previews, {format_bytes(plain.caching)} while caching" in str(plain)
     large = memory(preview={"prompts": ["a"], "width": 512, "height": 1024})
     assert large.total == large.preview > large.training == plain.training
-    assert f"{readable(large.preview)} with a preview" in str(large)
+    assert f"{format_bytes(large.preview)} with a preview" in str(large)
     assert memory(data={**values["data"], "resolution": 256}).caching > 2 * plain.caching - plain.weights
     (Path(str(values["base"]["path"])).parent / "prompts.txt").write_text("a red circle\n", encoding="utf-8")
     drawn = memory(data={**values["data"], "folder": str(Path(str(values["base"]["path"])).parent / "prompts.txt")})
     assert drawn.caching >= drawn.weights
 
 
-def test_on_a_gpu_the_estimate_of_caching_does_not_grow_without_bound() -> None:
-    gib = 2**30
+def test_on_a_gpu_the_estimate_of_caching_does_not_grow_without_bound(tmp_path: Path) -> None:
+    gib, sd15 = 2**30, without_weights("sd15", tmp_path)
     for side, together in ((512, 8), (1024, 2), (1024, 1)):
-        settings = MemorySettings("sd15", rank=4, batch=1, width=side, height=side, encode_batch=together)
-        assert estimate_memory(settings).caching < 6 * gib
-    assert estimate_memory(settings._replace(encode_batch=8)).caching > 20 * gib, (
+        settings = MemorySettings(rank=4, batch=1, width=side, height=side, encode_batch=together)
+        assert estimate_memory(sd15, settings).caching < 6 * gib
+    assert estimate_memory(sd15, settings._replace(encode_batch=8)).caching > 20 * gib, (
         "what it was with eight pictures whatever the size"
     )
 
@@ -222,7 +274,7 @@ def test_on_a_gpu_the_estimate_of_caching_does_not_grow_without_bound() -> None:
 def test_what_takes_memory_is_seen_in_the_estimate(values: dict[str, dict[str, object]]) -> None:
     def total(**changed: object) -> int:
         return estimate_memory(
-            MemorySettings.from_config(small_config(values, **changed), "tiny", torch.float32)
+            opened(values), MemorySettings.from_config(small_config(values, **changed), torch.float32)
         ).training
 
     plain = total(batch=4)

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from tiny_base import write_inputs
+from trajectory_consistency.tcd.lora_metadata import DEFAULT_CFG, DEFAULT_ETA, DEFAULT_STEPS
 from trajectory_consistency.trainer.cli import main
-from trajectory_consistency.trainer.format_bytes import readable
+from trajectory_consistency.trainer.format_bytes import format_bytes
 from trajectory_consistency.trainer.models.unet import ldm
 
 
@@ -118,7 +119,7 @@ def test_the_base_that_is_shipped_is_checked_without_a_note_or_a_warning(inputs:
 def test_sizes_are_in_units_of_their_own() -> None:
     amounts = [0, 1023, 1024, 46_000_000, 3 * 2**30 // 2, 123 * 2**30, 5000 * 2**40]
     said = ["0 bytes", "1023 bytes", "1.00 KiB", "43.9 MiB", "1.50 GiB", "123 GiB", "5000 TiB"]
-    assert list(map(readable, amounts)) == said
+    assert list(map(format_bytes, amounts)) == said
 
 
 @pytest.mark.parametrize("command", ["inspect", "sample"])
@@ -181,7 +182,7 @@ def another_architecture(folder: Path) -> None:
         (no_pictures, "has no pictures in it"),
         (no_caption, "1 of 6 pictures have no caption: 00002.png"),
         (no_picture, "1 of 6 pictures do not decode: 00002.png"),
-        (truncated, "is not a whole safetensors file"),
+        (truncated, "is not a complete safetensors file"),
         (another_architecture, "is an inpainting model"),
     ],
 )
@@ -230,13 +231,13 @@ def test_an_interrupt_is_code_130(
         (
             "training.loop.step_losses",
             "run",
-            "error: interrupted; the same command goes on from what is saved\n",
+            "error: interrupted; run the same command again to resume from what is saved\n",
         ),
-        ("data.survey.look_at", "check", "error: interrupted\n"),
+        ("data.survey.inspect_sample", "check", "error: interrupted\n"),
         (
-            "data.encode.look_at",
+            "data.encode.inspect_sample",
             "cache",
-            "error: interrupted; the same command goes on from what is saved\n",
+            "error: interrupted; run the same command again to resume from what is saved\n",
         ),
     ):
         with monkeypatch.context() as patched:
@@ -256,7 +257,7 @@ def test_help_does_not_wait_for_the_model_libraries() -> None:
     program = """
 import sys
 from trajectory_consistency.trainer.cli import main
-from trajectory_consistency.trainer.format_bytes import readable
+from trajectory_consistency.trainer.format_bytes import format_bytes
 try:
     main(["run", "--help"])
 except SystemExit:
@@ -264,3 +265,13 @@ except SystemExit:
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.strip().endswith("[]"), done.stdout + done.stderr
+
+
+def test_the_help_names_the_settings_that_a_lora_without_recommendations_gets(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["sample", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for option, default in (("--steps", DEFAULT_STEPS), ("--eta", DEFAULT_ETA), ("--cfg", DEFAULT_CFG)):
+        assert re.search(rf"{option} \w[^-]* \(default: recommended by the LoRA, or {default:g}\)", said), said

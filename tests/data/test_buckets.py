@@ -90,7 +90,7 @@ def test_squares_alone() -> None:
 def test_what_sdxl_is_told() -> None:
     fit = Buckets(1024).fit(Size(1500, 3000))
     assert fit is not None and (fit.resized, fit.bucket) == (Size(736, 1472), Size(704, 1472))
-    assert fit.time_ids == (1500, 3000, 16, 0, 704, 1472)
+    assert fit.sizes == (1500, 3000, 16, 0, 704, 1472)
 
 
 def test_a_size_is_read_as_it_is_written() -> None:

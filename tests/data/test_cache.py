@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,9 +23,11 @@ from trajectory_consistency.trainer.data import encode, store
 from trajectory_consistency.trainer.data.buckets import Buckets, Size
 from trajectory_consistency.trainer.data.cache import merge_parts, open_cached
 from trajectory_consistency.trainer.data.dataset import Dataset
-from trajectory_consistency.trainer.data.pictures import decode, pixels, size_of, to_signal
+from trajectory_consistency.trainer.data.pictures import decode, pixels, size_of
 from trajectory_consistency.trainer.errors import UserError
-from trajectory_consistency.trainer.models.unet.teacher import load_encoders
+from trajectory_consistency.trainer.models.conditioning import Conditioning
+from trajectory_consistency.trainer.models.unet.autoencoder import Vae
+from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint
 from trajectory_consistency.trainer.tiny import world
 
 CPU, FLOAT = torch.device("cpu"), torch.float32
@@ -59,22 +63,20 @@ def configured(checkpoint: Path, tmp_path: Path, **data: object) -> config.Confi
 
 
 def filled(settings: config.Config) -> Dataset:
-    encode.fill(settings, CPU, FLOAT)
+    encode.fill_cache(settings, CPU, FLOAT)
     cached = open_cached(settings, FLOAT)
     assert cached is not None
     return cached.dataset
 
 
 def rows(dataset: Dataset) -> list[tuple[torch.Tensor, ...]]:
-    """Mean, std, time_ids and context of every picture, in the order of the data."""
+    """Mean, std, sizes and context of every picture, in the order of the data."""
     found = []
     for table in dataset.tables:
         for shard, row, captions, caption in table.index.tolist():
             latent = table.latents[shard]
             std = latent["std"][row] if "std" in latent else torch.zeros(())
-            found.append(
-                (latent["mean"][row], std, latent["time_ids"][row], table.captions[captions]["context"][caption])
-            )
+            found.append((latent["mean"][row], std, latent["sizes"][row], table.captions[captions]["context"][caption]))
     return found
 
 
@@ -89,20 +91,34 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 class Loads:
-    """Counts the loading of encoders."""
+    """Counts the loading of each encoder."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.count = 0
-        monkeypatch.setattr(encode, "load_encoders", self.load)
+        self.count: Counter[str] = Counter()
+        for name in ("load_autoencoder", "load_text_encoder"):
+            monkeypatch.setattr(UNetCheckpoint, name, self.counted(name, getattr(UNetCheckpoint, name)))
 
-    def load(self, *arguments: object, **options: object) -> object:
-        self.count += 1
-        return load_encoders(*arguments, **options)  # type: ignore[arg-type]
+    def counted(self, name: str, load: Callable[..., object]) -> Callable[..., object]:
+        def counting(*arguments: object) -> object:
+            self.count[name.removeprefix("load_")] += 1
+            return load(*arguments)
+
+        return counting
+
+
+def base_of(checkpoint: Path) -> UNetCheckpoint:
+    return UNetCheckpoint(config.BaseConfig(path=str(checkpoint)))
+
+
+def signal(images: torch.Tensor) -> torch.Tensor:
+    """What a VAE is given of bytes: from -1 to 1."""
+    return images.float() / 255 * 2 - 1
 
 
 def test_what_is_cached_is_what_is_computed(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
     dataset = filled(configured(checkpoint, tmp_path, folder=str(pictures)))
-    encoders, scale = load_encoders(str(checkpoint)), 0.18215
+    base, scale = base_of(checkpoint), 0.18215
+    vae, text_encoder = base.load_autoencoder(CPU).vae, base.load_text_encoder(FLOAT, CPU)
     assert len({tuple(row[2].tolist()) for row in rows(dataset)}) == 4
     expected = []
     for path in sorted(pictures.glob("*.png")):
@@ -110,18 +126,19 @@ def test_what_is_cached_is_what_is_computed(checkpoint: Path, pictures: Path, tm
         fit = Buckets(96, 32).fit(size_of(image))
         assert fit is not None
         with torch.no_grad():
-            posterior = encoders.vae.encode(to_signal(pixels(image, fit)[None])).latent_dist
-            context = encoders.encode([path.with_suffix(".txt").read_text(encoding="utf-8").strip()]).context
-        expected.append((posterior.mean[0] * scale, posterior.std[0] * scale, fit.time_ids, context[0]))
+            posterior = vae.encode(signal(pixels(image, fit)[None])).latent_dist
+            (cond,) = text_encoder.encode([path.with_suffix(".txt").read_text(encoding="utf-8").strip()])
+        context = cond.tensors["context"]
+        expected.append((posterior.mean[0] * scale, posterior.std[0] * scale, fit.sizes, context[0]))
     assert len(dataset) == len(expected) == 8
-    for mean, std, time_ids, context in rows(dataset):
+    for mean, std, sizes, context in rows(dataset):
         nearest = min(
             expected, key=lambda row: 9e9 if row[0].shape != mean.shape else (row[0] - mean).abs().max().item()
         )
         torch.testing.assert_close(mean.float(), nearest[0], rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(std.float(), nearest[1], rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(context.float(), nearest[3], rtol=1e-3, atol=1e-3)
-        assert tuple(time_ids.tolist()) == nearest[2]
+        assert tuple(sizes.tolist()) == nearest[2]
     assert {group.bucket for group in dataset.groups} == {Size(64, 64), Size(64, 128)}
 
 
@@ -130,23 +147,24 @@ def test_a_call_of_the_vae_has_a_bounded_number_of_pixels(
 ) -> None:
     gpu = torch.device("cuda")
     sides = {64: 512, 512: 8, 768: 3, 1024: 2, 2048: 1, 4096: 1}
-    assert {side: encode.pictures_together(Size(side, side), gpu) for side in sides} == sides
-    assert encode.pictures_together(Size(256, 1024), gpu) == 8 and encode.pictures_together(Size(64, 64), CPU) == 1
-    monkeypatch.setattr(encode, "_PIXELS", 3 * 64 * 64)
-    together = encode.pictures_together
-    monkeypatch.setattr(encode, "pictures_together", lambda bucket, _: together(bucket, gpu))
-    shapes = []
-    monkeypatch.setattr(encode, "to_signal", lambda images: shapes.append(tuple(images.shape)) or to_signal(images))
+    assert {side: encode.pictures_per_call(Size(side, side), gpu) for side in sides} == sides
+    assert encode.pictures_per_call(Size(256, 1024), gpu) == 8 and encode.pictures_per_call(Size(64, 64), CPU) == 1
+    monkeypatch.setattr(encode, "_PIXELS_PER_CALL", 3 * 64 * 64)
+    together = encode.pictures_per_call
+    monkeypatch.setattr(encode, "pictures_per_call", lambda bucket, _: together(bucket, gpu))
+    shapes, encode_pictures = [], Vae.encode
+    monkeypatch.setattr(Vae, "encode", lambda vae, x: shapes.append(tuple(x.shape)) or encode_pictures(vae, x))
     filled(configured(checkpoint, tmp_path, folder=str(pictures)))
     assert sorted(shapes) == [(1, 3, 64, 128)] * 3 + [(2, 3, 64, 64), (3, 3, 64, 64)]
 
 
 def test_float16_rounds_the_cache_eight_times_finer_than_bfloat16(checkpoint: Path) -> None:
-    encoders = load_encoders(str(checkpoint))
+    base = base_of(checkpoint)
     images = world.draw_pictures(world.random_scenes(8, 0), random.Random(0))
     with torch.no_grad():
-        mean = encoders.vae.encode(to_signal(images)).latent_dist.mean * 0.18215
-        context = encoders.encode([scene.caption for scene in world.random_scenes(8, 0)]).context
+        mean = base.load_autoencoder(CPU).vae.encode(signal(images)).latent_dist.mean * 0.18215
+    captions = [scene.caption for scene in world.random_scenes(8, 0)]
+    context = Conditioning.cat(base.load_text_encoder(FLOAT, CPU).encode(captions)).tensors["context"]
     for exact in (mean, context):
         half, brain = (
             (exact.to(dtype).float() - exact).norm() / exact.norm() for dtype in (torch.half, torch.bfloat16)
@@ -169,20 +187,58 @@ def test_a_distinct_caption_and_a_picture_that_is_there_twice_are_encoded_once(
     assert len(dataset) == 9 and count == {"latents": 8, "captions": len(captions) + 1}
 
 
+class Lengths:
+    """A text encoder whose rows are as long as the captions, in words, and hold that number."""
+
+    def encode(self, captions: Sequence[str]) -> list[Conditioning]:
+        counts = [len(caption.split()) for caption in captions]
+        return [Conditioning.of(context=torch.full((1, 1 + count, 8), float(count))) for count in counts]
+
+
+def test_captions_of_different_lengths_are_cached_side_by_side_and_joined_by_their_model_alone(
+    checkpoint: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(UNetCheckpoint, "load_text_encoder", lambda *_: Lengths())
+    texts = ["one", "one two", "one two three", "three other words"]
+    for path, text in zip(sorted(pictures.glob("*.txt")), texts * 2, strict=True):
+        path.write_text(text, encoding="utf-8")
+    dataset = filled(configured(checkpoint, tmp_path, folder=str(pictures)))
+    files = [path.stem for path in shard_files(tmp_path / "cache") if "captions" in path.parent.name]
+    assert sorted(name.rpartition("-")[0] for name in files) == [f"captions{1 + words}x8" for words in range(4)]
+    assert all((row[3] == len(row[3]) - 1).all() for row in rows(dataset))
+    assert Counter(len(row[3]) - 1 for row in rows(dataset)) == {1: 2, 2: 2, 3: 4}
+    with pytest.raises(ValueError, match="rows of context have different shapes, .*: join them by their model"):
+        for step in range(5):
+            dataset.batch(step, 5, seed=0, caption_dropout=0.5)
+
+    def pad(captions: Sequence[Conditioning], _: torch.Tensor) -> Conditioning:
+        longest = max(caption.tensors["context"].shape[1] for caption in captions)
+        short = [caption.tensors["context"] for caption in captions]
+        padded = [torch.nn.functional.pad(each, (0, 0, 0, longest - each.shape[1]), value=-1) for each in short]
+        return Conditioning.of(context=torch.cat(padded))
+
+    batch = replace(dataset, join=pad).batch(0, 5, seed=0, caption_dropout=0.5)
+    for row in batch.cond.tensors["context"]:
+        words = int(row[0, 0])
+        assert (row[: 1 + words] == words).all() and (row[1 + words :] == -1).all()
+    assert (batch.uncond.tensors["context"] == 0).all() and len(batch.uncond) == 5
+
+
 def test_a_complete_cache_needs_no_encoders_and_a_change_only_what_changed(
     checkpoint: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings, loads = configured(checkpoint, tmp_path, folder=str(pictures)), Loads(monkeypatch)
-    first = encode.prepare(settings, CPU, FLOAT)
-    assert loads.count == 1
-    assert same(encode.prepare(settings, CPU, FLOAT), first) and loads.count == 1
+    first = encode.load_or_encode(settings, CPU, FLOAT)
+    assert loads.count == {"autoencoder": 1, "text_encoder": 1}
+    loads.count.clear()
+    assert same(encode.load_or_encode(settings, CPU, FLOAT), first) and not loads.count
     before = {path: path.stat().st_mtime_ns for path in shard_files(tmp_path / "cache")}
     os.utime(pictures / "00000.png")  # touched, and not changed
     assert open_cached(settings, FLOAT) is None
-    assert same(encode.prepare(settings, CPU, FLOAT), first) and loads.count == 1
+    assert same(encode.load_or_encode(settings, CPU, FLOAT), first) and not loads.count
     (pictures / "00000.txt").write_text("another caption", encoding="utf-8")
-    changed = encode.prepare(settings, CPU, FLOAT)
-    assert loads.count == 2 and not same(changed, first)
+    changed = encode.load_or_encode(settings, CPU, FLOAT)
+    assert loads.count == {"text_encoder": 1} and not same(changed, first)
     new = set(shard_files(tmp_path / "cache")) - set(before)
     assert [path.parent.name.partition("-")[0] for path in new] == ["captions"]
     assert all(path.stat().st_mtime_ns == at for path, at in before.items())
@@ -241,8 +297,8 @@ def test_a_changed_bit_is_found_by_the_cache_command(
     shard.unlink()
     shard.write_bytes(content)
     assert open_cached(settings, FLOAT) is not None  # lengths and header are right
-    encode.fill(settings, CPU, FLOAT, thorough=True)
-    assert "is damaged (its checksum is another)" in caplog.text
+    encode.fill_cache(settings, CPU, FLOAT, verify=True)
+    assert "is damaged (its checksum does not match)" in caplog.text
     cached = open_cached(settings, FLOAT)
     assert cached is not None
     assert all(
@@ -255,10 +311,10 @@ def test_parts_of_several_processes_are_the_whole(checkpoint: Path, pictures: Pa
     settings = configured(checkpoint, tmp_path / "parts", folder=str(pictures))
     for part in (2, 0, 1):
         assert open_cached(settings, FLOAT) is None
-        encode.fill(settings, CPU, FLOAT, part=part, parts=3)
+        encode.fill_cache(settings, CPU, FLOAT, part=part, parts=3)
         merge_parts(settings, FLOAT)
     cached = open_cached(settings, FLOAT)
-    assert cached is not None and cached.found.seen == cached.found.pictures == 8
+    assert cached is not None and cached.survey.seen == cached.survey.pictures == 8
     assert same(cached.dataset, alone)
 
 
@@ -266,11 +322,11 @@ def test_data_that_cannot_be_used_is_told_or_skipped(checkpoint: Path, pictures:
     (pictures / "broken.png").write_bytes(b"no picture")
     (pictures / "wide0.txt").unlink()
     with pytest.raises(UserError, match=r"1 of 9 pictures do not decode: broken\.png; 2 of 9 pictures have no caption"):
-        encode.fill(configured(checkpoint, tmp_path, folder=str(pictures)), CPU, FLOAT)
+        encode.fill_cache(configured(checkpoint, tmp_path, folder=str(pictures)), CPU, FLOAT)
     settings = configured(checkpoint, tmp_path, folder=str(pictures), skip_bad=True)
     assert len(filled(settings)) == 7
     cached = open_cached(settings, FLOAT)
-    assert cached is not None and "1 of 9 pictures do not decode: broken.png" in cached.found.complaints()
+    assert cached is not None and "1 of 9 pictures do not decode: broken.png" in cached.survey.complaints()
     assert open_cached(configured(checkpoint, tmp_path, folder=str(pictures)), FLOAT) is None
     for path in pictures.glob("*.txt"):
         path.unlink()
@@ -289,7 +345,7 @@ def test_a_full_store_writes_its_largest_kind_and_memory_stays_bounded(
     found.flush()
     again = store.Store(tmp_path / "rows")
     for k in range(60):
-        shard, row = again.places[store.digest(b"%d" % k)]
+        shard, row = again.locations[store.digest(b"%d" % k)]
         assert (store.open_shard(tmp_path / "rows" / shard)["x"][row] == k).all()
         assert again.kind(store.digest(b"%d" % k)) == "ab"[k % 3 == 0]
     assert len(list((tmp_path / "rows").iterdir())) >= 6
@@ -303,7 +359,7 @@ def test_rows_that_are_long_in_coming_are_written_before_the_shard_is_full(
     assert list((tmp_path / "rows").iterdir()) == []
     monkeypatch.setattr(store, "SHARD_SECONDS", 0.0)
     found.add("a", store.digest(b"2"), {"x": torch.zeros(1)})
-    assert len(store.Store(tmp_path / "rows").places) == 2
+    assert len(store.Store(tmp_path / "rows").locations) == 2
 
 
 KILLED = """
@@ -320,7 +376,7 @@ def shards():
 for wanted in (1, 3, 4, 9):  # each time killed when that many are there
     child = os.fork()
     if not child:
-        encode.fill(settings, torch.device("cpu"), torch.float32)
+        encode.fill_cache(settings, torch.device("cpu"), torch.float32)
         os._exit(0)
     while shards() < wanted:
         time.sleep(0.001)
@@ -360,8 +416,8 @@ def test_the_cache_command_says_what_there_is_and_a_run_then_encodes_nothing(
     printed = capsys.readouterr().out
     assert "8 pictures" in printed and "64x64" in printed and f"cached in {tmp_path / 'cache'}" in printed
     loads = Loads(monkeypatch)
-    encode.prepare(config.load(path), CPU, FLOAT)
-    assert loads.count == 0
+    encode.load_or_encode(config.load(path), CPU, FLOAT)
+    assert not loads.count
     for wrong in ("2/2", "x", "1", "-1/2"):
         assert main(["cache", str(path), f"--part={wrong}"]) == 2
         assert "write K/N" in capsys.readouterr().err

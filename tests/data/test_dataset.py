@@ -1,5 +1,6 @@
 """What training reads: the same rows however a step is divided, from memory or from files."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from trajectory_consistency.trainer.data.buckets import Size
 from trajectory_consistency.trainer.data.dataset import Batch, Dataset, Shard, Table, caption_of
 from trajectory_consistency.trainer.data.order import Group
 from trajectory_consistency.trainer.data.store import ShardFiles
+from trajectory_consistency.trainer.models.conditioning import Conditioning
+from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint
 
 SIZES = {Size(64, 64): 5, Size(64, 128): 7}
 
@@ -22,8 +25,8 @@ def shards(std: float, pooled: bool) -> tuple[list[Shard], Shard]:
     for k, (bucket, count) in enumerate(SIZES.items()):
         value = (100 * k + torch.arange(count).float()).view(-1, 1, 1, 1)
         mean = value.expand(-1, 4, bucket.height // 8, bucket.width // 8).contiguous().half()
-        time_ids = torch.stack([torch.tensor([100 * k + row, 9, 1, 2, *bucket]) for row in range(count)]).int()
-        pictures.append({"mean": mean, "std": torch.full_like(mean, std), "time_ids": time_ids})
+        sizes = torch.stack([torch.tensor([100 * k + row, 9, 1, 2, *bucket]) for row in range(count)]).int()
+        pictures.append({"mean": mean, "std": torch.full_like(mean, std), "sizes": sizes})
     which = torch.cat([torch.full((1,), -1.0)] + [100 * k + torch.arange(c) for k, c in enumerate(SIZES.values())])
     captions = {"context": which.view(-1, 1, 1).expand(-1, 77, 8).contiguous().half()}
     if pooled:
@@ -31,12 +34,17 @@ def shards(std: float, pooled: bool) -> tuple[list[Shard], Shard]:
     return pictures, captions
 
 
+def join(captions: Sequence[Conditioning], sizes: torch.Tensor) -> Conditioning:
+    """As the checkpoints of UNets join, with no more of one than what says whether the sizes are told."""
+    return UNetCheckpoint.collate(object.__new__(UNetCheckpoint), captions, sizes)
+
+
 def in_memory(std: float = 0.5, pooled: bool = True) -> Dataset:
     pictures, captions = shards(std, pooled)
     groups = tuple(Group(bucket, count, 1.0) for bucket, count in SIZES.items())
     index = [torch.tensor([(k, row, 0, 1 + 5 * k + row) for row in range(n)]) for k, n in enumerate(SIZES.values())]
     tables = [Table(each, pictures, [captions]) for each in index]
-    return Dataset(groups, tables, caption_of(captions, 0))
+    return Dataset(groups, tables, caption_of(captions, 0), join)
 
 
 def on_disk(folder: Path, std: float = 0.5, pooled: bool = True) -> Dataset:
@@ -50,9 +58,8 @@ def on_disk(folder: Path, std: float = 0.5, pooled: bool = True) -> Dataset:
 
 
 def tensors(batch: Batch) -> list[torch.Tensor]:
-    parts = [batch.latents, batch.cond.context, batch.cond.pooled, batch.cond.time_ids]
-    parts += [batch.uncond.context, batch.uncond.pooled, batch.uncond.time_ids]
-    return [part for part in parts if part is not None]
+    assert batch.cond.tensors.keys() == batch.uncond.tensors.keys() <= {"context", "pooled", "time_ids"}
+    return [batch.latents, *batch.cond.tensors.values(), *batch.uncond.tensors.values()]
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 6])
@@ -83,21 +90,20 @@ def test_every_picture_keeps_its_caption_and_its_sizes() -> None:
     for step in range(12):
         batch = dataset.batch(step, 5, seed=0, caption_dropout=0.0)
         which = batch.latents[:, 0, 0, 0]
-        assert batch.cond.time_ids is not None and batch.cond.pooled is not None
-        for named in (batch.cond.context[:, 3, 3], batch.cond.pooled[:, 2], batch.cond.time_ids[:, 0]):
+        told = batch.cond.tensors
+        for named in (told["context"][:, 3, 3], told["pooled"][:, 2], told["time_ids"][:, 0]):
             assert torch.equal(named, which)
         height, width = batch.latents.shape[2:]
-        assert torch.equal(batch.cond.time_ids[:, 4:], torch.tensor([[8.0 * height, 8.0 * width]]).expand(5, -1))
+        assert torch.equal(told["time_ids"][:, 4:], torch.tensor([[8.0 * height, 8.0 * width]]).expand(5, -1))
 
 
 def test_the_empty_caption_comes_with_the_sizes_of_the_pictures() -> None:
     batch = in_memory().batch(0, 5, seed=0, caption_dropout=0.0)
-    assert len(batch.uncond) == 5 and (batch.uncond.context == -1).all()
-    assert batch.uncond.pooled is not None and (batch.uncond.pooled == -1).all()
-    assert batch.uncond.time_ids is not None and batch.cond.time_ids is not None
-    assert torch.equal(batch.uncond.time_ids, batch.cond.time_ids)
+    assert len(batch.uncond) == 5 and (batch.uncond.tensors["context"] == -1).all()
+    assert (batch.uncond.tensors["pooled"] == -1).all()
+    assert torch.equal(batch.uncond.tensors["time_ids"], batch.cond.tensors["time_ids"])
     plain = in_memory(pooled=False).batch(0, 5, seed=0, caption_dropout=0.0)
-    assert plain.cond.time_ids is None and plain.uncond.time_ids is None
+    assert plain.cond.tensors.keys() == plain.uncond.tensors.keys() == {"context"}
 
 
 def test_a_batch_is_a_function_of_seed_and_step() -> None:
@@ -121,6 +127,7 @@ def test_latents_are_drawn_from_the_posterior_anew_at_each_step_and_row() -> Non
 def test_captions_are_dropped_as_often_as_asked(dropout: float) -> None:
     dataset = in_memory()
     dropped = [
-        (dataset.batch(step, 10, seed=0, caption_dropout=dropout).cond.context[:, 0, 0] == -1) for step in range(150)
+        dataset.batch(step, 10, seed=0, caption_dropout=dropout).cond.tensors["context"][:, 0, 0] == -1
+        for step in range(150)
     ]
     assert abs(torch.cat(dropped).float().mean().item() - dropout) < 0.04

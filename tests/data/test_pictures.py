@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from trajectory_consistency.trainer.data.buckets import Buckets, Size
-from trajectory_consistency.trainer.data.pictures import BrokenPictureError, decode, pixels, size_of, to_signal
+from trajectory_consistency.trainer.data.pictures import BrokenPictureError, decode, pixels, size_of
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -137,8 +137,3 @@ def test_the_crop_is_where_it_is_said_to_be(size: tuple[int, int]) -> None:
     inner = slice(4, -4)  # a filter has nothing to weigh beyond the edge
     assert (found[0].float().mean(0) / 255 - left)[inner].abs().max() < 1 / 255
     assert (found[1].float().mean(1) / 255 - top)[inner].abs().max() < 1 / 255
-
-
-def test_the_signal_is_from_minus_one_to_one() -> None:
-    signal = to_signal(torch.tensor([[[[0, 255]]]], dtype=torch.uint8))
-    assert signal.flatten().tolist() == [-1.0, 1.0]

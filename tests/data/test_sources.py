@@ -10,8 +10,16 @@ from PIL import Image
 
 from trajectory_consistency.trainer.config import settings as config
 from trajectory_consistency.trainer.data.buckets import Size
-from trajectory_consistency.trainer.data.sources import Folder, Listed, Prompts, Sample, Shards, Source, open_sources
-from trajectory_consistency.trainer.data.survey import bucket_table, data_report, order_groups, survey
+from trajectory_consistency.trainer.data.sources import (
+    CaptionedFolder,
+    MetadataFolder,
+    PromptFile,
+    Sample,
+    Source,
+    TarShards,
+    open_sources,
+)
+from trajectory_consistency.trainer.data.survey import bucket_table, data_report, make_groups, survey
 from trajectory_consistency.trainer.errors import UserError
 
 
@@ -58,7 +66,7 @@ def test_a_folder_is_read_with_those_within_it_and_hidden_files_are_not(tmp_path
     write(tmp_path, "c.png", None)
     write(tmp_path, "notes.pdf", None)
     (source,) = opened(folder=str(tmp_path))
-    assert isinstance(source, Folder)
+    assert isinstance(source, CaptionedFolder)
     samples = list(source.samples())
     assert told(samples) == [
         ("b.png", "of b", ""),
@@ -74,7 +82,7 @@ def test_a_folder_with_metadata_is_read_by_it(tmp_path: Path) -> None:
     lines = [{"file_name": "more/b.png", "text": "of b", "score": 5}, {"file_name": "a.png"}, {"file_name": "no.png"}]
     (tmp_path / "metadata.jsonl").write_text("\n\n".join(map(json.dumps, lines)), encoding="utf-8")
     (source,) = opened(folder=str(tmp_path))
-    assert isinstance(source, Listed)
+    assert isinstance(source, MetadataFolder)
     assert told(list(source.samples())) == [
         ("more/b.png", "of b", ""),
         ("a.png", "", "have no caption"),
@@ -106,7 +114,7 @@ def test_shards_are_read_in_their_order_by_the_names_of_webdataset(tmp_path: Pat
     write_tar(tmp_path / "s-1.tar", {"3.webp": b"three", "4.txt": b"alone", "5.png": b"five", "5.txt": b"\xff"})
     write_tar(tmp_path / "other.tar", {"9.png": b"nine"})
     (source,) = opened(folder=str(tmp_path / "s-*.tar"))
-    assert isinstance(source, Shards)
+    assert isinstance(source, TarShards)
     samples = list(source.samples())
     assert told(samples) == [
         ("s-0.tar/x/1.jpg", "of one", ""),
@@ -139,7 +147,7 @@ def test_parts_are_disjoint_and_together_complete(tmp_path: Path, parts: int) ->
     (tmp_path / "listed" / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
     for path in ("folder", "listed", "tars/*.tar"):
         (source,) = opened(folder=str(tmp_path / path))
-        assert not isinstance(source, Prompts)
+        assert not isinstance(source, PromptFile)
         names = [sample.name for part in range(parts) for sample in source.samples(part, parts)]
         assert sorted(names) == sorted(sample.name for sample in source.samples()) and len(names) in (5, 15)
 
@@ -147,7 +155,7 @@ def test_parts_are_disjoint_and_together_complete(tmp_path: Path, parts: int) ->
 def test_prompts_are_the_lines_that_are_not_blank(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("\ufeffone\n\n  two # not a comment  \r\n", encoding="utf-8")
     (source,) = opened(prompts=str(tmp_path / "p.txt"))
-    assert isinstance(source, Prompts) and source.captions() == ["one", "two # not a comment"]
+    assert isinstance(source, PromptFile) and source.captions() == ["one", "two # not a comment"]
     for content, message in ((b" \n", "has no prompts"), (b"\xff\xfe", "is not UTF-8")):
         (tmp_path / "p.txt").write_bytes(content)
         with pytest.raises(UserError, match=message):
@@ -252,5 +260,5 @@ def test_weights_are_shares_of_an_epoch(tmp_path: Path) -> None:
     settings = configured(tmp_path, sources=sources)
     lines = bucket_table(survey(settings), settings, 1).splitlines()
     assert lines[1].split() == ["64x64", "12", "12", "12", "0"]
-    groups = order_groups(settings.data, survey(settings).groups.items())
+    groups = make_groups(settings.data, survey(settings).groups.items())
     assert [group.shown(1) for group in groups] == [3, 9]

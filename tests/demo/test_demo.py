@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from trajectory_consistency.trainer import tiny
 from trajectory_consistency.trainer.demo import __main__ as demo_main
 from trajectory_consistency.trainer.demo.methods import METHODS
+from trajectory_consistency.trainer.models.unet.checkpoint import TINY_PATH
 
 pytestmark = pytest.mark.slow
 
@@ -73,7 +73,7 @@ def test_comfyui_draws_the_same(result: Path, steps: str) -> None:
 
 
 def test_the_embedded_teacher_is_small_enough_to_ship() -> None:
-    assert tiny.CHECKPOINT.stat().st_size <= 8e6
+    assert TINY_PATH.stat().st_size <= 8e6
 
 
 def test_it_is_the_same_each_time_and_takes_the_place_of_the_last(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""LoRA files told, spelled another way and merged: each gives the same picture as the one it was made of."""
+"""Describing, converting and merging LoRA files: each result gives the same prediction as the file it was made from."""
 
 from pathlib import Path
 
@@ -6,17 +6,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tiny_base import network, small_config, write_base, write_inputs
+from tiny_base import context, model_of, small_config, with_adapter, write_base, write_inputs
+from trajectory_consistency.tcd.adapter import FILE
 from trajectory_consistency.trainer.cli import main
 from trajectory_consistency.trainer.errors import RunError, UserError
-from trajectory_consistency.trainer.files import lora_file
-from trajectory_consistency.trainer.files.export import write_lora
-from trajectory_consistency.trainer.files.lora_file import describe, export, merge
-from trajectory_consistency.trainer.models.conditioning import Conditioning
+from trajectory_consistency.trainer.files import verified_file
+from trajectory_consistency.trainer.files.adapter_weights import load_weights
+from trajectory_consistency.trainer.files.convert import convert
+from trajectory_consistency.trainer.files.describe_file import describe_file
+from trajectory_consistency.trainer.files.merge import merge
+from trajectory_consistency.trainer.files.write import write_lora
 from trajectory_consistency.trainer.models.sampling import initial_noise
-from trajectory_consistency.trainer.models.unet import adapter
 
-COND = Conditioning(torch.randn((1, 77, 32), generator=torch.Generator().manual_seed(5)))
+COND = context(torch.randn((1, 77, 32), generator=torch.Generator().manual_seed(5)))
 
 
 @pytest.fixture(scope="module")
@@ -24,20 +26,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base and a LoRA for it that does something, of rank 4 and alpha 2."""
     folder = tmp_path_factory.mktemp("files")
     values = write_inputs(folder, pictures=1)
-    net = network(folder / "base.safetensors")
-    generator = torch.Generator().manual_seed(9)
-    for parameter in adapter.add_adapter(net.unet, rank=4, alpha=2.0, seed=0):
-        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    net = model_of(folder / "base.safetensors")
+    with_adapter(net, rank=4, alpha=2.0, effect=0.05)
     write_lora(folder / "lora.safetensors", net, small_config(values), {"tcd.law": "uniform", "tcd.steps": "4"}, COND)
     return folder
 
 
 def predicted(base: Path, lora: Path | None = None) -> torch.Tensor:
-    net = network(base)
+    net = model_of(base)
     if lora:
-        adapter.load_adapter(net.unet, lora)
+        net.adapter.add(FILE, load_weights(net, lora))
     with torch.no_grad():
-        return net.x0(initial_noise(0, (1, 4, 8, 8)), torch.tensor([499]), COND)
+        return net.x0(initial_noise(0, (1, 4, 8, 8)), net.schedule.point(torch.tensor([499]), 4), COND)
 
 
 def close(one: torch.Tensor, other: torch.Tensor, limit: float = 2e-3) -> bool:
@@ -86,9 +86,9 @@ def test_nothing_is_written_over_or_made_of_what_is_no_lora(
     assert "exists: choose another name" in capsys.readouterr().err
     assert (lora.read_bytes(), base.read_bytes()) == before
     with pytest.raises(UserError, match="is not a LoRA that can be used|known here"):
-        export(base, tmp_path / "new.safetensors", spelling="peft", dtype=torch.float16)
+        convert(base, tmp_path / "new.safetensors", naming="peft", dtype=torch.float16)
     with pytest.raises(UserError, match="there is no folder"):
-        export(lora, tmp_path / "none" / "new.safetensors", spelling="peft", dtype=torch.float16)
+        convert(lora, tmp_path / "none" / "new.safetensors", naming="peft", dtype=torch.float16)
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="is not a tiny checkpoint"):
         merge(lora, tmp_path / "other.safetensors", tmp_path / "new.safetensors")
@@ -116,7 +116,7 @@ def test_what_is_written_is_finite(folder: Path, tmp_path: Path) -> None:
     spoiled["lora_unet_mid_block_resnets_0_conv1.lora_up.weight"][0] = float("nan")
     save_file(spoiled, tmp_path / "spoiled.safetensors")
     with pytest.raises(UserError, match="mid_block_resnets_0_conv1.lora_up.weight with numbers that are not finite"):
-        export(tmp_path / "spoiled.safetensors", tmp_path / "new.safetensors", spelling="kohya", dtype=torch.float16)
+        convert(tmp_path / "spoiled.safetensors", tmp_path / "new.safetensors", naming="kohya", dtype=torch.float16)
     assert [path.name for path in tmp_path.iterdir()] == ["spoiled.safetensors"]
 
 
@@ -130,12 +130,12 @@ def test_what_is_written_is_read_back_before_it_has_its_name(
         content[-1] ^= 1
         path.write_bytes(content if fault == "a changed bit" else content[:-100])
 
-    monkeypatch.setattr(lora_file, "save_file", faulty)
+    monkeypatch.setattr(verified_file, "save_file", faulty)
     base, lora, new = folder / "base.safetensors", folder / "lora.safetensors", tmp_path / "new.safetensors"
-    with pytest.raises(RunError, match="new.safetensors was written, and read back it is another: it was removed"):
+    with pytest.raises(RunError, match="new.safetensors was removed: reading it back gave different content"):
         merge(lora, base, new)
-    with pytest.raises(RunError, match="read back it is another"):
-        export(lora, new, spelling="peft", dtype=torch.bfloat16)
+    with pytest.raises(RunError, match="reading it back gave different content"):
+        convert(lora, new, naming="peft", dtype=torch.bfloat16)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -146,7 +146,7 @@ def test_a_file_is_told_in_words(folder: Path, capsys: pytest.CaptureFixture[str
     assert "a LoRA for tiny" in said and f"rank      4 ({count} modules)" in said
     assert f"scale     0.5 ({count} modules)" in said and "float16" in said and "tcd.law = uniform" in said
     assert main(["inspect", str(folder / "none.safetensors")]) == 2
-    assert describe(folder / "lora.safetensors") + "\n" == said
+    assert describe_file(folder / "lora.safetensors") + "\n" == said
 
 
 def test_pefts_settings_in_the_metadata_give_the_alpha(folder: Path, tmp_path: Path) -> None:
@@ -156,9 +156,9 @@ def test_pefts_settings_in_the_metadata_give_the_alpha(folder: Path, tmp_path: P
     }
     path = tmp_path / "peft.safetensors"
     save_file(named, path, metadata={"lora_adapter_metadata": '{"unet.r": 4, "unet.lora_alpha": 12}'})
-    assert "scale     3 (1 modules)" in describe(path)
+    assert "scale     3 (1 modules)" in describe_file(path)
     save_file(named, path)
-    assert "scale     1 (1 modules)" in describe(path)
+    assert "scale     1 (1 modules)" in describe_file(path)
 
 
 def test_a_lora_for_another_base_is_not_merged(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""ComfyUI's own page in a headless Chromium, looked at and clicked as a person does."""
+"""ComfyUI's own page in headless Chromium, read and clicked as a user does."""
 
 import io
 import re
@@ -17,15 +17,15 @@ OPTIONS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
 TOLERATED = {
-    "what a person who comes for the first time has not saved yet": r"404 .*/(user\.css|api/userdata\b.*)$",
-    "the page's own order of starting": r"^ComfyApp graph accessed before initialization",
-    "models of the graph that the page starts with": r"huggingface\.co/Comfy-Org/z_image_turbo/",
-    "English help, which is asked for under its language first": r"404 .*/docs/\w+/en\.md$",
-    "who made a missing node, which the page asks the registry": r"api\.comfy\.org/.*Content Security Policy",
+    "files that a new user has not saved yet": r"404 .*/(user\.css|api/userdata\b.*)$",
+    "a known startup order of the page": r"^ComfyApp graph accessed before initialization",
+    "models of the graph that the page opens first": r"huggingface\.co/Comfy-Org/z_image_turbo/",
+    "English help, which is first requested as a translation": r"404 .*/docs/\w+/en\.md$",
+    "a missing node's author, requested from the registry": r"api\.comfy\.org/.*Content Security Policy",
 }
-TIMEOUT_MS = 120_000  # for a busy machine
+TIMEOUT_MS = 120_000  # long enough for a busy machine
 VIEW = {"width": 1280, "height": 720}
-MARGIN = 30  # around the graph in its picture, in the graph's units
+MARGIN = 30  # around the graph in its screenshot, in graph units
 
 _OPEN = "window.app?.canvas?.graph?.nodes.some(node => node.type.startsWith('TCD'))"
 _DRAWN = """() => {
@@ -56,23 +56,23 @@ _GRAPH_ALONE = "body * { visibility: hidden } #graph-canvas, .isolate, .isolate 
 
 
 class Frontend:
-    """A page of a host that is open; `errors` are what its console said of them, but for those of TOLERATED."""
+    """An open page of a host; `errors` are the errors on its console, except those in TOLERATED."""
 
     def __init__(self, page: Page, url: str) -> None:
         self.page, self.url = page, url
         self.errors: list[str] = []
         page.set_default_timeout(TIMEOUT_MS)
-        page.add_init_script("localStorage.clear(); sessionStorage.clear()")  # else it opens what was open before
+        page.add_init_script("localStorage.clear(); sessionStorage.clear()")  # otherwise it opens the previous workflow
         page.on("console", self._listen)
         page.on("pageerror", lambda error: self.errors.append(f"uncaught: {error}"))
 
     def open_address(self, template: str) -> None:
-        """Open the page at the address that asks it for one of the pack's templates."""
+        """Open the page with the URL that selects one of the pack's templates."""
         self.page.goto(f"{self.url}/?template={template}&source={PACK_NAME}")
         self.page.wait_for_function(_OPEN)
 
     def open_templates(self) -> Locator:
-        """Open the template browser at the pack's own part, and return what it shows."""
+        """Open the template browser at the pack's section, and return what it shows."""
         self.page.get_by_test_id("side-toolbar").get_by_label("Templates").click()
         dialog = self.page.get_by_role("dialog")
         dialog.get_by_text(PACK_NAME).click()
@@ -84,7 +84,7 @@ class Frontend:
         return self.page.evaluate("async address => (await fetch(address)).json()", address)
 
     def load(self, workflow: Mapping[str, Any]) -> None:
-        """Open a workflow as its file is opened."""
+        """Open a workflow in the way that its file would be opened."""
         self.page.evaluate("workflow => app.loadGraphData(workflow, true, true, 'test')", workflow)
 
     def graph(self) -> dict[str, Any]:
@@ -93,7 +93,7 @@ class Frontend:
         return saved
 
     def titles(self) -> list[dict[str, Any]]:
-        """Return {"type", "title", "inputs": {name: label}} of each node, as the page writes them on it."""
+        """Return {"type", "title", "inputs": {name: label}} of each node, as displayed."""
         found: list[dict[str, Any]] = self.page.evaluate(_TITLES)
         return found
 
@@ -103,7 +103,7 @@ class Frontend:
         return {node: {key: value[key] for key in ("class_type", "inputs")} for node, value in prompt.items()}
 
     def shrink(self, size: int = 64) -> None:
-        """Type a smaller width and height where the graph has larger ones."""
+        """Reduce every width and height in the graph to at most `size`."""
         self.page.evaluate(_SHRINK, size)
 
     def close_dialogs(self) -> None:
@@ -111,7 +111,7 @@ class Frontend:
             self.page.keyboard.press("Escape")
 
     def run(self) -> list[dict[str, Any]]:
-        """Press Run, wait, and return the pictures in the graph; raises AssertionError with an error's headline."""
+        """Press Run, wait, and return the images in the graph; raises AssertionError with the headline of an error."""
         self.press_run()
         self.page.wait_for_function(f"document.querySelector('[data-testid=error-overlay]') || ({_DRAWN})()")
         assert not self.complaint(), self.complaint()
@@ -122,25 +122,25 @@ class Frontend:
         self.page.get_by_test_id("queue-button").click()
 
     def complaint(self) -> str:
-        """Return the text of the box that says what is wrong, "" where there is none."""
+        """Return the text of the error box, or "" if there is none."""
         box = self.page.get_by_test_id("error-overlay")
         return box.inner_text() if box.count() else ""
 
     def details(self) -> str:
-        """Wait for the box that says what is wrong, press its View details, and return the panel's text."""
+        """Wait for the error box, press its View details, and return the panel's text."""
         self.page.get_by_test_id("error-overlay-see-errors").click()
         panel = self.page.get_by_test_id("properties-panel")
         panel.get_by_test_id("errors-summary-hero").wait_for()
         return panel.inner_text()
 
     def replace_node(self) -> str:
-        """Open the box that says what is wrong, take its offer for a missing node, and return the panel's text."""
+        """Open the error box, accept its replacement of a missing node, and return the panel's text."""
         offer = self.details()
         self.page.get_by_test_id("properties-panel").get_by_role("button", name="Replace Node").click()
         return offer
 
     def help_page(self, node_type: str) -> str:
-        """Select a node of a type, press its info button, and return the panel's text."""
+        """Select a node of this type, press its info button, and return the panel's text."""
         self.page.evaluate(_SELECT, node_type)
         self.page.get_by_test_id("info-button").click()
         page = self.page.get_by_test_id("properties-panel").locator(".node-help-content")
@@ -148,10 +148,10 @@ class Frontend:
         return page.inner_text()
 
     def photograph(self, path: Path, width: int) -> None:
-        """Write a picture of the whole graph, and of nothing else, in that many pixels across."""
+        """Save a screenshot of the complete graph alone, with this width in pixels."""
         self.page.set_viewport_size(self.page.evaluate(_FRAME, MARGIN))
         self.page.evaluate(_FRAME, MARGIN)
-        self.page.wait_for_timeout(1000)  # it draws when it finds the time
+        self.page.wait_for_timeout(1000)  # the page draws asynchronously
         picture = Image.open(io.BytesIO(self.page.screenshot(style=_GRAPH_ALONE))).convert("RGB")
         height = round(picture.height * width / picture.width)
         picture.resize((width, height), Image.Resampling.LANCZOS).save(path, quality=80, optimize=True)
@@ -167,7 +167,7 @@ class Frontend:
 
 @contextmanager
 def open_browser(chromium: Path, url: str) -> Iterator[Frontend]:
-    """Start Chromium with one empty page for a host, and end it."""
+    """Yield a Chromium with one empty page for a host, and close it afterwards."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=OPTIONS)
         try:

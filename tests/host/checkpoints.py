@@ -1,7 +1,6 @@
-"""The smallest files that the host's stock loaders take, with seeded weights.
+"""The smallest files that the host's stock loaders accept, with seeded weights: SD 1.5, SDXL, SD3, Wan, ControlNet.
 
-They are of SD 1.5, of SDXL, of SD3, of Wan, and of a ControlNet for SD 1.5.
-Each function that writes one returns its tensors, for whoever wants more in the file.
+Each function that writes a file returns its tensors, so that a caller can write more into it.
 """
 
 from functools import partial
@@ -22,13 +21,13 @@ MINI_SDXL = "mini-sdxl.safetensors"
 MINI_SD3 = "mini-sd3.safetensors"
 MINI_WAN = "mini-wan.safetensors"
 
-SD3_WIDTH = 64  # one head, and so one joint block: the host takes the depth to be width / 64
-SD3_SIDE = 64  # of the table of positions, in patches of 2 x 2: latents of up to 128 x 128
-WAN_WIDTH = 128  # one head: the host takes their number to be width / 128
+SD3_WIDTH = 64  # one head and one joint block: the host derives the depth as width / 64
+SD3_SIDE = 64  # size of the position table in patches of 2 x 2: latents of up to 128 x 128
+WAN_WIDTH = 128  # one head: the host derives their number as width / 128
 
 
 def sd15_unet() -> UNet2DConditionModel:
-    """Return the smallest UNet that the host takes for SD 1.5: one level, 13.6 M parameters, seeded."""
+    """Return the smallest UNet that the host recognizes as SD 1.5: one level, 13.6 M parameters, seeded."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         block_out_channels=(320,),
@@ -39,18 +38,18 @@ def sd15_unet() -> UNet2DConditionModel:
         attention_head_dim=8,
     ).eval()
     with torch.no_grad():
-        unet.conv_out.weight *= 3  # so that the output is of the size of a real one's
+        unet.conv_out.weight *= 3  # so that the output has the scale of a real one
     return unet.requires_grad_(False)
 
 
 def write_sd15_mini(path: Path, unet: UNet2DConditionModel | None = None) -> None:
-    """Write sd15_unet(), or the one given, as a checkpoint without VAE and text encoder."""
+    """Write sd15_unet(), or the given UNet, as a checkpoint without VAE and text encoder."""
     unet = unet or sd15_unet()
     save_file(unet_to_ldm(unet.state_dict(), unet.config), path)
 
 
 def sdxl_unet() -> UNet2DConditionModel:
-    """Return an SDXL-like UNet of 74 M parameters: attention of depths 0, 2 and 5, as in KOALA 700M, or not known."""
+    """Return an SDXL-like UNet of 74 M parameters, with KOALA 700M's depths 0, 2 and 5, which the host recognizes."""
     torch.manual_seed(1)
     unet = UNet2DConditionModel(
         block_out_channels=(320, 320, 320),
@@ -61,19 +60,19 @@ def sdxl_unet() -> UNet2DConditionModel:
         transformer_layers_per_block=(1, 2, 5),
         reverse_transformer_layers_per_block=(1, 1, 1),
         cross_attention_dim=2048,
-        attention_head_dim=5,  # the number of heads, in spite of its name
+        attention_head_dim=5,  # despite its name, the number of heads
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=256,
         projection_class_embeddings_input_dim=2816,
     ).eval()
     with torch.no_grad():
-        unet.conv_out.weight *= 3  # so that the output is of the size of a real one's
+        unet.conv_out.weight *= 3  # so that the output has the scale of a real one
     return unet.requires_grad_(False)
 
 
 def write_sdxl_mini(path: Path, unet: UNet2DConditionModel | None = None) -> dict[str, Tensor]:
-    """Write sdxl_unet() as a checkpoint of the SDXL family: eps prediction, latents of 4 channels, adm of 2816."""
+    """Write sdxl_unet() as an SDXL checkpoint: eps prediction, 4 latent channels, vector conditioning of 2816."""
     unet = unet or sdxl_unet()
     state = unet_to_ldm(unet.state_dict(), unet.config)
     save_file(state, path)
@@ -87,7 +86,7 @@ def _add_layer(state: dict[str, Tensor], generator: torch.Generator, name: str, 
 
 
 def sd3_state() -> dict[str, Tensor]:
-    """Return an SD3 network of one joint block, 0.8 M parameters, by its names in a file, without their prefix."""
+    """Return an SD3 network of one joint block, 0.8 M parameters, by name in the file without the prefix."""
     generator = torch.Generator().manual_seed(2)
     state: dict[str, Tensor] = {}
     layer = partial(_add_layer, state, generator)
@@ -112,14 +111,14 @@ def sd3_state() -> dict[str, Tensor]:
 
 
 def write_sd3_mini(path: Path) -> dict[str, Tensor]:
-    """Write sd3_state() as a checkpoint of SD3: flow at shift 3, latents of 16 channels, contexts of 4096."""
+    """Write sd3_state() as an SD3 checkpoint: flow with shift 3, 16 latent channels, context width 4096."""
     state = {UNET_PREFIX + name: tensor for name, tensor in sd3_state().items()}
     save_file(state, path)
     return state
 
 
 def sd3_transformer() -> SD3Transformer2DModel:
-    """Return the network of write_sd3_mini in diffusers, through diffusers' own converter of such files."""
+    """Return the network of write_sd3_mini in diffusers, converted by diffusers itself."""
     model = SD3Transformer2DModel(
         num_layers=1,
         num_attention_heads=SD3_WIDTH // 64,
@@ -131,7 +130,7 @@ def sd3_transformer() -> SD3Transformer2DModel:
 
 
 def wan_state() -> dict[str, Tensor]:
-    """Return a Wan network, text to video, of one block and 1.2 M parameters, by its names in a file, as sd3_state."""
+    """Return a Wan text-to-video network of one block, 1.2 M parameters, by name in the file without the prefix."""
     generator = torch.Generator().manual_seed(4)
     state: dict[str, Tensor] = {}
     layer = partial(_add_layer, state, generator)
@@ -157,21 +156,21 @@ def wan_state() -> dict[str, Tensor]:
 
 
 def write_wan_mini(path: Path) -> dict[str, Tensor]:
-    """Write wan_state() as a checkpoint of Wan 2.1: flow at shift 8, latents of 16 channels and several frames."""
+    """Write wan_state() as a Wan 2.1 checkpoint: flow with shift 8, 16 latent channels, several frames."""
     state = {UNET_PREFIX + name: tensor for name, tensor in wan_state().items()}
     save_file(state, path)
     return state
 
 
 def wan_transformer() -> WanTransformer3DModel:
-    """Return the network of write_wan_mini in diffusers, through diffusers' own converter of such files."""
+    """Return the network of write_wan_mini in diffusers, converted by diffusers itself."""
     model = WanTransformer3DModel(num_attention_heads=1, num_layers=1, ffn_dim=2 * WAN_WIDTH)
     model.load_state_dict(convert_wan_transformer_to_diffusers(wan_state()))
     return model.eval().requires_grad_(False)
 
 
 def mini_controlnet(unet: UNet2DConditionModel) -> ControlNetModel:
-    """Return a ControlNet for the mini SD 1.5 UNet, whose output is not zero, as that of a new one is."""
+    """Return a ControlNet for the mini SD 1.5 UNet, with nonzero output, unlike a freshly initialized one."""
     torch.manual_seed(3)
     controlnet = ControlNetModel.from_unet(unet).eval()
     for module in (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block):
@@ -183,10 +182,14 @@ def mini_controlnet(unet: UNet2DConditionModel) -> ControlNetModel:
 def write_controlnet_mini(
     path: Path, unet: UNet2DConditionModel, controlnet: ControlNetModel | None = None
 ) -> dict[str, Tensor]:
-    """Write mini_controlnet(unet), or the one given, by its names in the original files."""
+    """Write mini_controlnet(unet), or the given ControlNet, under the names of the original files."""
     controlnet = controlnet or mini_controlnet(unet)
     conditioning = controlnet.controlnet_cond_embedding
-    hint = [conditioning.conv_in, *conditioning.blocks, conditioning.conv_out]  # with an activation between each two
+    hint = [
+        conditioning.conv_in,
+        *conditioning.blocks,
+        conditioning.conv_out,
+    ]  # activations lie between
     parts = {f"input_hint_block.{2 * i}": module for i, module in enumerate(hint)}
     parts |= {f"zero_convs.{i}.0": module for i, module in enumerate(controlnet.controlnet_down_blocks)}
     parts["middle_block_out.0"] = controlnet.controlnet_mid_block

@@ -1,4 +1,4 @@
-"""One ComfyUI for all host tests, and the files that they load in it."""
+"""One ComfyUI server for all host tests, and the model files that they load in it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +26,7 @@ from trajectory_consistency.trainer.demo.comfy_server import PACK, ComfyServer, 
 
 HERE = Path(__file__).parent
 
-torch.set_num_threads(1)  # the host has the other core
+torch.set_num_threads(1)  # leaves a core to the host
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +48,7 @@ def server(
 
 @pytest.fixture(scope="session")
 def mini_sdxl(server: ComfyServer) -> UNet2DConditionModel:
-    """The network of MINI_SDXL, which stands in the host's checkpoints from now on."""
+    """The network of MINI_SDXL, written to the host's checkpoints."""
     unet = sdxl_unet()
     write_sdxl_mini(server.models / "checkpoints" / MINI_SDXL, unet)
     return unet
@@ -56,21 +56,21 @@ def mini_sdxl(server: ComfyServer) -> UNet2DConditionModel:
 
 @pytest.fixture(scope="session")
 def mini_sd3(server: ComfyServer) -> SD3Transformer2DModel:
-    """The network of MINI_SD3, which stands in the host's checkpoints from now on."""
+    """The network of MINI_SD3, written to the host's checkpoints."""
     write_sd3_mini(server.models / "checkpoints" / MINI_SD3)
     return sd3_transformer()
 
 
 @pytest.fixture(scope="session")
 def mini_wan(server: ComfyServer) -> WanTransformer3DModel:
-    """The network of MINI_WAN, which stands in the host's checkpoints from now on."""
+    """The network of MINI_WAN, written to the host's checkpoints."""
     write_wan_mini(server.models / "checkpoints" / MINI_WAN)
     return wan_transformer()
 
 
 @pytest.fixture(scope="session")
 def stand_ins(server: ComfyServer, unet: UNet2DConditionModel) -> Iterator[StandIns]:
-    """The files that the workflows name; provide(workflow) writes them before it is opened or run."""
+    """Stand-ins for the files that the workflows name; provide(workflow) must be called before a workflow is used."""
     stand_ins = StandIns(server.base, unet)
     yield stand_ins
     stand_ins.remove()

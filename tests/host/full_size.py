@@ -1,4 +1,4 @@
-"""A full-size SD 1.5 checkpoint of random weights: the pictures mean nothing; names, shapes and dtypes are real."""
+"""A full-size SD 1.5 checkpoint with random weights, but real names, shapes and dtypes."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from trajectory_consistency.trainer.models.unet import ldm
 
 
 def full_size_sd15() -> Path:
-    """Return the file, 2.1 GB in fp16, written on the first call and kept between runs in the user's cache."""
+    """Return the path of the file, 2.1 GB in fp16; it is written on the first call and kept in the user's cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trajectory-consistency"
     path = cache / "sd15-random.safetensors"
     if not path.exists():

@@ -1,4 +1,4 @@
-"""Prompts for the host in its API format, and what comes back of them."""
+"""Prompts for the host in its API format, and their results."""
 
 import uuid
 from typing import Any, NamedTuple
@@ -10,11 +10,11 @@ from torch import Tensor
 from trajectory_consistency.trainer.demo.comfy_server import ComfyServer
 
 MINI = "mini-sd15.safetensors"
-LATENT_SCALE = 0.18215  # SD 1.5's: the host divides by it when a latent leaves the sampler
+LATENT_SCALE = 0.18215  # of SD 1.5; the host divides a sampler's output by it
 
 
 class Node(NamedTuple):
-    """A node of a graph; [i] is a link to its output i."""
+    """A node of a graph; node[i] is a link to its output i."""
 
     id: str
 
@@ -23,7 +23,7 @@ class Node(NamedTuple):
 
 
 class Graph(dict[str, dict[str, Any]]):
-    """A prompt under construction, for pictures of size x size."""
+    """A prompt under construction, for images of size x size pixels."""
 
     def __init__(self, *, size: int = 64) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Graph(dict[str, dict[str, Any]]):
         latent: list[Any] | None = None,
         **others: Any,
     ) -> Node:
-        """SamplerCustom with TCDSampler: 4 steps from TCDSigmas on an empty 8 x 8 latent, unless told otherwise."""
+        """Add SamplerCustom with TCDSampler; by default 4 steps from TCDSigmas on an empty 8 x 8 latent."""
         model = model or self.checkpoint()[0]
         inputs = {
             "model": model,
@@ -84,7 +84,7 @@ class Graph(dict[str, dict[str, Any]]):
         latent: list[Any] | None = None,
         **others: Any,
     ) -> Node:
-        """KSampler with tcd / tcd and the inputs that sampler_custom has too."""
+        """Add KSampler with sampler and scheduler tcd, and the same inputs as sampler_custom."""
         inputs = {
             "model": model or self.checkpoint()[0],
             "seed": seed,
@@ -108,7 +108,7 @@ class Graph(dict[str, dict[str, Any]]):
         latent: list[Any] | None = None,
         **others: Any,
     ) -> Node:
-        """KSampler Advanced with tcd / tcd and the inputs of ksampler: a whole run that keeps leftover noise."""
+        """Add KSampler Advanced with the inputs of ksampler; by default all steps, and leftover noise is kept."""
         inputs = {
             "model": model or self.checkpoint()[0],
             "add_noise": "enable",
@@ -134,7 +134,7 @@ class Graph(dict[str, dict[str, Any]]):
 
 
 def salt() -> str:
-    """Return a text never seen before, so that the host does not answer from its cache."""
+    """Return a unique string, so that the host does not answer from its cache."""
     return uuid.uuid4().hex
 
 
@@ -158,7 +158,7 @@ def sampled(server: ComfyServer, **options: Any) -> Tensor:
 
 
 def shown(server: ComfyServer, graph: Graph, value: list[Any]) -> list[float]:
-    """Run a graph and return the numbers that come over a link."""
+    """Run a graph and return the numbers of a link."""
     node = graph.show(value)
     values: list[float] = server.run(graph)[node.id]["values"]
     return values
@@ -170,16 +170,16 @@ def shown_tensor(outputs: dict[str, Any], node: Node) -> Tensor:
 
 
 def host_version(server: ComfyServer) -> tuple[int, ...]:
-    """Return the version of ComfyUI, to be compared."""
+    """Return the version of ComfyUI as a tuple that can be compared."""
     version: str = server.get("/system_stats")["system"]["comfyui_version"]
     return tuple(map(int, version.split(".")))
 
 
 def host_noise(seed: int, batch: int = 1, size: int = 8) -> Tensor:
-    """Return the noise [B, 4, size, size] with which the host begins."""
+    """Return the host's initial noise, [B, 4, size, size]."""
     return torch.randn(batch, 4, size, size, generator=torch.Generator().manual_seed(seed))
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Return the root mean square of the difference over that of what is expected."""
+    """Return |found - expected| / |expected| in the Euclidean norm."""
     return float((found - expected).norm() / expected.norm())

@@ -1,4 +1,4 @@
-"""LoRAs of random weights for the mini UNet, in kohya's names, and what they come to when merged by hand."""
+"""LoRAs with random weights for the mini UNet in kohya names, and the UNet with a LoRA merged by hand."""
 
 import copy
 import math
@@ -13,11 +13,11 @@ TARGETS = (
     *("conv1", "conv2", "conv_shortcut", "time_emb_proj"),
 )
 RANK, ALPHA = 4, 2.0
-MODULES = 65  # of the mini UNet that are such targets
+MODULES = 65  # modules of the mini UNet that match TARGETS
 
 
 def random_lora(unet: UNet2DConditionModel, seed: int = 0) -> dict[str, Tensor]:
-    """Return a LoRA in kohya's names on every target of the UNet, big enough to be seen."""
+    """Return a LoRA in kohya names on every target of the UNet, large enough to change the output visibly."""
     generator = torch.Generator().manual_seed(seed)
     lora = {}
     for path, module in targets(unet).items():
@@ -33,7 +33,7 @@ def random_lora(unet: UNet2DConditionModel, seed: int = 0) -> dict[str, Tensor]:
 def merged(unet: UNet2DConditionModel, lora: Mapping[str, Tensor], strength: float) -> UNet2DConditionModel:
     """Return a copy of the UNet with strength * alpha / rank * up @ down added to its weights, by hand.
 
-    Without an alpha it is the rank; lora_mid is the core between the halves; dora_scale makes it a DoRA.
+    A missing alpha means alpha = rank. lora_mid is multiplied between up and down; with dora_scale it is a DoRA.
     """
     unet = copy.deepcopy(unet)
     for path, module in targets(unet).items():
@@ -54,9 +54,9 @@ def _product(lora: Mapping[str, Tensor], name: str) -> Tensor:
 
 
 def _decomposed(weight: Tensor, change: Tensor, scale: Tensor) -> Tensor:
-    """Return the weight of a DoRA: the sum, with the scale in place of its norm for each output, or for each input.
+    """Return the weight of a DoRA: scale / norm * (weight + change), per output or per input.
 
-    For outputs ComfyUI divides by the norm of the weight as it was, not by that of the sum.
+    Per output, ComfyUI divides by the norm of the original weight, not by that of the sum.
     """
     by_outputs = len(scale) == len(weight)
     axes = [axis for axis in range(weight.ndim) if axis != (0 if by_outputs else 1)]

@@ -1,4 +1,4 @@
-"""Kinds of model as prompts have them: a checkpoint, and the host's nodes that exchange its sampling for another's."""
+"""Kinds of model for prompts: a checkpoint, and host nodes that replace its sampling."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,12 +11,12 @@ from graphs import MINI, Graph
 from trajectory_consistency.trainer.demo.comfy_server import ComfyServer
 
 Patch = tuple[str, Mapping[str, Any]]
-"""A node from MODEL to MODEL, and its other inputs."""
+"""The class of a node from MODEL to MODEL, and its other inputs."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A checkpoint, patches of its sampling, and what else goes with it into a sampler."""
+    """A checkpoint, patches of its sampling, and the latent and conditioning that it needs."""
 
     patches: tuple[Patch, ...] = ()
     checkpoint: str = MINI
@@ -25,7 +25,7 @@ class Kind:
     is_flow: bool = False
 
     def inputs(self, server: ComfyServer, graph: Graph) -> dict[str, Any]:
-        """Return the model, positive and negative of a graph; skip the test in a host without one of the patches."""
+        """Return the inputs model, positive and negative; skips the test if the host lacks one of the patches."""
         model = graph.checkpoint(self.checkpoint)[0]
         for node, others in self.patches:
             if node not in server.get(f"/object_info/{node}"):
@@ -58,4 +58,4 @@ KINDS = {
     "SD3": _sd3(),
     "SD3 at noise scale 2": _sd3(("ModelNoiseScale", {"noise_scale": 2.0})),
 }
-"""By names for the tests; those of SD3 need the fixture mini_sd3."""
+"""Those of SD3 need the fixture mini_sd3."""

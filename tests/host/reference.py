@@ -1,4 +1,4 @@
-"""What the host's result is compared with: the same UNet in diffusers, sampled by an implementation not ours."""
+"""The reference for the host's results: the same UNet in diffusers, sampled with diffusers' TCDScheduler."""
 
 from collections.abc import Sequence
 from unittest import mock
@@ -16,7 +16,7 @@ def condition(seed: int = 0) -> Tensor:
 
 
 def sigma_table(*, zero_snr: bool = False) -> Tensor:
-    """Return the host's sigmas [1000] by timestep, float32; equal to the last bit, as noise is seeded by them."""
+    """Return the host's sigmas [1000] by timestep, float32; bit for bit equal, because noise is seeded by them."""
     alpha_bar = scaled_linear_alpha_bar()
     return DiscreteSchedule.from_alpha_bar(zero_terminal_snr(alpha_bar) if zero_snr else alpha_bar).sigmas.float()
 
@@ -33,10 +33,10 @@ def tcd_scheduler_sample(
     zero_snr: bool = False,
     context: Tensor | None = None,
 ) -> Tensor:
-    """Sample from x [B, 4, h, w] at timesteps[0], in the variance preserving scale, with diffusers' TCDScheduler.
+    """Sample with diffusers' TCDScheduler from x [B, 4, h, w] at timesteps[0], in the variance preserving scale.
 
-    Its injected noise is replaced by ours, which the seed fixes. Its last step is left out: the host ends at x0. The
-    context [1, 77, C] is that of TestConditioning, if not given.
+    The scheduler's injected noise is replaced by seeded_noise, and its last step by x0, with which the host ends.
+    context: [1, 77, C], by default that of TestConditioning.
     """
     scheduler = TCDScheduler(prediction_type=prediction, rescale_betas_zero_snr=zero_snr)
     scheduler.set_timesteps(timesteps=list(timesteps))

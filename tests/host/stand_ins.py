@@ -1,8 +1,8 @@
-"""What the workflows name and people download: model files of random weights and of the right layout, and a picture.
+"""Stand-ins for the files that the workflows name: model files with random weights and real layouts, and an image.
 
-The networks are the small ones of the other tests. Text encoders and VAEs are as large as the real ones, since the host
-builds them so; the layers of the text encoders are zeros, which let the sum of token and position through, and take
-neither time to make nor room on the disk.
+The networks are the small ones of the other tests. Text encoders and VAEs have full size, because the host builds them
+in full size. The layers of the text encoders are zeros: each then passes on the sum of token and position embedding,
+and zeros take no time to write and no space on the disk.
 """
 
 import json
@@ -27,8 +27,8 @@ from trajectory_consistency.trainer.models.unet import ldm
 
 HUB = "https://huggingface.co/"
 RECOMMENDED_STEPS = 2
-SETTINGS = {"tcd.steps": str(RECOMMENDED_STEPS), "tcd.eta": "0.5", "tcd.cfg": "1.0"}  # of the LoRAs called TCD
-PICTURE = "example.png"  # which ComfyUI brings along in its input folder
+SETTINGS = {"tcd.steps": str(RECOMMENDED_STEPS), "tcd.eta": "0.5", "tcd.cfg": "1.0"}  # metadata of the TCD LoRAs
+PICTURE = "example.png"  # an image that ComfyUI ships in its input folder
 
 CLIP_L = CLIPTextConfig(**bases.config("sd15", "text_encoder"))
 CLIP_G = CLIPTextConfig(
@@ -40,7 +40,7 @@ CLIP_G = CLIPTextConfig(
     vocab_size=CLIP_L.vocab_size,
     max_position_embeddings=CLIP_L.max_position_embeddings,
 )
-OPEN_CLIP_LAYER = {  # the shapes, in widths
+OPEN_CLIP_LAYER = {  # shapes in multiples of the width
     "attn.in_proj_weight": (3, 1),
     "attn.in_proj_bias": (3,),
     "attn.out_proj.weight": (1, 1),
@@ -53,7 +53,7 @@ OPEN_CLIP_LAYER = {  # the shapes, in widths
 
 
 class StandIns:
-    """Files in a host's base folder, written when a workflow that names them is to be opened or run."""
+    """Stand-in files in a host's base folder, written before a workflow that names them is opened or run."""
 
     def __init__(self, base: Path, unet: UNet2DConditionModel) -> None:
         self._base, self._unet = base, unet
@@ -61,9 +61,9 @@ class StandIns:
         _picture().save(base / "input" / PICTURE)
 
     def provide(self, workflow: Mapping[str, Any]) -> None:
-        """Write each model file that a workflow says where to download.
+        """Write each model file for which a workflow has a download URL.
 
-        A file of the same name from another address is replaced: both official TCD LoRAs have one name.
+        A file of the same name from a different URL is replaced: both official TCD LoRAs have the same name.
         """
         for node in workflow["nodes"]:
             for model in node["properties"].get("models", []):
@@ -76,14 +76,14 @@ class StandIns:
                     self._addresses[path] = model["url"]
 
     def remove(self) -> None:
-        """Remove the model files, which are large."""
+        """Delete the model files, because they are large."""
         for path in self._addresses:
-            with suppress(PermissionError):  # Windows keeps them while the host has them open
+            with suppress(PermissionError):  # on Windows a file that the host has open cannot be deleted
                 path.unlink()
 
 
 def save_with_holes(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file in fp16; a tensor on the device meta is a hole in it: zeros that are never written."""
+    """Write a safetensors file in fp16; meta tensors become holes of the sparse file, which read as zeros."""
     header, end = {}, 0
     for name, tensor in tensors.items():
         start, end = end, end + 2 * tensor.numel()
@@ -101,20 +101,20 @@ def save_with_holes(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def clip(config: CLIPTextConfig) -> dict[str, Tensor]:
-    """Return a text encoder in the names of transformers, its layers on the device meta."""
+    """Return a text encoder under the names of transformers, with its layers on the meta device."""
     with torch.device("meta"):
         tensors = dict(CLIPTextModelWithProjection(config).state_dict())
     width = config.hidden_size
     tensors["text_model.final_layer_norm.weight"] = torch.ones(width)
     tensors["text_model.embeddings.position_embedding.weight"] = torch.randn(config.max_position_embeddings, width)
     tensors["text_projection.weight"] = torch.randn(width, width) / width**0.5
-    if config is CLIP_L:  # one encoder that tells words apart is enough
+    if config is CLIP_L:  # it is enough that one encoder distinguishes words
         tensors["text_model.embeddings.token_embedding.weight"] = torch.randn(config.vocab_size, width)
     return {name: tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
 
 
 def open_clip(config: CLIPTextConfig) -> dict[str, Tensor]:
-    """Return the same in the names of OpenCLIP, as SDXL's checkpoints have the larger one."""
+    """Return the same under the names of OpenCLIP, as used for the larger encoder in SDXL checkpoints."""
     tensors = clip(config)
     embeddings, norm = "text_model.embeddings", "text_model.final_layer_norm"
     renamed = {
@@ -136,7 +136,7 @@ _sdxl_unet = cache(sdxl_unet)
 
 @cache
 def vae(channels: int) -> Mapping[str, Tensor]:
-    """Return a VAE with latents of that many channels: 4 as in SD 1.5 and SDXL, or 16 as in SD3."""
+    """Return a VAE with this many latent channels: 4 as in SD 1.5 and SDXL, or 16 as in SD3."""
     torch.manual_seed(0)
     config = bases.config("sd15", "vae") | {"latent_channels": channels}
     if channels == 16:
@@ -193,7 +193,7 @@ def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _picture() -> Image.Image:
-    """Return a picture of 64 x 64 with an edge to find, and a hole in it to paint."""
+    """Return an image of 64 x 64 with edges to detect, and a transparent hole to inpaint."""
     image = Image.linear_gradient("L").resize((64, 64)).convert("RGBA")
     draw = ImageDraw.Draw(image)
     draw.ellipse((8, 8, 40, 40), fill=(220, 40, 40, 255))

@@ -1,4 +1,4 @@
-"""What a person sees: the workflows in ComfyUI's own page, run from there, and what it says when something is wrong."""
+"""ComfyUI's own page in a browser: the workflows open and run there, and errors are shown to the user."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.host, pytest.mark.browser]
 WORKFLOWS = {name: json.loads((PACK / "workflows" / f"{name}.json").read_text(encoding="utf-8")) for name in NAMES}
 FIRST = "tcd-sd15-text-to-image"
 OLDER = Path(__file__).parent / "data" / "older_nodes"
-REPLACED = {  # what stands in the file, and the node with its widgets that takes its place
+REPLACED = {  # the type in the file, and the node and widgets that replace it
     "TCDModelSamplingDiscrete": ("TCDSamplingSetup", {"steps": 2, "scheduler": "simple", "denoise": 0.8, "eta": 0.6}),
     "TCDScheduler": ("TCDSigmas", {"steps": 3, "denoise": 1.0, "timesteps": ""}),
     "SamplerTCD": ("TCDSampler", {"eta": 0.6}),
@@ -34,7 +34,7 @@ NODES = ("TCDSampler", "TCDSigmas", "TCDSamplingSetup", "TCDLoraLoader", "TCDMod
 
 @pytest.fixture(scope="module")
 def frontend(server: ComfyServer, stand_ins: StandIns, chromium: Path) -> Iterator[Frontend]:
-    """The page, open at the first workflow; all that workflows name is there before it asks for the lists."""
+    """The page with the first workflow open; every file that a workflow names exists before the page requests lists."""
     for workflow in WORKFLOWS.values():
         stand_ins.provide(workflow)
     server.post("/settings/Comfy.TutorialCompleted", True)
@@ -52,7 +52,7 @@ def _leave_nothing_behind(frontend: Frontend) -> Iterator[None]:
 
 
 def assert_as_saved(found: dict[str, Any], workflow: dict[str, Any]) -> None:
-    """Hold the page's graph to a file's: nodes, titles, widgets, links. Widgets added since then come last."""
+    """Assert that the page's graph equals a file's in nodes, titles, widgets and links; newer widgets come last."""
     nodes, saved = ({node["id"]: node for node in graph["nodes"]} for graph in (found, workflow))
     assert nodes.keys() == saved.keys()
     for key, node in saved.items():
@@ -63,7 +63,7 @@ def assert_as_saved(found: dict[str, Any], workflow: dict[str, Any]) -> None:
 
 
 def wires(graph: dict[str, Any]) -> list[list[Any]]:
-    """Return [from, output, to, input, type] of a graph's links, by the slots' names: the page renumbers them."""
+    """Return [from, output, to, input, type] of a graph's links, by slot name, because the page renumbers slots."""
     at = {node["id"]: node for node in graph["nodes"]}
     return sorted(
         [start, at[start]["outputs"][i]["name"], end, at[end]["inputs"][j]["name"], kind]
@@ -71,7 +71,7 @@ def wires(graph: dict[str, Any]) -> list[list[Any]]:
     )
 
 
-def test_the_address_of_a_template_opens_it(frontend: Frontend) -> None:
+def test_the_url_of_a_template_opens_it(frontend: Frontend) -> None:
     assert_as_saved(frontend.graph(), WORKFLOWS[FIRST])
     assert frontend.errors == []
 
@@ -96,13 +96,13 @@ def test_a_workflow_opens_as_it_was_saved_and_runs(
 
 @pytest.mark.pictures
 @pytest.mark.parametrize("name", WORKFLOWS)
-def test_a_picture_is_made_of_a_workflow_where_asked(
+def test_pictures_of_the_workflows_are_made_on_request(
     frontend: Frontend, stand_ins: StandIns, pytestconfig: pytest.Config, name: str
 ) -> None:
     folder = pytestconfig.getoption("--pictures")
     stand_ins.provide(WORKFLOWS[name])
     frontend.load(frontend.served(name))
-    frontend.photograph(Path(folder) / f"{name}.jpg", width=PICTURE_WIDTH)  # not run: a stand-in makes noise
+    frontend.photograph(Path(folder) / f"{name}.jpg", width=PICTURE_WIDTH)  # not run: it would be noise
     assert frontend.errors == []
 
 
@@ -110,15 +110,15 @@ def test_the_template_browser_shows_every_workflow_with_its_picture(frontend: Fr
     content = frontend.open_templates()
     for name in WORKFLOWS:
         card = content.get_by_test_id(f"template-workflow-{name}")
-        card.scroll_into_view_if_needed()  # a picture is fetched when it is looked at
-        card.locator('img[src^="blob:"]').wait_for()  # else it is the page's own picture
+        card.scroll_into_view_if_needed()  # a picture is fetched when it is scrolled into view
+        card.locator('img[src^="blob:"]').wait_for()  # otherwise it is the page's default picture
     assert frontend.errors == []
     content.get_by_test_id(f"template-workflow-{FIRST}").click()
     content.wait_for(state="hidden")
     assert_as_saved(frontend.graph(), WORKFLOWS[FIRST])
 
 
-def test_models_that_are_missing_are_offered_for_download(frontend: Frontend) -> None:
+def test_missing_models_are_offered_for_download(frontend: Frontend) -> None:
     graph = copy.deepcopy(WORKFLOWS[FIRST])
     models = [model for node in graph["nodes"] for model in node["properties"].get("models", [])]
     for node in graph["nodes"]:
@@ -133,14 +133,14 @@ def test_models_that_are_missing_are_offered_for_download(frontend: Frontend) ->
     assert frontend.page.get_by_test_id("missing-model-download").count() == len(models)
 
 
-def test_a_node_that_is_missing_is_told(frontend: Frontend) -> None:
+def test_a_missing_node_is_reported(frontend: Frontend) -> None:
     graph = copy.deepcopy(WORKFLOWS[FIRST])
     graph["nodes"][6]["type"] = "NoSuchSampler"
     frontend.load(graph)
     assert "Missing Node Packs" in frontend.details()
 
 
-def test_a_lora_for_another_model_is_refused_in_our_words(frontend: Frontend, server: ComfyServer) -> None:
+def test_a_lora_for_a_different_model_is_refused_with_our_message(frontend: Frontend, server: ComfyServer) -> None:
     up, down = torch.ones(9216, 4), torch.ones(4, 3072)
     prefix = "lora_unet_double_blocks_0_img_attn_qkv"
     lora = {f"{prefix}.lora_up.weight": up, f"{prefix}.lora_down.weight": down}
@@ -158,7 +158,7 @@ def test_a_lora_for_another_model_is_refused_in_our_words(frontend: Frontend, se
 
 
 def one_of_each() -> dict[str, Any]:
-    """Return a graph of the pack's nodes, unlinked and untitled."""
+    """Return a graph with one of each of the pack's nodes, without links and titles."""
     nodes = [
         {"id": i, "type": kind, "pos": [350 * i, 0], "size": [300, 100], "flags": {}, "order": i, "mode": 0}
         for i, kind in enumerate(NODES)
@@ -167,7 +167,7 @@ def one_of_each() -> dict[str, Any]:
 
 
 def first_words(page: str) -> str:
-    """Return the heading of a help page, and its first sentence up to the first mark-up."""
+    """Return the heading of a help page, and the start of its first sentence, up to any markup."""
     heading, text = page.splitlines()[0:3:2]
     return heading.removeprefix("# ") + "\n\n" + re.split(r"[*`\[]", text.lstrip("*"))[0]
 
@@ -181,7 +181,7 @@ def test_the_info_button_shows_the_help_of_each_node(frontend: Frontend) -> None
 
 
 @pytest.mark.parametrize("language", ["zh", "ja"])
-def test_nodes_and_help_are_in_the_language_of_the_page(frontend: Frontend, server: ComfyServer, language: str) -> None:
+def test_nodes_and_help_use_the_language_of_the_page(frontend: Frontend, server: ComfyServer, language: str) -> None:
     names = server.get("/i18n")[language]["nodeDefs"]
     server.post("/settings/Comfy.Locale", language)
     try:
@@ -200,7 +200,7 @@ def test_nodes_and_help_are_in_the_language_of_the_page(frontend: Frontend, serv
 
 
 @pytest.mark.parametrize("old", REPLACED)
-def test_an_older_packs_node_is_replaced_when_asked_and_runs(frontend: Frontend, stand_ins: StandIns, old: str) -> None:
+def test_another_packs_node_is_replaced_on_request_and_runs(frontend: Frontend, stand_ins: StandIns, old: str) -> None:
     workflow = json.loads((OLDER / f"{old}.json").read_text(encoding="utf-8"))
     stand_ins.provide(workflow)
     new, widgets = REPLACED[old]
@@ -216,5 +216,5 @@ def test_an_older_packs_node_is_replaced_when_asked_and_runs(frontend: Frontend,
 
 
 def ends(graph: dict[str, Any]) -> list[list[Any]]:
-    """Return [from, output, to, type] of a graph's links; the inputs of a new node are in an order of its own."""
+    """Return [from, output, to, type] of a graph's links, without input slots: a new node orders its inputs itself."""
     return sorted([start, i, end, kind] for _, start, i, end, _, kind in graph["links"])

@@ -1,4 +1,4 @@
-"""The headless ComfyUI's own behavior, with a stand-in for the host: how it is found, started, heard and ended."""
+"""ComfyServer with a fake host: finding ComfyUI, starting it, running prompts and ending it."""
 
 import os
 import subprocess
@@ -92,7 +92,7 @@ class TestFinding:
         monkeypatch.setenv("COMFYUI_PATH", str(folder))
         assert find_host().python == Path(sys.executable)
         inner = Path("Scripts/python.exe") if os.name == "nt" else Path("bin/python")
-        for venv in ("venv", ".venv"):  # the second is preferred
+        for venv in ("venv", ".venv"):  # the second folder is preferred
             (folder / venv / inner).parent.mkdir(parents=True)
             (folder / venv / inner).touch()
             assert find_host().python == folder / venv / inner
@@ -126,7 +126,7 @@ def test_a_host_that_dies_shows_its_log(tmp_path: Path) -> None:
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
-    """The processes that were started."""
+    """The processes that the server started."""
     started = []
     start = subprocess.Popen
 
@@ -169,14 +169,14 @@ def test_our_packages_stay_out_of_the_host(tmp_path: Path, monkeypatch: pytest.M
 def test_packs_are_lent(tmp_path: Path) -> None:
     other = tmp_path / "other_pack"
     other.mkdir()
-    for _ in range(2):  # a base folder may be used again
+    for _ in range(2):  # a base folder can be reused
         server = ComfyServer(tmp_path / "base", packs=[other], host=Host(tmp_path, Path(sys.executable)))
     lent = server.base / "custom_nodes"
     assert sorted(pack.name for pack in lent.iterdir()) == ["other_pack", PACK_NAME]
     assert (lent / PACK_NAME).resolve() == PACK
 
 
-def test_packs_are_copied_where_links_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packs_are_copied_if_links_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError("a required privilege is not held by the client")
 
@@ -198,7 +198,7 @@ def _entry(kind: str, data: dict[str, Any]) -> dict[str, Any]:
     return {"status": {"status_str": "error", "messages": [["execution_start", {}], [kind, data]]}, "outputs": {}}
 
 
-def test_outputs_come_back(tmp_path: Path) -> None:
+def test_outputs_are_returned(tmp_path: Path) -> None:
     entry = {"status": {"status_str": "success"}, "outputs": {"9": {"images": []}}}
     with _stand_in(tmp_path, history=entry) as server:
         assert server.run({}) == {"9": {"images": []}}
@@ -226,7 +226,7 @@ NODE_ERRORS = {"3": {"class_type": "N", "errors": [{"message": "Value too big", 
     ("posted", "message", "node_type"),
     [
         ((400, {"error": {"message": "invalid"}, "node_errors": NODE_ERRORS}), "N: Value too big: eta 7", "N"),
-        ((200, {"prompt_id": "p", "node_errors": NODE_ERRORS}), "N: Value too big: eta 7", "N"),  # one branch of two
+        ((200, {"prompt_id": "p", "node_errors": NODE_ERRORS}), "N: Value too big: eta 7", "N"),  # one of two branches
         ((400, {"error": {"message": "No such node", "details": "#1"}, "node_errors": []}), "No such node: #1", None),
         ((500, "oh"), "the host refused: oh", None),
     ],

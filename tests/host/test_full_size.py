@@ -1,6 +1,6 @@
-"""The main job on real input: a full-size SD1.5 file, trained on by the command line, drawn with by the host.
+"""The main use case at full size: train on an SD1.5 file from the command line, and sample in the host.
 
-The weights are random, so the pictures mean nothing; names, shapes, dtypes and numbers are those of the real thing.
+The weights are random, so the pictures mean nothing, but names, shapes and dtypes are those of the real model.
 """
 
 import shutil
@@ -21,24 +21,26 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from trajectory_consistency.tcd import TargetTime, timestep_grid
+from trajectory_consistency.tcd.adapter import FILE
 from trajectory_consistency.tcd.target_time import PREFIX
+from trajectory_consistency.trainer.config.settings import BaseConfig
 from trajectory_consistency.trainer.demo.comfy_server import ComfyServer
+from trajectory_consistency.trainer.files.adapter_weights import load_weights
 from trajectory_consistency.trainer.models.sampling import initial_noise, sample_latents
-from trajectory_consistency.trainer.models.unet.adapter import load_adapter
-from trajectory_consistency.trainer.models.unet.network import Network
-from trajectory_consistency.trainer.models.unet.teacher import load_base, load_encoders
+from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint
 from trajectory_consistency.trainer.tiny import world
 
 pytestmark = [pytest.mark.host, pytest.mark.slow]
 
 CHECKPOINT, LORA = "sd15-random.safetensors", "sd15-tcd.safetensors"
 CAPTION = "a red circle left on a blue background"
+CPU = torch.device("cpu")
 SEED, ETA = 7, 0.3
 
 
 @pytest.fixture(scope="module")
 def checkpoint(server: ComfyServer) -> Path:
-    """The checkpoint, which the host has too."""
+    """The checkpoint, also in the host's folder."""
     file = full_size_sd15()
     _lend(file, server.models / "checkpoints" / CHECKPOINT)
     return file
@@ -46,7 +48,7 @@ def checkpoint(server: ComfyServer) -> Path:
 
 @pytest.fixture(scope="module")
 def lora(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The LoRA of two iterations at 128 px on eight captioned pictures, from the command line."""
+    """A LoRA trained from the command line, for two iterations at 128 px on eight captioned pictures."""
     folder = tmp_path_factory.mktemp("full-size")
     world.write_folder(folder / "pictures", 8, seed=0)
     (folder / "run.toml").write_text(
@@ -106,14 +108,14 @@ def test_the_host_draws_what_the_trainer_draws(server: ComfyServer, checkpoint: 
     without, by_stock_loader, with_lora = latents(server, graph, *saves)
     log = server.log_text()[before:]
     assert "lora key not loaded" not in log and "NOT LOADED" not in log and "ERROR lora" not in log
-    assert "loaded completely" in log or "Prompt executed" in log, "the log is not the host's"
+    assert "loaded completely" in log or "Prompt executed" in log, "the log must be the host's"
     with Image.open(next(server.output.rglob("full-size*.png"))) as image:
         assert image.size == (128, 128) and np.asarray(image).std() > 1
 
     (ours,) = draw(checkpoint, lora)
     assert relative_error(with_lora, ours) <= 1e-3
     assert torch.equal(by_stock_loader, with_lora)
-    assert relative_error(without, ours) > 1e-2, "the LoRA must have an effect for the agreement to mean something"
+    assert relative_error(without, ours) > 1e-2, "the LoRA must have an effect, or the agreement proves nothing"
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v_prediction"])
@@ -124,26 +126,26 @@ def test_it_agrees_with_diffusers(server: ComfyServer, checkpoint: Path, predict
     done = [graph.sampler_custom(model=sampling[0], eta=eta, seed=SEED) for eta in (0.0, ETA, 1.0)]
     found = latents(server, graph, *(graph.save(node[0]) for node in done))
 
-    unet = load_base(str(checkpoint)).unet.float()
+    unet = UNetCheckpoint(BaseConfig(path=str(checkpoint))).load(torch.float32, CPU).network
     name = {"eps": "epsilon"}.get(prediction, prediction)
     for latent, eta in zip(found, (0.0, ETA, 1.0), strict=True):
         ours = tcd_scheduler_sample(unet, host_noise(SEED), timestep_grid(4), eta=eta, seed=SEED, prediction=name)
         assert relative_error(latent, ours) <= 1e-5
 
 
-def test_the_host_tells_the_network_what_the_trainer_tells_it(
+def test_with_a_target_time_embedding_the_host_draws_what_the_trainer_draws(
     server: ComfyServer, checkpoint: Path, lora: Path
 ) -> None:
     torch.manual_seed(0)
     embedding = TargetTime(320, 1280)
     nn.init.normal_(embedding["out"].weight, std=0.05)
     tensors = {f"{PREFIX}{name}": tensor.detach().half() for name, tensor in embedding.state_dict().items()}
-    told = server.models / "loras" / "sd15-told.safetensors"
-    save_file(load_file(lora) | tensors, told, metadata={"tcd.target_time": "s"})
+    embedded = server.models / "loras" / "sd15-target-time.safetensors"
+    save_file(load_file(lora) | tensors, embedded, metadata={"tcd.target_time": "s"})
 
     graph = Graph()
     base = graph.checkpoint(CHECKPOINT)
-    model = graph.add("TCDLoraLoader", model=base[0], lora_name=told.name, strength_model=1.0)[0]
+    model = graph.add("TCDLoraLoader", model=base[0], lora_name=embedded.name, strength_model=1.0)[0]
     grid = [(steps, eta) for steps in (1, 2, 4) for eta in (0.0, ETA, 1.0)]
     done = [
         graph.sampler_custom(
@@ -157,22 +159,22 @@ def test_the_host_tells_the_network_what_the_trainer_tells_it(
         for steps, eta in grid
     ]
     found = latents(server, graph, *(graph.save(node[0]) for node in done))
-    for latent, (steps, eta), ours, deaf in zip(
-        found, grid, draw(checkpoint, told, grid), draw(checkpoint, lora, grid), strict=True
+    for latent, (steps, eta), ours, without in zip(
+        found, grid, draw(checkpoint, embedded, grid), draw(checkpoint, lora, grid), strict=True
     ):
         assert relative_error(latent, ours) <= 1e-3, (steps, eta)
-        assert relative_error(deaf, ours) > 1e-2, "the embedding must matter"
+        assert relative_error(without, ours) > 1e-2, "the embedding must matter"
 
 
 def draw(checkpoint: Path, lora: Path, grid: Sequence[tuple[int, float]] = ((4, ETA),)) -> list[torch.Tensor]:
-    """The trainer's own sampling from the same two files and the same seed: scaled latents [1, 4, 16, 16] each."""
-    base = load_base(str(checkpoint))
-    load_adapter(base.unet, lora)
-    network = Network(base.unet, base.alpha_bar.float(), base.prediction)
-    cond = load_encoders(str(checkpoint)).encode([CAPTION])
+    """Sample with the trainer from the same files and seed; returns scaled latents [1, 4, 16, 16]."""
+    base = UNetCheckpoint(BaseConfig(path=str(checkpoint)))
+    model = base.load(torch.float32, CPU)
+    model.adapter.add(FILE, load_weights(model, lora))
+    (cond,) = base.load_text_encoder(torch.float32, CPU).encode([CAPTION])
     noise = initial_noise(SEED, (1, 4, 16, 16))
     return [
-        sample_latents(network, cond, timesteps=timestep_grid(steps), gamma=eta, noise=noise, seed=SEED)
+        sample_latents(model, cond, sigmas=model.schedule.sigmas_for(steps), gamma=eta, noise=noise, seed=SEED)
         for steps, eta in grid
     ]
 
@@ -180,5 +182,5 @@ def draw(checkpoint: Path, lora: Path, grid: Sequence[tuple[int, float]] = ((4, 
 def _lend(file: Path, place: Path) -> None:
     try:
         place.symlink_to(file)
-    except OSError:  # Windows gives links to administrators and developers alone
+    except OSError:  # on Windows, only administrators and developers can create links
         shutil.copyfile(file, place)

@@ -1,8 +1,7 @@
-"""SDXL from end to end: a base that the trainer distills, and what the host makes of the same files."""
+"""SDXL end to end: the trainer distills a base, and the host samples with the same files."""
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,16 +14,16 @@ from stand_ins import CLIP_G, CLIP_L, clip, open_clip, save_with_holes, vae
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from trajectory_consistency.tcd import timestep_grid
-from trajectory_consistency.trainer.config.settings import from_mapping
+from trajectory_consistency.tcd.adapter import FILE
+from trajectory_consistency.trainer.config.settings import BaseConfig, from_mapping
 from trajectory_consistency.trainer.demo.comfy_server import ComfyServer
+from trajectory_consistency.trainer.files.adapter_weights import load_weights
 from trajectory_consistency.trainer.models.conditioning import Conditioning
 from trajectory_consistency.trainer.models.sampling import initial_noise, sample_latents
 from trajectory_consistency.trainer.models.unet import families as bases
 from trajectory_consistency.trainer.models.unet import ldm
-from trajectory_consistency.trainer.models.unet.adapter import load_adapter
-from trajectory_consistency.trainer.models.unet.network import Network
-from trajectory_consistency.trainer.models.unet.teacher import load_base, load_encoders
+from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint
+from trajectory_consistency.trainer.models.unet.model import UNetModel
 from trajectory_consistency.trainer.run import run
 from trajectory_consistency.trainer.tiny import world
 
@@ -34,13 +33,14 @@ SEED, ETA = 7, 0.3
 LORA = "mini-sdxl-tcd.safetensors"
 WHOLE = "whole-sdxl.safetensors"
 CAPTION = "a red circle left on a blue background"
-SCALE = 0.13025 / LATENT_SCALE  # `saved` takes every latent for one of SD 1.5
-SIZES = torch.tensor([64.0, 64, 0, 0, 64, 64])  # of the picture, where it was cropped, and to which size
+SCALE = 0.13025 / LATENT_SCALE  # saved() treats every latent as one of SD 1.5
+CPU = torch.device("cpu")
+SIZES = torch.tensor([64.0, 64, 0, 0, 64, 64])  # original size, crop and target size
 
 
 @pytest.fixture(scope="module")
 def folder(mini_sdxl: UNet2DConditionModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MINI_SDXL as a diffusers folder, with text encoders of SDXL's widths and two layers, and a small VAE."""
+    """MINI_SDXL as a diffusers folder, with two-layer text encoders of SDXL's widths and a small VAE."""
     folder = tmp_path_factory.mktemp("sdxl") / "base"
     mini_sdxl.save_pretrained(folder / "unet")
     torch.manual_seed(0)
@@ -53,7 +53,7 @@ def folder(mini_sdxl: UNet2DConditionModel, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="module")
 def lora(server: ComfyServer, folder: Path) -> Path:
-    """The LoRA of two iterations on it, which the host has too."""
+    """A LoRA trained for two iterations on that base, also in the host's folder."""
     world.write_folder(folder.parent / "pictures", 2, seed=0)
     config = {
         "base": {"path": str(folder)},
@@ -67,17 +67,17 @@ def lora(server: ComfyServer, folder: Path) -> Path:
     return path
 
 
-def network(folder: Path, lora: Path) -> Network:
-    base = load_base(str(folder))
-    load_adapter(base.unet, lora)
-    return Network(base.unet, base.alpha_bar.float(), base.prediction)
+def network(folder: Path, lora: Path) -> UNetModel:
+    net = UNetCheckpoint(BaseConfig(path=str(folder))).load(torch.float32, CPU)
+    net.adapter.add(FILE, load_weights(net, lora))
+    return net
 
 
-def draw(network: Network, cond: Conditioning) -> Tensor:
-    """The trainer's own sampling, at the sizes that the host tells: those of the picture."""
-    told = replace(cond, time_ids=SIZES[None])
+def draw(net: UNetModel, cond: Conditioning) -> Tensor:
+    """Sample with the trainer, conditioned on the sizes that the host passes: those of the picture."""
+    sized = Conditioning({**cond.tensors, "time_ids": SIZES[None]})
     noise = initial_noise(SEED, (1, 4, 8, 8))
-    return sample_latents(network, told, timesteps=timestep_grid(4), gamma=ETA, noise=noise, seed=SEED)
+    return sample_latents(net, sized, sigmas=net.schedule.sigmas_for(4), gamma=ETA, noise=noise, seed=SEED)
 
 
 def test_the_host_draws_with_an_sdxl_lora_what_the_trainer_draws(
@@ -99,12 +99,12 @@ def test_the_host_draws_with_an_sdxl_lora_what_the_trainer_draws(
     assert "lora key not loaded" not in log and "NOT LOADED" not in log and "ERROR lora" not in log
     assert "applied in part" not in log
 
-    generator = torch.Generator().manual_seed(0)  # as TestConditioning draws
+    generator = torch.Generator().manual_seed(0)  # as in TestConditioning
     context, pooled = torch.randn(1, 77, 2048, generator=generator), torch.randn(1, 1280, generator=generator)
-    ours = draw(network(folder, lora), Conditioning(context, pooled))
+    ours = draw(network(folder, lora), Conditioning.of(context=context, pooled=pooled))
     assert relative_error(with_lora, ours) <= 1e-3
     assert torch.equal(by_stock_loader, with_lora)
-    assert relative_error(without, ours) > 1e-2, "the LoRA must have an effect for the agreement to mean something"
+    assert relative_error(without, ours) > 1e-2, "the LoRA must have an effect, or the agreement proves nothing"
     with safe_open(lora, "pt") as file:
         metadata = file.metadata()
     assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
@@ -112,7 +112,7 @@ def test_the_host_draws_with_an_sdxl_lora_what_the_trainer_draws(
 
 
 def whole_checkpoint(path: Path, unet: UNet2DConditionModel) -> Path:
-    """Write `unet` with a VAE and both text encoders of full size, of whose layers the lowest two are not zeros."""
+    """Write `unet` with a VAE and both full-size text encoders, in which only the two lowest layers are not zero."""
     torch.manual_seed(0)
     tensors = ldm.unet_to_ldm(unet.state_dict(), unet.config) | dict(vae(4))
     first, second = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
@@ -126,7 +126,7 @@ def whole_checkpoint(path: Path, unet: UNet2DConditionModel) -> Path:
 
 
 def _lowest_layers(tensors: Mapping[str, Tensor], layers: str) -> dict[str, Tensor]:
-    """Fill the two lowest layers with noise that leaves the sizes of the states as they are."""
+    """Fill the two lowest layers with noise small enough to keep the scale of the hidden states."""
     filled = dict(tensors)
     for name, tensor in tensors.items():
         if f"{layers}0." in name or f"{layers}1." in name:
@@ -136,7 +136,7 @@ def _lowest_layers(tensors: Mapping[str, Tensor], layers: str) -> dict[str, Tens
 
 
 @pytest.mark.slow
-def test_the_hosts_text_encoders_tell_the_unet_what_ours_do(
+def test_the_hosts_text_encoders_agree_with_the_trainers(
     server: ComfyServer, mini_sdxl: UNet2DConditionModel, folder: Path, lora: Path, tmp_path: Path
 ) -> None:
     path = whole_checkpoint(server.models / "checkpoints" / WHOLE, mini_sdxl)
@@ -148,15 +148,15 @@ def test_the_hosts_text_encoders_tell_the_unet_what_ours_do(
         latent = graph.sampler_custom(model=loaded, eta=ETA, seed=SEED, positive=positive, negative=negative)[0]
         nodes: list[Node] = [graph.show(positive), graph.show(negative), graph.save(latent)]
         outputs = server.run(graph)
-        encoders = load_encoders(str(path))
+        encoder = UNetCheckpoint(BaseConfig(path=str(path))).load_text_encoder(torch.float32, CPU)
     finally:
         path.unlink()
-    ours = encoders.encode([CAPTION, ""])
-    for row, node in enumerate(nodes[:2]):
-        assert relative_error(shown_tensor(outputs, node), ours.context[row : row + 1]) < 1e-3
-    assert relative_error(ours.context[:1], ours.context[1:]) > 0.1, "captions must differ for this to mean something"
-    drawn = draw(network(folder, lora), ours[:1])
+    ours, empty = encoder.encode([CAPTION, ""])
+    context, of_empty = (cond.tensors["context"] for cond in (ours, empty))
+    for node, expected in zip(nodes, (context, of_empty), strict=False):
+        assert relative_error(shown_tensor(outputs, node), expected) < 1e-3
+    assert relative_error(context, of_empty) > 0.1, "captions must differ for this to mean something"
+    drawn = draw(network(folder, lora), ours)
     assert relative_error(saved(server, outputs, nodes[2]) * SCALE, drawn) <= 1e-3
-    assert ours.pooled is not None
-    other = draw(network(folder, lora), replace(ours[:1], pooled=ours.pooled[1:]))
+    other = draw(network(folder, lora), Conditioning.of(context=context, pooled=empty.tensors["pooled"]))
     assert relative_error(other, drawn) > 2e-3, "the pooled state must matter for the agreement to mean something"

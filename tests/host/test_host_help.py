@@ -1,4 +1,4 @@
-"""What the browser shows beside the nodes: help pages, tooltips, and both in Chinese and Japanese."""
+"""Help pages and tooltips that the browser shows for the nodes, in English, Chinese and Japanese."""
 
 import re
 import urllib.request
@@ -8,11 +8,11 @@ import pytest
 
 from trajectory_consistency.trainer.demo.comfy_server import PACK, PACK_NAME, ComfyServer
 
-LANGUAGES = ("zh", "ja")  # English is what the nodes say themselves: the browser shows that where it has no other text
+LANGUAGES = ("zh", "ja")  # English texts are in the nodes themselves; the browser shows them without a translation
 DOCS = PACK / "nodes" / "web" / "docs"
 PAPER = "https://arxiv.org/abs/2402.19159"
 SYNTAX = set("@{}|")  # the browser's translator reads these as commands
-SYMBOLS = {  # of the paper, for the inputs and outputs of these names, and for those of one node alone
+SYMBOLS = {  # the paper's symbol for each input or output name, or for one of a single node
     "eta": "gamma",
     "steps": "N",
     "cfg": "omega",
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.host
 
 @pytest.fixture(scope="module")
 def nodes(server: ComfyServer) -> dict[str, Any]:
-    """What the host tells the browser of the pack's nodes, by their ids."""
+    """The pack's nodes by id, as the host describes them to the browser."""
     module = f"custom_nodes.{PACK_NAME}"
     return {name: info for name, info in server.get("/object_info").items() if info["python_module"] == module}
 
@@ -54,7 +54,7 @@ def test_everything_is_explained(nodes: dict[str, Any]) -> None:
 
 
 def _is_named(symbol: str, text: str) -> bool:
-    """Tell whether a text names a symbol, apart from other letters; N is neither in Note nor in tau_N."""
+    """Whether a text contains a symbol as a word of its own: N is neither in Note nor in tau_N."""
     return re.search(rf"(?<![A-Za-z0-9_]){symbol}(?![A-Za-z0-9_])", text) is not None
 
 
@@ -77,7 +77,7 @@ def test_tooltips_name_the_symbols_of_the_paper(
                 if language != "en":
                     symbol = re.sub("|".join(GREEK), lambda found: GREEK[found[0]], symbol)
                 assert _is_named(symbol, tooltip), (key, symbol, tooltip)
-    assert met == SYMBOLS.keys(), "a name that no node has"
+    assert met == SYMBOLS.keys(), "a name in SYMBOLS that no node has"
 
 
 @pytest.mark.parametrize("page", ["{node}.md", *(f"{{node}}/{language}.md" for language in LANGUAGES)])
@@ -85,7 +85,7 @@ def test_each_node_has_a_help_page(server: ComfyServer, nodes: dict[str, Any], p
     for node, info in nodes.items():
         url = f"{server.url}/extensions/{PACK_NAME}/docs/{page.format(node=node)}"
         with urllib.request.urlopen(url) as answer:
-            assert "text/html" not in answer.headers["Content-Type"], "the browser takes it for a missing page"
+            assert "text/html" not in answer.headers["Content-Type"], "the browser treats HTML as a missing page"
             text = answer.read().decode("utf-8")
         assert text.startswith("# ")
         assert PAPER in text
@@ -100,7 +100,7 @@ def test_each_node_has_a_help_page(server: ComfyServer, nodes: dict[str, Any], p
         assert (CHINESE_OR_JAPANESE.search(text) is None) == (page == "{node}.md")
 
 
-def test_there_is_no_page_of_a_node_that_is_not(nodes: dict[str, Any]) -> None:
+def test_every_help_page_belongs_to_a_node(nodes: dict[str, Any]) -> None:
     pages = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*") if path.is_file()}
     assert pages == {f"{node}{end}" for node in nodes for end in (".md", *(f"/{each}.md" for each in LANGUAGES))}
 
@@ -119,7 +119,7 @@ def test_each_node_input_and_output_is_translated(
     for node, info in nodes.items():
         translated = found[node]
         assert set(translated) == {"display_name", "description", "inputs", "outputs"}
-        assert list(translated["inputs"]) == list(_inputs(info)), "all of them, and no other"
+        assert list(translated["inputs"]) == list(_inputs(info)), "exactly the inputs of the node"
         assert list(translated["outputs"]) == [str(i) for i in range(len(info["output"]))]
         assert CHINESE_OR_JAPANESE.search(translated["description"])
         for each in (*translated["inputs"].values(), *translated["outputs"].values()):
@@ -143,11 +143,11 @@ def test_no_translation_is_read_as_a_command(
 def test_numbers_and_names_survive_translation(
     nodes: dict[str, Any], translations: dict[str, Any], language: str
 ) -> None:
-    # What is typed and counted is the same in each language: 999,759,499,259; 0.3; SamplerCustom; models/loras.
+    # Numbers and identifiers are the same in each language: 999,759,499,259; 0.3; SamplerCustom; models/loras.
     kept = re.compile(r"\d+(?:[.,]\d+)*|SamplerCustom\w*|sgm_uniform|models/\w+|\beta\b|\bcfg\b")
 
     def words(text: str) -> set[str]:
-        return set(kept.findall(text)) - {"0", "1", "1.0"}  # small words, which a sentence may need more often
+        return set(kept.findall(text)) - {"0", "1", "1.0"}  # these may be added or dropped in translation
 
     for node, info in nodes.items():
         found = translations[language]["nodeDefs"][node]
@@ -158,5 +158,5 @@ def test_numbers_and_names_survive_translation(
             assert words(tooltip) <= words(found["outputs"][str(i)]["tooltip"]), (node, i)
 
 
-def test_pages_of_help_are_the_only_files_that_the_browser_gets() -> None:
+def test_only_help_pages_are_served_to_the_browser() -> None:
     assert {path.suffix for path in (PACK / "nodes" / "web").rglob("*") if path.is_file()} == {".md"}

@@ -1,4 +1,4 @@
-"""What else goes into a sampler: masks, areas, ControlNets, guidance, batches and latents of other dtypes."""
+"""Other inputs of a sampler: masks, areas, ControlNets, guidance, batches and latents in other dtypes."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from trajectory_consistency.trainer.demo.comfy_server import ComfyServer
 
 pytestmark = pytest.mark.host
 
-TOLERANCE = 1e-4  # two builds of torch, float32
+TOLERANCE = 1e-4  # float32, and two builds of torch
 
 
 def left_half(graph: Graph, value: float = 1.0) -> list[Any]:
@@ -28,7 +28,7 @@ def left_half(graph: Graph, value: float = 1.0) -> list[Any]:
 
 
 def assert_like_euler(server: ComfyServer, graph: Graph, **inputs: Any) -> None:
-    """Hold SamplerCustom at eta = 0 to the host's own euler; above 0 it is something else, and finite."""
+    """Assert that SamplerCustom equals the host's own euler at eta = 0, and is different and finite above 0."""
     model = inputs.setdefault("model", graph.checkpoint()[0])
     inputs["sigmas"] = graph.sigmas(model, steps=2)[0]
     euler = graph.add("KSamplerSelect", sampler_name="euler")[0]
@@ -41,7 +41,7 @@ def assert_like_euler(server: ComfyServer, graph: Graph, **inputs: Any) -> None:
 
 
 class Masked:
-    """A picture, and what became of it behind a mask of its left half."""
+    """Relative change of a latent that is resampled with a mask on its left half: `changed` left, `kept` right."""
 
     def __init__(self, server: ComfyServer, sample: Callable[[Graph, list[Any], list[Any]], Node]) -> None:
         graph = Graph()
@@ -55,7 +55,7 @@ class Masked:
 
 
 @pytest.mark.parametrize(("eta", "denoise"), [(0.0, 1.0), (0.3, 1.0), (0.3, 0.5), (1.0, 1.0)])
-def test_what_a_mask_protects_stays(server: ComfyServer, eta: float, denoise: float) -> None:
+def test_the_region_that_a_mask_protects_is_kept(server: ComfyServer, eta: float, denoise: float) -> None:
     def sample(graph: Graph, model: list[Any], latent: list[Any]) -> Node:
         model = graph.add("TCDModelSettings", model=model, eta=eta)[0]
         return graph.ksampler(model=model, steps=2, seed=2, denoise=denoise, latent=latent)
@@ -66,7 +66,7 @@ def test_what_a_mask_protects_stays(server: ComfyServer, eta: float, denoise: fl
 
 
 @pytest.mark.parametrize("eta", [0.3, 1.0])
-def test_what_differential_diffusion_protects_stays(server: ComfyServer, eta: float) -> None:
+def test_the_region_that_differential_diffusion_protects_is_kept(server: ComfyServer, eta: float) -> None:
     def sample(graph: Graph, model: list[Any], latent: list[Any]) -> Node:
         model = graph.add("DifferentialDiffusion", model=model)[0]
         sigmas = graph.sigmas(model, steps=2)[0]
@@ -107,7 +107,7 @@ def test_areas_and_their_combination(server: ComfyServer) -> None:
 
 
 class Guided:
-    """A UNet with classifier-free guidance against the condition of seed 1."""
+    """A UNet with classifier-free guidance, whose negative condition is that of seed 1."""
 
     def __init__(self, unet: UNet2DConditionModel, cfg: float) -> None:
         self._unet, self._cfg = unet, cfg
@@ -141,7 +141,7 @@ def test_guidance(server: ComfyServer, unet: UNet2DConditionModel) -> None:
 
 
 class Controlled:
-    """A UNet with a ControlNet that sees one picture [1, 3, H, W], from 0 to 1."""
+    """A UNet with a ControlNet for one image [1, 3, H, W] in [0, 1]."""
 
     def __init__(self, unet: UNet2DConditionModel, controlnet: Any, picture: Tensor) -> None:
         self._unet, self._controlnet, self._picture = unet, controlnet, picture
@@ -178,7 +178,7 @@ def test_controlnet(server: ComfyServer, unet: UNet2DConditionModel) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_an_image_of_a_batch_may_be_had_by_itself(server: ComfyServer, dtype: str) -> None:
+def test_an_image_of_a_batch_can_be_sampled_alone(server: ComfyServer, dtype: str) -> None:
     graph = Graph()
     model = graph.add("TCDModelSettings", model=graph.checkpoint()[0], eta=1.0)[0]
     empty = graph.empty(4)
@@ -196,11 +196,11 @@ def test_an_image_of_a_batch_may_be_had_by_itself(server: ComfyServer, dtype: st
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_latents_of_low_precision(server: ComfyServer, unet: UNet2DConditionModel, dtype: str) -> None:
     if host_version(server) < (0, 18, 1):
-        pytest.skip("this ComfyUI draws noise in the latent's dtype, and so other numbers than are known here")
+        pytest.skip("this ComfyUI draws noise in the latent's dtype, for which there is no reference here")
     graph = Graph()
     latent = graph.empty(2)
     cast = graph.add("TestCastLatent", samples=latent, dtype=dtype)[0]
     found = latents(server, graph, graph.save(graph.ksampler(latent=cast, steps=2, seed=9)[0]))[0]
-    noise = host_noise(9, batch=2).to(getattr(torch, dtype)).float()  # the host rounds no more than that
+    noise = host_noise(9, batch=2).to(getattr(torch, dtype)).float()  # the host rounds only the latents
     expected = tcd_scheduler_sample(unet, noise, timestep_grid(2), eta=0.3, seed=9)
     assert relative_error(found, expected) < TOLERANCE

@@ -1,4 +1,4 @@
-"""While it runs: progress to those who listen, and an interrupt that is heeded."""
+"""During a run: progress messages, interrupting, and the progress bar."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ def test_progress_counts_the_steps(server: ComfyServer) -> None:
     steps = [data["value"] for data in progress]
     assert {data["max"] for data in progress} == {4}
     assert (steps[0], steps[-1]) == (1, 4)
-    assert steps == sorted(set(steps)), "the host leaves out steps that follow too fast, but repeats none"
+    assert steps == sorted(set(steps)), "the host skips messages that follow too fast, but repeats none"
     assert events[-1][0] == "execution_success"
 
 

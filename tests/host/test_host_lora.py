@@ -1,4 +1,4 @@
-"""TCDLoraLoader in a graph: the whole LoRA and its settings, or an error and nothing."""
+"""TCDLoraLoader in a graph: it applies the complete LoRA and returns its settings, or raises an error."""
 
 import copy
 import json
@@ -57,7 +57,7 @@ def _expected(unet: UNet2DConditionModel, steps: int = 1) -> Tensor:
 @pytest.mark.parametrize(("strength", "steps"), [(1.0, 4), (0.5, 1), (-1.0, 1)])
 def test_equals_the_merged_model(server: ComfyServer, unet: UNet2DConditionModel, strength: float, steps: int) -> None:
     lora = random_lora(unet)
-    assert len(lora) == 3 * MODULES, "all of the mini UNet's modules of the 14 targets"
+    assert len(lora) == 3 * MODULES, "every module of the mini UNet that matches one of the targets"
     name = _write(server, "whole.safetensors", lora)
     before = len(server.log_text())
     found = _sampled_with(server, name, strength, steps=steps)
@@ -74,19 +74,19 @@ def test_strength_0_leaves_the_model(server: ComfyServer, unet: UNet2DConditionM
     assert torch.equal(_sampled_with(server, name, 0.0), _base(server))
 
 
-def test_strength_0_asks_for_no_fit(server: ComfyServer, unet: UNet2DConditionModel) -> None:
+def test_at_strength_0_the_file_need_not_fit(server: ComfyServer, unet: UNet2DConditionModel) -> None:
     name = _write(server, "xl.safetensors", _wider(random_lora(unet)))
     assert torch.equal(_sampled_with(server, name, 0.0), _base(server))
 
 
-def test_the_model_that_came_in_is_left_alone(server: ComfyServer, unet: UNet2DConditionModel) -> None:
+def test_the_input_model_is_not_changed(server: ComfyServer, unet: UNet2DConditionModel) -> None:
     before = _base(server)
     graph = Graph()
     with_lora = _loader(graph, _write(server, "whole.safetensors", random_lora(unet)))
     untouched = graph.add("TCDLoraLoader", model=with_lora[0], lora_name="whole.safetensors", strength_model=0.0)
     patched, base = _sampled(server, graph, untouched[0], graph[with_lora.id]["inputs"]["model"])
     assert relative_error(patched, before) > 0.05
-    assert torch.equal(base, before), "its weights are the same to the last bit"
+    assert torch.equal(base, before), "its weights are bit for bit the same"
 
 
 @pytest.mark.parametrize(("first", "second"), [(0.5, 0.5), (0.5, -0.25)])
@@ -100,7 +100,7 @@ def test_two_loras_add_up(server: ComfyServer, unet: UNet2DConditionModel, first
     assert relative_error(found, _expected(merged(merged(unet, one, first), two, second))) < 1e-3
 
 
-def test_a_lora_and_its_opposite_are_nothing(server: ComfyServer, unet: UNet2DConditionModel) -> None:
+def test_a_lora_and_its_opposite_cancel(server: ComfyServer, unet: UNet2DConditionModel) -> None:
     graph = Graph()
     there = _loader(graph, _write(server, "whole.safetensors", random_lora(unet)), 0.5)
     back = graph.add("TCDLoraLoader", model=there[0], lora_name="whole.safetensors", strength_model=-0.5)
@@ -114,10 +114,10 @@ def test_a_replaced_file_is_noticed(server: ComfyServer, unet: UNet2DConditionMo
     assert relative_error(found, _expected(merged(unet, other, 1.0))) < 1e-3
 
 
-# What else than halves and alpha a file has
+# Files with more than up, down and alpha, or in other spellings
 
 
-def test_an_official_file_is_whole_where_the_stock_loader_drops_its_attention(
+def test_an_official_file_is_applied_completely_though_the_stock_loader_drops_its_attention(
     server: ComfyServer, unet: UNet2DConditionModel
 ) -> None:
     lora = {name: half.half() for name, half in random_lora(unet).items() if not name.endswith("alpha")}
@@ -192,7 +192,7 @@ def test_a_flow_transformer(server: ComfyServer, mini_sd3: SD3Transformer2DModel
     )
     found = latents(server, graph, graph.save(node[0]))[0] / LATENT_SCALE
     noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(1))
-    seeded = torch.Generator().manual_seed(0)  # as TestConditioning
+    seeded = torch.Generator().manual_seed(0)  # as in TestConditioning
     context, pooled = torch.randn(1, 77, 4096, generator=seeded), torch.randn(1, 2048, generator=seeded)
     results = [noise - each(noise, context, pooled, torch.tensor([1000.0])).sample for each in (network, mini_sd3)]
     expected, base = (each / 1.5305 + 0.0609 for each in results)
@@ -244,7 +244,7 @@ def test_bad_settings(server: ComfyServer, unet: UNet2DConditionModel, metadata:
 
 
 def _wider(lora: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the LoRA as if its model had SDXL's text encoders: 2048 channels of cross-attention in place of 768."""
+    """Return the LoRA with SDXL's width of cross-attention, 2048 channels instead of 768."""
 
     def widen(name: str, tensor: Tensor) -> Tensor:
         is_cross = "attn2_to_k.lora_down" in name or "attn2_to_v.lora_down" in name
@@ -253,7 +253,7 @@ def _wider(lora: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: widen(name, tensor) for name, tensor in lora.items()}
 
 
-def test_another_architecture_by_its_metadata(server: ComfyServer, unet: UNet2DConditionModel) -> None:
+def test_a_different_architecture_is_named_from_the_metadata(server: ComfyServer, unet: UNet2DConditionModel) -> None:
     metadata = {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}
     name = _write(server, "xl.safetensors", _wider(random_lora(unet)), metadata)
     _fails(server, name, "the file is for stable-diffusion-xl-v1-base/lora, the model is SD15")
@@ -266,7 +266,7 @@ def test_a_partial_fit_is_refused_and_nothing_applied(server: ComfyServer, unet:
     assert relative_error(_base(server), _expected(unet)) < 1e-4
 
 
-def test_a_partial_fit_is_let_through_if_asked_for(server: ComfyServer, unet: UNet2DConditionModel) -> None:
+def test_a_partial_fit_is_applied_if_allowed(server: ComfyServer, unet: UNet2DConditionModel) -> None:
     lora = random_lora(unet)
     text = {f"lora_te_text_model_{i}.lora_{side}.weight": torch.ones(2, 2) for i in range(5) for side in ("up", "down")}
     name = _write(server, "text.safetensors", {**lora, **text})
@@ -287,7 +287,7 @@ def test_bad_strength(server: ComfyServer, unet: UNet2DConditionModel, strength:
 
 
 def _fails(server: ComfyServer, name: str, message: str, strength: Any = 1.0) -> str:
-    """Check that the node fails with the message, and return all of it."""
+    """Check that the node fails with the message, and return the complete message."""
     graph = Graph()
     link = graph.add("TestFloat", text=strength)[0] if isinstance(strength, str) else strength
     with pytest.raises(ComfyError) as caught:

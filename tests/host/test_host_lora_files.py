@@ -1,4 +1,4 @@
-"""LoRA files on models of full size, in the host's own patcher: every spelling lands where it should, or is refused."""
+"""LoRA files on full-size models in the host's own patcher: each spelling patches the right weights, or is refused."""
 
 import json
 import math
@@ -17,20 +17,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_spellings import SPELLINGS, Spelling, halves_on, sd15_unet, sdxl_unet, spelled
-from trajectory_consistency.trainer.config.targets import TARGETS
 from trajectory_consistency.trainer.demo.comfy_server import PACK, Host
 from trajectory_consistency.trainer.models.unet.ldm import UNET_PREFIX, unet_to_ldm
+from trajectory_consistency.trainer.models.unet.targets import TARGETS
 
 pytestmark = pytest.mark.host
 
 Halves = dict[tuple[str, str], Tensor]
 GIB = 2**30
-UP, ALPHA, CORE, DORA = 2, 4, 5, 6  # places in what the script tells of a patch
+UP, ALPHA, CORE, DORA = 2, 4, 5, 6  # positions in a patch that scripts/loras.py prints
 CONV = "down_blocks.0.resnets.0.conv1"
 
 
 class Files:
-    """A folder of LoRAs, and what is to be done with them; each model's halves have a number of their own a module."""
+    """A folder of LoRAs, and the cases to run on them; the up matrix of each module contains the module's number."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "loras"
@@ -96,7 +96,7 @@ def in_native(model: str, spelling: Spelling) -> Spelling:
     return lambda path, side: spelling(native(model, path), side)
 
 
-# All spellings meet on each module by tests/test_lora_keys.py; here are those that differ for the host.
+# tests/tcd/test_lora_keys.py converts all spellings; here are those that the host treats differently.
 NATIVE = {f"{name}, native": name for name in ("kohya", "PEFT", "native prefix", "checkpoint prefix")}
 DIFFUSERS = ("kohya", "LyCORIS", "PEFT", "PEFT unet.base_model", "diffusers", "diffusers processor")
 TRANSFORMER = ("kohya", "PEFT", "PEFT transformer", "PEFT base_model", "OneTrainer", "LyCORIS")
@@ -201,7 +201,7 @@ def add_partial(files: Files) -> None:
         "bad text": text | bad,
     }.items():
         files.save(f"{name} refused", "SD15", {**kohya, **more})
-        files.save(f"{name} let through", "SD15", {**kohya, **more}, partial=True)
+        files.save(f"{name} allowed", "SD15", {**kohya, **more}, partial=True)
 
 
 ONE = torch.zeros(320, 1, 1, 1)
@@ -221,7 +221,7 @@ def add_dora(files: Files) -> None:
 
 
 class Bomb:
-    """What leaves a trace when it is unpickled."""
+    """An object that creates a folder when it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = str(trace)
@@ -231,7 +231,7 @@ class Bomb:
 
 
 def write_checkpoint(path: Path, size: int) -> None:
-    """Write a checkpoint of one large tensor, none of whose bytes takes room on the disk."""
+    """Write a checkpoint of one large tensor as a sparse file, which takes no space on the disk."""
     shape = {"dtype": "F16", "shape": [size // 2], "data_offsets": [0, size]}
     header = json.dumps({"model.diffusion_model.input_blocks.0.0.weight": shape}).encode()
     with path.open("wb") as file:
@@ -248,8 +248,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 
 @pytest.fixture(scope="module")
-def told(comfy_host: Host, files: Files) -> dict[str, Any]:
-    """What the host tells of all files."""
+def results(comfy_host: Host, files: Files) -> dict[str, Any]:
+    """The output of scripts/loras.py for all cases."""
     script = Path(__file__).parent / "scripts" / "loras.py"
     command = [
         str(comfy_host.python),
@@ -265,9 +265,9 @@ def told(comfy_host: Host, files: Files) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def outcomes(files: Files, told: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What came of each case, by its name; the models were left alone by all of them."""
-    found = dict(zip(files.cases, told["cases"], strict=True))
+def outcomes(files: Files, results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The result of each case by name, after a check that no case changed its model."""
+    found = dict(zip(files.cases, results["cases"], strict=True))
     assert all(outcome["left alone"] for outcome in found.values())
     return found
 
@@ -310,7 +310,7 @@ def test_fused_weights_are_patched_by_their_rows(files: Files, outcomes: dict[st
     for path, weight in expected.items():
         rearranged, up = found[weight]
         assert up[1] == files.modules["SD3"].index(path)
-        assert rearranged == (path == "norm_out.linear"), "diffusers has scale and shift the other way round"
+        assert rearranged == (path == "norm_out.linear"), "diffusers stores scale and shift in the opposite order"
 
 
 @pytest.mark.parametrize(("model", "spelling"), SPELLED)
@@ -341,7 +341,7 @@ def test_alpha(outcomes: dict[str, Any], name: str, common: Any, conv: Any, quer
     assert set(found.values()) == {common}
 
 
-def test_magnitudes_are_one_number_a_row(outcomes: dict[str, Any]) -> None:
+def test_a_magnitude_is_one_number_per_row(outcomes: dict[str, Any]) -> None:
     scales = {weight: patch[DORA] for weight, patch in patches(outcomes["magnitudes"]).items() if patch[DORA]}
     total = sum(range(320))
     assert scales == {
@@ -350,23 +350,23 @@ def test_magnitudes_are_one_number_a_row(outcomes: dict[str, Any]) -> None:
     }
 
 
-# What is kept in memory
+# The cache of tensors
 
 
 @pytest.mark.parametrize(
-    "law",
+    "behavior",
     [
-        "the same while the file is",
-        "others when the file is another",
-        "others when the file is shorter and of the same time",
-        "apart from the file",
+        "reused while the file is unchanged",
+        "read again after the file was overwritten",
+        "read again if the size differs at the same time",
+        "not changed by overwriting the file",
     ],
 )
-def test_tensors_are(told: dict[str, Any], law: str) -> None:
-    assert told["memory"][law]
+def test_tensors_are(results: dict[str, Any], behavior: str) -> None:
+    assert results["cache"][behavior]
 
 
-# What is let through
+# Accepted files
 
 
 @pytest.mark.parametrize("name", ["linked", "UPPER"])
@@ -388,16 +388,16 @@ def test_a_file_in_a_linked_folder_and_one_in_capitals(outcomes: dict[str, Any],
         ("stray", "278 of 279 LoRA modules fit the model; not in the model: lora_unet_conv_in.bias"),
     ],
 )
-def test_a_partial_file_needs_leave(outcomes: dict[str, Any], name: str, left_out: str) -> None:
+def test_a_partial_fit_needs_allow_partial(outcomes: dict[str, Any], name: str, left_out: str) -> None:
     error = outcomes[f"{name} refused"]["error"]
     assert left_out in error and error.endswith("Set allow_partial to apply what fits")
-    let_through = outcomes[f"{name} let through"]
-    assert patches(let_through) == patches(outcomes["SD15 kohya"])
-    assert len(let_through["log"]) == 1
-    assert let_through["log"][0].startswith(f"{name} let through.safetensors was applied in part: {left_out}")
+    allowed = outcomes[f"{name} allowed"]
+    assert patches(allowed) == patches(outcomes["SD15 kohya"])
+    assert len(allowed["log"]) == 1
+    assert allowed["log"][0].startswith(f"{name} allowed.safetensors was applied in part: {left_out}")
 
 
-# What is refused
+# Refused files
 
 
 @pytest.mark.parametrize(
@@ -451,12 +451,12 @@ def test_refusal(outcomes: dict[str, Any], name: str, message: str) -> None:
 )
 def test_a_refusal_by_the_header_reads_no_tensor(outcomes: dict[str, Any], name: str) -> None:
     assert outcomes[name]["error"]
-    assert outcomes[name]["tensors read"] == 0  # of the checkpoint, 5 GiB
-    assert outcomes["nan"]["error"] and outcomes["nan"]["tensors read"] > 0, "reading is seen"
+    assert outcomes[name]["tensors read"] == 0  # the checkpoint has 5 GiB
+    assert outcomes["nan"]["error"] and outcomes["nan"]["tensors read"] > 0, "the counter works"
 
 
 def test_a_pickle_is_not_executed(files: Files, outcomes: dict[str, Any]) -> None:
     assert outcomes["pt"]["error"]
     assert not (files.folder / "executed").exists()
     torch.load(files.folder / "pickle.pt", weights_only=False)
-    assert (files.folder / "executed").exists(), "the pickle is harmless"
+    assert (files.folder / "executed").exists(), "the pickle would have run code"

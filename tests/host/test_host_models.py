@@ -1,7 +1,8 @@
-"""Each family of models that the host loads, sampled in it on small networks and, apart from it, by other means.
+"""Each family of models that the host loads, sampled in the host on small networks and compared with a reference.
 
-The references share neither network nor formulas with the nodes: diffusers' networks; its TCDScheduler where the model
-has timesteps, and elsewhere the step of the paper, written out below. What they do share is the noise drawn for a seed.
+The references share neither network nor formulas with the nodes: the networks are those of diffusers, and the sampler
+is diffusers' TCDScheduler, or the step of the paper as written below if the model has no timesteps. They share only the
+noise drawn for a seed.
 """
 
 import inspect
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.host
 
 GRID = [(steps, eta) for steps in (1, 2, 4) for eta in (0.0, 0.3, 1.0)]
 SEED = 7
-TOLERANCE = 1e-4  # two builds of torch, float32
+TOLERANCE = 1e-4  # float32, and two builds of torch
 
 Network = Callable[[Tensor, Tensor], Tensor]
 """(x [B, C, h, w] at sigma, sigma []) -> x0, in the host's scale."""
@@ -35,10 +36,10 @@ Network = Callable[[Tensor, Tensor], Tensor]
 def in_the_host(
     server: ComfyServer, checkpoint: str, *, patch: str = "", latent: str = "EmptyLatentImage", **options: Any
 ) -> dict[tuple[int, float], Tensor]:
-    """Return the latents of SamplerCustom with the pack's nodes, by (steps, eta), in the scale in which it leaves them.
+    """Return the latents of SamplerCustom with the pack's nodes, by (steps, eta), in the scale of its output.
 
-    patch: a node that exchanges the model's sampling, and its options; or shape: the sizes of its conditioning; or
-    length: of a video, in pictures.
+    patch: a node that replaces the model's sampling, and its options. shape: sizes of the conditioning. length: number
+    of frames of a video.
     """
     shape, length = options.pop("shape", {}), options.pop("length", None)
     size = {"width": 64, "height": 64, "batch_size": 1} | ({"length": length} if length else {})
@@ -62,7 +63,7 @@ def in_the_host(
 
 
 def initial_noise(*channels: int) -> Tensor:
-    """Return the host's noise of 4 channels, or of so many, and of so many frames."""
+    """Return the host's initial noise for a number of channels, 4 by default, and of frames."""
     return torch.randn(1, *(channels or (4,)), 8, 8, generator=torch.Generator().manual_seed(SEED))
 
 
@@ -77,14 +78,14 @@ def agree(found: dict[tuple[int, float], Tensor], expected: Callable[..., Tensor
     assert max(errors.values()) < tolerance, errors
 
 
-# Models with timesteps, against diffusers' scheduler
+# Models with timesteps, compared with diffusers' scheduler
 
 
 @pytest.mark.parametrize(
     ("sampling", "zero_snr", "prediction", "tolerance"),
     [
         ("v_prediction", False, "v_prediction", TOLERANCE),
-        # The host has sigma = 4518.76 in place of infinity: 2e-4 off in alpha.
+        # The host uses sigma = 4518.76 instead of infinity, an error of 2e-4 in alpha.
         ("v_prediction", True, "v_prediction", 1e-3),
         ("x0", False, "sample", TOLERANCE),
     ],
@@ -106,7 +107,7 @@ def test_sdxl(server: ComfyServer, mini_sdxl: UNet2DConditionModel) -> None:
     shape = {"width": 2048, "pooled": 1280}
     found = in_the_host(server, MINI_SDXL, shape=shape)
     context, pooled = conditioned(**shape)
-    size = torch.tensor([[64.0, 64, 0, 0, 64, 64]])  # of the image, where it was cropped, and to which size
+    size = torch.tensor([[64.0, 64, 0, 0, 64, 64]])  # original size, crop and target size
     network = partial(mini_sdxl, added_cond_kwargs={"text_embeds": pooled, "time_ids": size})
 
     def expected(steps: int, eta: float) -> Tensor:
@@ -116,7 +117,7 @@ def test_sdxl(server: ComfyServer, mini_sdxl: UNet2DConditionModel) -> None:
     agree(found, expected, TOLERANCE)
 
 
-# And without, or with fewer of them, against the paper's step
+# Models without timesteps, or with fewer of them, compared with the step of the paper
 
 
 @torch.no_grad()
@@ -128,9 +129,9 @@ def by_the_paper(
     alpha: Callable[[Any], Any],
     noise_scale: float = 1.0,
 ) -> Tensor:
-    """Strategic stochastic sampling along sigmas [N + 1], by way of the targets [N], for x = alpha(sigma) x0 + ...
+    """Strategic stochastic sampling along sigmas [N + 1] with targets [N], in a scale x = alpha(sigma) x0 + sigma eps.
 
-    noise_scale: the std of the noise that the model was trained with.
+    noise_scale: the std of the noise in the model's training.
     """
     draw = seeded_noise(SEED)
     for i, (sigma, after, s) in enumerate(zip(sigmas, sigmas[1:], targets, strict=False)):
@@ -145,7 +146,7 @@ def by_the_paper(
 
 
 def flow(steps: int, eta: float, *, shift: float) -> tuple[Tensor, Tensor]:
-    """Return the sigmas [N + 1] of a flow model of this shift, and the targets [N]."""
+    """Return the sigmas [N + 1] of a flow model with this shift, and the targets [N]."""
     times = torch.arange(steps, -1, -1) / steps
     sigmas = shift * times / (1 + (shift - 1) * times)
     return sigmas, (1 - eta) * sigmas[1:]
@@ -190,7 +191,7 @@ def test_wan(server: ComfyServer, mini_wan: WanTransformer3DModel) -> None:
 
 
 @pytest.mark.usefixtures("mini_wan")
-def test_a_video_goes_by_eta_and_seed(server: ComfyServer) -> None:
+def test_a_video_depends_on_eta_and_seed(server: ComfyServer) -> None:
     graph = Graph()
     model = graph.checkpoint(MINI_WAN)[0]
     inputs = {
@@ -204,7 +205,7 @@ def test_a_video_goes_by_eta_and_seed(server: ComfyServer) -> None:
     nodes = [graph.sampler_custom(seed=SEED, sampler=euler, **inputs)]
     nodes += [graph.sampler_custom(seed=seed, eta=eta, **inputs) for eta, seed in ((0.0, SEED), (0.3, SEED), (0.3, 8))]
     saves = [graph.save(node[0]) for node in nodes]
-    # The same once more, and not from the host's cache: its condition is another to the host.
+    # The same run again, with a new condition node so that the host does not answer from its cache.
     again = graph.sampler_custom(seed=SEED, eta=0.3, **inputs | {"positive": graph.condition(0, width=4096)[0]})
     expected, still, one, other, same = latents(server, graph, *saves, graph.save(again[0]))
     assert one.shape == (2, 16, 3, 6, 8)
@@ -212,8 +213,8 @@ def test_a_video_goes_by_eta_and_seed(server: ComfyServer) -> None:
     assert relative_error(still, expected) < 1e-5
     assert torch.equal(one, same)
     assert relative_error(one, still) > 0.01, "eta has an effect"
-    assert relative_error(one, other) > 0.01, "and so has the seed"
-    assert relative_error(one[0], one[1]) > 0.01, "each video of a batch has noise of its own"
+    assert relative_error(one, other) > 0.01, "the seed has an effect"
+    assert relative_error(one[0], one[1]) > 0.01, "the videos of a batch have different noise"
 
 
 def test_stable_cascade(server: ComfyServer, unet: UNet2DConditionModel) -> None:
@@ -227,7 +228,7 @@ def test_stable_cascade(server: ComfyServer, unet: UNet2DConditionModel) -> None
         return x - sigma * unet(alpha * x, t, condition()).sample
 
     def expected(steps: int, eta: float) -> Tensor:
-        highest = (0.9999 / 0.0001) ** 0.5  # where the host cuts alpha_bar off
+        highest = (0.9999 / 0.0001) ** 0.5  # the host clamps alpha_bar here
         times = torch.arange(steps, -1, -1, dtype=torch.float64) / steps * highest / (1 + highest)
         sigmas = (times / (1 - times)).float()
         lower = (1 - eta) * times[1:]
@@ -238,7 +239,7 @@ def test_stable_cascade(server: ComfyServer, unet: UNet2DConditionModel) -> None
     agree(found, expected, TOLERANCE)
 
 
-def test_sd15_that_knows_50_timesteps(server: ComfyServer, unet: UNet2DConditionModel) -> None:
+def test_sd15_with_50_timesteps(server: ComfyServer, unet: UNet2DConditionModel) -> None:
     found = in_the_host(server, MINI, patch="ModelSamplingDiscrete", sampling="lcm", zsnr=False)
     known, table = np.arange(19, 1000, 20), sigma_table()[19::20]
 

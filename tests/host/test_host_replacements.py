@@ -1,4 +1,4 @@
-"""Workflows made with another pack's TCD nodes, where that pack is missing: the host puts ours in their place."""
+"""Workflows made with another pack's TCD nodes: if that pack is missing, the host replaces them by ours."""
 
 import json
 from pathlib import Path
@@ -10,11 +10,11 @@ from graphs import MINI, Graph, host_version, latents, sampled
 
 from trajectory_consistency.trainer.demo.comfy_server import ComfyError, ComfyServer
 
-DATA = Path(__file__).parent / "data" / "older_nodes"  # a workflow made with each, as the browser saves it
+DATA = Path(__file__).parent / "data" / "older_nodes"  # a workflow with each node, as saved by the browser
 
 
 class Older(NamedTuple):
-    """A node of another pack: its inputs and outputs by their order, which is how a workflow saves them."""
+    """A node of another pack: its inputs and outputs in order, as a workflow saves them."""
 
     inputs: dict[str, str]
     outputs: list[str]
@@ -37,7 +37,7 @@ each_older = pytest.mark.parametrize("old_id", OLDER)
 
 @pytest.fixture(scope="module")
 def replacements(server: ComfyServer) -> dict[str, Any]:
-    """What the host puts in place of the older nodes, by their ids."""
+    """The host's replacements, by the id of the replaced node."""
     if host_version(server) < (0, 14, 0):
         pytest.skip("this ComfyUI replaces no nodes: 0.14.0 or newer does")
     found = server.get("/node_replacements")
@@ -45,7 +45,7 @@ def replacements(server: ComfyServer) -> dict[str, Any]:
 
 
 @each_older
-def test_all_that_the_older_node_has_is_mapped(server: ComfyServer, replacements: dict[str, Any], old_id: str) -> None:
+def test_every_input_and_output_is_mapped(server: ComfyServer, replacements: dict[str, Any], old_id: str) -> None:
     replacement, older = replacements[old_id], OLDER[old_id]
     new_id = replacement["new_node_id"]
     info = server.get(f"/object_info/{new_id}")[new_id]
@@ -54,13 +54,13 @@ def test_all_that_the_older_node_has_is_mapped(server: ComfyServer, replacements
     mapped = {each["old_id"]: each["new_id"] for each in replacement["input_mapping"] if "old_id" in each}
     assert {name: inputs[mapped[name]] for name in mapped} == older.inputs
     given = {each["new_id"] for each in replacement["input_mapping"]}
-    assert set(info["input"]["required"]) <= given, "a prompt has no default for what is missing"
+    assert set(info["input"]["required"]) <= given, "a prompt has no default for a missing input"
     outputs = {each["old_idx"]: info["output"][each["new_idx"]] for each in replacement["output_mapping"]}
     assert outputs == dict(enumerate(older.outputs))
 
 
 @each_older
-def test_a_saved_workflow_has_the_older_nodes_widgets_and_sockets(old_id: str) -> None:
+def test_the_saved_workflows_match_the_replaced_nodes(old_id: str) -> None:
     workflow = json.loads((DATA / f"{old_id}.json").read_text(encoding="utf-8"))
     (node,) = [node for node in workflow["nodes"] if node["type"] in OLDER]
     older = OLDER[old_id]
@@ -72,7 +72,7 @@ def test_a_saved_workflow_has_the_older_nodes_widgets_and_sockets(old_id: str) -
 
 
 class Prompt(Graph):
-    """A prompt as the browser sends it, with the titles that the host looks for when it replaces a node."""
+    """A prompt as the browser sends it, with the titles that the host needs to replace a node."""
 
     def titled(self) -> "Prompt":
         for node in self.values():

@@ -1,4 +1,4 @@
-"""TCDSampler and TCDSigmas in the real host, against diffusers' TCDScheduler on the same UNet."""
+"""TCDSampler and TCDSigmas in the real host, compared with diffusers' TCDScheduler on the same UNet."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from trajectory_consistency.trainer.demo.comfy_server import ComfyServer
 
 pytestmark = pytest.mark.host
 
-TOLERANCE = 1e-4  # two builds of torch, float32
+TOLERANCE = 1e-4  # float32, and two builds of torch
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
@@ -40,7 +40,7 @@ def test_v_prediction(server: ComfyServer, unet: UNet2DConditionModel, zero_snr:
         prediction="v_prediction",
         zero_snr=zero_snr,
     )
-    # At zero terminal SNR the host has sigma = 4518.76 in place of infinity, 2e-4 off in alpha.
+    # At zero terminal SNR the host uses sigma = 4518.76 instead of infinity, an error of 2e-4 in alpha.
     assert relative_error(found, expected) < (1e-3 if zero_snr else TOLERANCE)
 
 
@@ -78,7 +78,7 @@ def test_sampler_custom_advanced_gives_the_same(server: ComfyServer) -> None:
     torch.testing.assert_close(advanced, sampled(server, seed=11))
 
 
-def test_the_seed_alone_decides(server: ComfyServer) -> None:
+def test_only_the_seed_determines_the_noise(server: ComfyServer) -> None:
     first, again, other = (sampled(server, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert relative_error(other, first) > 0.1
@@ -90,8 +90,8 @@ def test_extreme_seeds(server: ComfyServer, unet: UNet2DConditionModel, seed: in
     assert relative_error(sampled(server, seed=seed, eta=1.0), expected) < TOLERANCE
 
 
-def test_the_seed_matters_at_eta_above_0_alone(server: ComfyServer) -> None:
-    # The first half of a split run, from one latent without new noise: what differs is what the sampler injected.
+def test_the_seed_matters_only_at_eta_above_0(server: ComfyServer) -> None:
+    # The second part starts from the same latent without initial noise, so a difference comes from injected noise.
     def second_half(eta: float, seed: int) -> torch.Tensor:
         graph = Graph()
         model = graph.checkpoint()[0]
@@ -115,7 +115,7 @@ def test_an_image_does_not_depend_on_its_batch(server: ComfyServer) -> None:
 
 @pytest.mark.parametrize("eta", [0.0, 0.3])
 @pytest.mark.parametrize("split", [1, 3])
-def test_split_schedule_equals_whole(server: ComfyServer, eta: float, split: int) -> None:
+def test_a_split_schedule_equals_an_unsplit_one(server: ComfyServer, eta: float, split: int) -> None:
     graph = Graph()
     model = graph.checkpoint()[0]
     sigmas = graph.sigmas(model)[0]
@@ -131,14 +131,14 @@ def test_split_schedule_equals_whole(server: ComfyServer, eta: float, split: int
 def test_custom_timesteps(server: ComfyServer, unet: UNet2DConditionModel, timesteps: str) -> None:
     graph = Graph()
     model = graph.checkpoint()[0]
-    # Steps and denoise are to have no say.
+    # With typed timesteps, steps and denoise must have no effect.
     sigmas = graph.sigmas(model, steps=50, denoise=0.0, timesteps=timesteps)[0]
     node = graph.sampler_custom(model=model, sigmas=sigmas, seed=8)
     found = latents(server, graph, graph.save(node[0]))[0]
 
     chosen = [int(word) for word in timesteps.split(",")]
     sigma = sigma_table()[chosen[0]]
-    # Below the highest sigma the host begins at latent + sigma * noise, in its own scale.
+    # Below sigma_max the host starts from latent + sigma * noise, in its own scale.
     x = host_noise(8) if chosen[0] == 999 else host_noise(8) * sigma / (1 + sigma**2).sqrt()
     expected = tcd_scheduler_sample(unet, x, chosen, eta=0.3, seed=8)
     assert relative_error(found, expected) < TOLERANCE
@@ -167,7 +167,7 @@ def test_denoise_0_keeps_the_latent(server: ComfyServer) -> None:
     assert torch.equal(before, after)
 
 
-def test_what_a_mask_protects_stays(server: ComfyServer) -> None:
+def test_the_region_that_a_mask_protects_is_kept(server: ComfyServer) -> None:
     graph = Graph()
     model = graph.checkpoint()[0]
     picture = graph.sampler_custom(model=model, seed=1)
@@ -187,6 +187,6 @@ def test_previews_get_the_estimate_of_x0(server: ComfyServer, unet: UNet2DCondit
     first_step = graph.add("SplitSigmas", sigmas=graph.sigmas(model)[0], step=1)[0]
     node = graph.sampler_custom(model=model, sigmas=first_step, eta=0.3, seed=12)
     noisy, previewed = latents(server, graph, graph.save(node[0]), graph.save(node[1]))
-    one_step = tcd_scheduler_sample(unet, host_noise(12), [999], eta=0.3, seed=12)  # which is x0 at 999
+    one_step = tcd_scheduler_sample(unet, host_noise(12), [999], eta=0.3, seed=12)  # x0 as predicted at 999
     assert relative_error(previewed, one_step) < TOLERANCE
     assert relative_error(noisy, one_step) > 0.1

@@ -1,4 +1,4 @@
-"""The node that gives model, sampler and sigmas at once: it is the three nodes, and no fourth thing."""
+"""TCDSamplingSetup returns the same model, sampler and sigmas as the three separate nodes."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ def _setup(graph: Graph, **inputs: Any) -> Node:
     return graph.add("TCDSamplingSetup", model=graph.checkpoint()[0], **defaults | inputs)
 
 
-def test_it_samples_as_the_nodes_apart(server: ComfyServer) -> None:
+def test_it_samples_like_the_three_nodes(server: ComfyServer) -> None:
     graph = Graph()
     setup = _setup(graph)
     together = graph.sampler_custom(model=setup[0], sampler=setup[1], sigmas=setup[2])
@@ -37,7 +37,7 @@ def test_its_model_carries_eta_to_plain_ksampler(server: ComfyServer) -> None:
 
 @pytest.mark.parametrize(("scheduler", "theirs"), [("sgm_uniform", "sgm_uniform"), ("simple", "tcd")])
 @pytest.mark.parametrize(("steps", "denoise"), [(1, 1.0), (4, 1.0), (2, 0.8), (3, 0.5), (20, 0.3), (4, 0.01)])
-def test_its_sigmas_are_those_of_the_hosts_list(
+def test_its_sigmas_equal_those_of_the_hosts_scheduler_list(
     server: ComfyServer, scheduler: str, theirs: str, steps: int, denoise: float
 ) -> None:
     graph = Graph()

@@ -1,4 +1,4 @@
-"""A run in parts: SplitSigmas and its like, start and end steps, leftover noise, and no new noise."""
+"""Runs in several parts: SplitSigmas and similar nodes, start and end steps, leftover noise, disabled noise."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ ETAS = (0.0, 0.3, 1.0)
 
 
 def advanced(graph: Graph, model: list[Any], *, latent: list[Any] | None = None, **others: Any) -> Node:
-    """KSampler Advanced at the seed 6: it adds noise where no latent is given, unless told otherwise."""
+    """Add a KSampler Advanced with seed 6; by default it adds noise only if no latent is given."""
     options = {"steps": STEPS, "seed": 6, "add_noise": "disable" if latent else "enable"} | others
     return graph.ksampler_advanced(model=model, latent=latent, **options)
 
@@ -32,7 +32,7 @@ def assert_all_like(server: ComfyServer, graph: Graph, whole: Node, others: list
 @pytest.mark.usefixtures("mini_sd3")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("eta", ETAS)
-def test_sigmas_may_be_split_at_every_step(server: ComfyServer, kind: str, eta: float) -> None:
+def test_sigmas_can_be_split_at_every_step(server: ComfyServer, kind: str, eta: float) -> None:
     graph = Graph(size=SIZE)
     inputs = KINDS[kind].inputs(server, graph)
     empty = KINDS[kind].empty(graph, SIZE)
@@ -42,8 +42,8 @@ def test_sigmas_may_be_split_at_every_step(server: ComfyServer, kind: str, eta: 
         latent, is_begun = latent or empty, latent is not None
         return graph.sampler_custom(eta=eta, sigmas=sigmas, seed=6, latent=latent, add_noise=not is_begun, **inputs)
 
-    # Not before the first step of a flow model: what leaves a sampler at sigma the host divides by 1 - sigma, and so
-    # by 0 where sigma is 1, which gives infinity, and NaN when the second part multiplies it by 0.
+    # A flow model is not split before its first step: the host divides the latent that leaves a sampler by 1 - sigma.
+    # At sigma = 1 that gives infinity, and then NaN when the second part multiplies it by 0.
     first = 1 if KINDS[kind].is_flow else 0
     splits = {step: graph.add("SplitSigmas", sigmas=sigmas, step=step) for step in range(first, STEPS + 1)}
     others = [graph.add("SplitSigmasDenoise", sigmas=sigmas, denoise=denoise) for denoise in (0.4, 0.7)]
@@ -70,7 +70,7 @@ def test_steps_may_be_left_to_a_second_ksampler(server: ComfyServer, kind: str, 
     assert_all_like(server, graph, whole[0], [*whole[1:], *in_two])
 
 
-def test_the_second_half_at_another_seed_is_another_picture_above_eta_0(server: ComfyServer) -> None:
+def test_above_eta_0_a_different_seed_changes_the_second_half(server: ComfyServer) -> None:
     graph = Graph(size=SIZE)
     checkpoint = graph.checkpoint()[0]
     saves = []
@@ -83,7 +83,7 @@ def test_the_second_half_at_another_seed_is_another_picture_above_eta_0(server: 
     assert relative_error(other, one) > 0.01
 
 
-def test_without_leftover_noise_the_estimate_of_x0_comes_out(server: ComfyServer) -> None:
+def test_without_leftover_noise_the_result_is_the_estimate_of_x0(server: ComfyServer) -> None:
     graph = Graph(size=SIZE)
     model = graph.checkpoint()[0]
     begun = graph.add("SplitSigmas", sigmas=graph.sigmas(model, steps=STEPS)[0], step=2)[0]
@@ -96,7 +96,7 @@ def test_without_leftover_noise_the_estimate_of_x0_comes_out(server: ComfyServer
     saves = [graph.save(latent) for latent in (estimate, early[0], whole[0], again[0])]
     expected, found, *others = latents(server, graph, *saves)
     assert relative_error(found, expected) < 1e-6
-    # To end early the host writes a 0 into the sigmas it was given: those of other runs are to be others.
+    # To end early, the host writes 0 into the sigmas it was given. Other runs must not share that tensor.
     assert torch.equal(*others)
     assert relative_error(others[0], found) > 0.01
 
@@ -121,7 +121,7 @@ def test_a_start_past_the_end_keeps_the_latent(server: ComfyServer) -> None:
 
 
 def test_disable_noise_has_the_seed_0(server: ComfyServer) -> None:
-    # What the host says of it: so a second half by SamplerCustomAdvanced is that of a run of seed 0, and of no other.
+    # This is how the host defines DisableNoise: a second half in SamplerCustomAdvanced always belongs to seed 0.
     graph = Graph(size=SIZE)
     model = graph.checkpoint()[0]
     guider = graph.add("BasicGuider", model=model, conditioning=graph.condition()[0])[0]

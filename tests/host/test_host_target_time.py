@@ -17,19 +17,22 @@ from test_host_inputs import left_half
 from torch import Tensor, nn
 
 from trajectory_consistency.tcd import (
+    AdapterWeights,
+    DiscreteSchedule,
     TargetInput,
     TargetTime,
+    scaled_linear_alpha_bar,
     seeded_noise,
-    sigma_to_alpha_bar,
     split_target_time,
     timestep_grid,
 )
+from trajectory_consistency.tcd.adapter import FILE
 from trajectory_consistency.tcd.lora_metadata import TARGET_TIME_KEY
 from trajectory_consistency.trainer.demo.comfy_server import ComfyError, ComfyServer
+from trajectory_consistency.trainer.files.adapter_weights import load_weights
 from trajectory_consistency.trainer.models.conditioning import Conditioning
 from trajectory_consistency.trainer.models.sampling import Guidance, sample_latents
-from trajectory_consistency.trainer.models.unet.adapter import load_adapter
-from trajectory_consistency.trainer.models.unet.network import Network
+from trajectory_consistency.trainer.models.unet.model import UNetModel
 
 pytestmark = pytest.mark.host
 
@@ -62,26 +65,26 @@ def loaded(graph: Graph, path: Path, strength: float = 1.0, model: list[Any] | N
     return graph.add("TCDLoraLoader", model=model, lora_name=path.name, strength_model=strength)[0]
 
 
-def network(unet: UNet2DConditionModel) -> Network:
-    return Network(unet, sigma_to_alpha_bar(sigma_table().double()).float(), "eps")
+def network(unet: UNet2DConditionModel) -> UNetModel:
+    return UNetModel(unet, DiscreteSchedule.from_alpha_bar(scaled_linear_alpha_bar()), "eps")
 
 
-def trainer_network(unet: UNet2DConditionModel, path: Path) -> Network:
+def trainer_network(unet: UNet2DConditionModel, path: Path) -> UNetModel:
     """A UNet with a LoRA file applied by the trainer."""
-    unet = deepcopy(unet)
-    load_adapter(unet, path)
-    return network(unet)
+    net = network(deepcopy(unet))
+    net.adapter.add(FILE, load_weights(net, path))
+    return net
 
 
-def drawn(net: Network, steps: int, eta: float, *, batch: int = 1, cfg: float = 1.0) -> Tensor:
+def drawn(net: UNetModel, steps: int, eta: float, *, batch: int = 1, cfg: float = 1.0) -> Tensor:
     return sample_latents(
         net,
-        Conditioning(condition(0)).expand(batch),
-        timesteps=timestep_grid(steps),
+        Conditioning.of(context=condition(0)).expand(batch),
+        sigmas=net.schedule.sigmas_for(steps),
         gamma=eta,
         noise=host_noise(SEED, batch),
         seed=SEED,
-        guidance=None if cfg == 1 else Guidance(Conditioning(condition(1)).expand(batch), cfg),
+        guidance=None if cfg == 1 else Guidance(Conditioning.of(context=condition(1)).expand(batch), cfg),
     )
 
 
@@ -124,18 +127,17 @@ def test_the_plain_ksampler_passes_the_target_time_too(server: ComfyServer, unet
 
 
 def test_two_embeddings_add_up(server: ComfyServer, unet: UNet2DConditionModel) -> None:
-    class Sum(nn.Module):
-        def forward(self, times: Tensor) -> Tensor:
-            t, s = times.unbind(-1)
+    class Sum(TargetTime):
+        def forward(self, t: Tensor, s: Tensor) -> Tensor:
             return 0.5 * random_embedding(1)(t, s) - 0.25 * random_embedding(2, "t-s")(t, s)
 
     one, two = write(server, unet, 1), write(server, unet, 2, "t-s")
     graph = Graph()
     model = loaded(graph, two, -0.25, loaded(graph, one, 0.5))
     (found,) = in_the_host(server, graph, model, [(4, 0.3)])
-    both = merged(merged(unet, load_file(one), 0.5), load_file(two), -0.25)
-    both.class_embedding = Sum()
-    assert relative_error(found, drawn(network(both), 4, 0.3)) < 1e-4
+    both = network(merged(merged(unet, load_file(one), 0.5), load_file(two), -0.25))
+    both.adapter.add(FILE, AdapterWeights({}, Sum(320, 1280)))
+    assert relative_error(found, drawn(both, 4, 0.3)) < 1e-4
 
 
 def baked(server: ComfyServer, unet: UNet2DConditionModel, path: Path) -> str:
@@ -232,7 +234,7 @@ def test_a_second_pass_does_not_get_the_times_of_the_first(server: ComfyServer, 
     assert relative_error(found, _second_pass(net, _first_pass(net))) < 1e-4
 
 
-def _first_pass(net: Network) -> Tensor:
+def _first_pass(net: UNetModel) -> Tensor:
     """The first two of four steps at eta 1, in the host's scale: each jumps to s = 0 and renoises."""
     table, z = sigma_table(), seeded_noise(SEED)
     x = host_noise(SEED) * (table[999] ** 2 + 1).sqrt()
@@ -243,7 +245,7 @@ def _first_pass(net: Network) -> Tensor:
     return x
 
 
-def _second_pass(net: Network, x: Tensor) -> Tensor:
+def _second_pass(net: UNetModel, x: Tensor) -> Tensor:
     table = sigma_table()
     x0 = _x0(net, x, 499, 259)
     x = x0 + (x - x0) * table[259] / table[499]
@@ -251,9 +253,10 @@ def _second_pass(net: Network, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _x0(net: Network, x: Tensor, t: int, s: int) -> Tensor:
+def _x0(net: UNetModel, x: Tensor, t: int, s: int) -> Tensor:
     x_t = x / (sigma_table()[t] ** 2 + 1).sqrt()
-    return net.x0(x_t, torch.tensor([t]), Conditioning(condition(0)), torch.tensor([s]))
+    start, end = (net.schedule.point(torch.tensor([time]), x.ndim) for time in (t, s))
+    return net.x0(x_t, start, Conditioning.of(context=condition(0)), end)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

@@ -1,4 +1,4 @@
-"""The pack that the demo lends to the host: the tiny family there is what it is in diffusers and transformers."""
+"""The demo's pack in the host: its tiny model family agrees with diffusers and transformers."""
 
 from typing import NamedTuple
 
@@ -30,11 +30,11 @@ class Tiny(NamedTuple):
 
 @pytest.fixture(scope="module")
 def tiny(server: ComfyServer) -> Tiny:
-    """A tiny family of random weights, which the server has as a checkpoint in float16."""
+    """A tiny model with random weights, also written as a float16 checkpoint for the server."""
     torch.manual_seed(0)
     tiny = Tiny(bases.empty_unet("tiny"), bases.empty_vae("tiny"), bases.empty_text_encoder("tiny"))
     for model in tiny:
-        model.eval().requires_grad_(False).half().float()  # of float16's values, so that writing loses nothing
+        model.eval().requires_grad_(False).half().float()  # rounded to float16, so that writing loses nothing
     tensors = ldm.unet_to_ldm(tiny.unet.state_dict(), tiny.unet.config)
     tensors |= ldm.vae_to_ldm(tiny.vae.state_dict(), tiny.vae.config)
     tensors |= ldm.text_to_ldm(tiny.text_encoder.state_dict())
@@ -55,7 +55,8 @@ def test_text_to_picture(server: ComfyServer, tiny: Tiny) -> None:
     nodes = graph.show(text), graph.save(latent), graph.show(picture)
     outputs = server.run(graph)
 
-    embedding = TextEncoder("tiny", [tiny.text_encoder]).encode([CAPTION]).context
+    (cond,) = TextEncoder("tiny", [tiny.text_encoder]).encode([CAPTION])
+    embedding = cond.tensors["context"]
     assert relative_error(shown_tensor(outputs, nodes[0]), embedding) < 1e-4
 
     expected = tcd_scheduler_sample(tiny.unet, host_noise(2), timestep_grid(4), eta=0.3, seed=2, context=embedding)
@@ -68,13 +69,15 @@ def test_text_to_picture(server: ComfyServer, tiny: Tiny) -> None:
 
 def test_the_caption_matters(server: ComfyServer, tiny: Tiny) -> None:
     def latent_of(caption: str) -> torch.Tensor:
-        context = TextEncoder("tiny", [tiny.text_encoder]).encode([caption]).context
+        (cond,) = TextEncoder("tiny", [tiny.text_encoder]).encode([caption])
+        context = cond.tensors["context"]
         return tcd_scheduler_sample(tiny.unet, host_noise(2), timestep_grid(4), eta=0.3, seed=2, context=context)
 
-    assert relative_error(latent_of("a green square"), latent_of(CAPTION)) > 1e-3  # or the above would prove nothing
+    # Otherwise test_text_to_picture would prove nothing.
+    assert relative_error(latent_of("a green square"), latent_of(CAPTION)) > 1e-3
 
 
-def test_stock_checkpoints_are_as_before(server: ComfyServer) -> None:
+def test_stock_checkpoints_still_load(server: ComfyServer) -> None:
     graph = Graph()
     show = graph.show(graph.sigmas(graph.checkpoint()[0])[0])
     before = len(server.log_text())

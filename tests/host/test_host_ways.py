@@ -1,4 +1,4 @@
-"""TCD by its names in the host's own lists: KSampler, KSamplerSelect and BasicScheduler, and the eta they go by."""
+"""TCD chosen by name in the host's lists (KSampler, KSamplerSelect, BasicScheduler), and the eta that it then uses."""
 
 import math
 from typing import Any
@@ -21,7 +21,7 @@ SIZE = 32
 
 
 def options(server: ComfyServer, node_id: str, name: str) -> list[str]:
-    """Return the names that a combo of a node offers, in either form in which hosts tell them."""
+    """Return the options of a combo input of a node, in the format of older or newer hosts."""
     kind, *settings = server.get(f"/object_info/{node_id}")[node_id]["input"]["required"][name]
     found: list[str] = settings[0]["options"] if kind == "COMBO" else kind
     return found
@@ -42,11 +42,11 @@ def settings(graph: Graph, model: list[Any], eta: Any) -> list[Any]:
 def test_the_lists_offer_tcd_once_and_last(server: ComfyServer, node_id: str, name: str) -> None:
     names = options(server, node_id, name)
     assert names.count("tcd") == 1
-    assert names[-1] == "tcd", "what others have chosen keeps its place"
+    assert names[-1] == "tcd", "existing entries keep their positions"
 
 
 @pytest.mark.parametrize("steps", [1, 2, 20])
-def test_ksampler_equals_sampler_custom_to_the_last_bit(server: ComfyServer, steps: int) -> None:
+def test_ksampler_equals_sampler_custom_bit_for_bit(server: ComfyServer, steps: int) -> None:
     graph = Graph(size=SIZE)
     model = graph.checkpoint()[0]
     sigmas = graph.sigmas(model, steps=steps)[0]
@@ -64,7 +64,7 @@ def test_ksampler_equals_sampler_custom_to_the_last_bit(server: ComfyServer, ste
 
 @pytest.mark.usefixtures("mini_sd3")
 @pytest.mark.parametrize("kind", KINDS)
-def test_by_name_and_by_node_are_one_on_every_kind_of_model(server: ComfyServer, kind: str) -> None:
+def test_by_name_and_by_node_are_equal_on_every_kind_of_model(server: ComfyServer, kind: str) -> None:
     graph = Graph(size=SIZE)
     inputs = KINDS[kind].inputs(server, graph)
     inputs["latent"] = KINDS[kind].empty(graph, SIZE)
@@ -78,8 +78,8 @@ def test_by_name_and_by_node_are_one_on_every_kind_of_model(server: ComfyServer,
             graph.ksampler_advanced(model=named, steps=3, seed=5, **inputs),
             graph.sampler_custom(model=model, sigmas=sigmas, eta=eta, seed=5, **inputs),
         ]
-    # Independent of the pack's sampler: without stochasticity it is the host's euler, on the same sigmas. That reaches
-    # x0 as the difference of numbers as large as sigma_max, which at zero terminal SNR is 4518.76.
+    # A reference independent of the pack's sampler: at eta = 0 it equals the host's euler on the same sigmas, up to
+    # rounding. Euler computes x0 as a difference of numbers as large as sigma_max, 4518.76 at zero terminal SNR.
     euler = graph.ksampler(model=model, sampler_name="euler", steps=3, seed=5, **inputs)
     nodes = [euler, *(node for nodes in found.values() for node in nodes)]
     expected, *others = latents(server, graph, *(graph.save(node[0]) for node in nodes))
@@ -101,7 +101,7 @@ def test_ksampler_equals_an_independent_tcd(server: ComfyServer, unet: UNet2DCon
     assert relative_error(found, expected) < 1e-4
 
 
-def test_tcd_goes_with_every_scheduler(server: ComfyServer) -> None:
+def test_tcd_works_with_every_scheduler(server: ComfyServer) -> None:
     graph = Graph(size=SIZE)
     model = graph.checkpoint()[0]
     names = options(server, "KSampler", "scheduler")
@@ -154,18 +154,18 @@ def test_the_eta_of_the_sampler_node_wins(server: ComfyServer) -> None:
     model = graph.checkpoint()[0]
     sigmas = graph.sigmas(model, steps=2)[0]
     plain = graph.sampler_custom(model=model, sigmas=sigmas, eta=0.3)
-    told = graph.sampler_custom(model=settings(graph, model, 1.0), sigmas=sigmas, eta=0.3)
+    overridden = graph.sampler_custom(model=settings(graph, model, 1.0), sigmas=sigmas, eta=0.3)
     selected = graph.sampler_custom(
         model=settings(graph, model, 1.0),
         sigmas=sigmas,
         sampler=graph.add("KSamplerSelect", sampler_name="tcd")[0],
     )
-    found = latents(server, graph, *(graph.save(node[0]) for node in (plain, told, selected)))
+    found = latents(server, graph, *(graph.save(node[0]) for node in (plain, overridden, selected)))
     assert torch.equal(found[0], found[1])
-    assert relative_error(found[2], found[0]) > 0.01, "a sampler chosen by its name goes by the model"
+    assert relative_error(found[2], found[0]) > 0.01, "a sampler chosen by name uses the model's eta"
 
 
-def test_the_settings_stay_through_what_comes_after_them(server: ComfyServer, unet: UNet2DConditionModel) -> None:
+def test_the_settings_survive_later_nodes(server: ComfyServer, unet: UNet2DConditionModel) -> None:
     save_file(random_lora(unet), server.models / "loras" / "settings.safetensors")
     afterwards: list[tuple[str, dict[str, Any]]] = [
         ("LoraLoaderModelOnly", {"lora_name": "settings.safetensors", "strength_model": 0.5}),
@@ -185,12 +185,12 @@ def test_the_settings_stay_through_what_comes_after_them(server: ComfyServer, un
         assert torch.equal(after, before) == (node != "TCDModelSettings"), node
 
 
-def test_the_settings_leave_their_model_alone(server: ComfyServer) -> None:
+def test_the_settings_do_not_change_their_input_model(server: ComfyServer) -> None:
     graph = Graph(size=SIZE)
     model = graph.checkpoint()[0]
     latents(server, graph, graph.save(graph.ksampler(model=settings(graph, model, 1.0), steps=2)[0]))
     graph = Graph(size=SIZE)
-    model = graph.checkpoint()[0]  # the very one, from the host's cache
+    model = graph.checkpoint()[0]  # the same object, from the host's cache
     by_name = graph.ksampler(model=model, steps=2)
     by_node = graph.sampler_custom(model=model, sigmas=graph.sigmas(model, steps=2)[0], eta=0.3)
     found, expected = latents(server, graph, graph.save(by_name[0]), graph.save(by_node[0]))

@@ -1,4 +1,4 @@
-"""The workflows that the host's template browser shows: sound as files, and they run as they are."""
+"""The workflows that the host's template browser shows: the files are consistent, and they run unchanged."""
 
 import io
 import json
@@ -31,14 +31,14 @@ NAMES = [
     "hyper-sdxl-one-step",
     "hyper-sd3-eight-steps",
 ]
-NOTES = {"Note", "MarkdownNote"}  # nodes of the browser alone
+NOTES = {"Note", "MarkdownNote"}  # nodes that exist only in the browser
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 MODEL_KEYS = {"name", "url", "directory"}
 DIRECTORIES = {"CheckpointLoaderSimple": "checkpoints", "TCDLoraLoader": "loras", "ControlNetLoader": "controlnet"}
 IN_PIXELS = {"EmptyLatentImage", "EmptySD3LatentImage", "ImageScale"}
-SIZE = 64  # that the tests give to what is in pixels
+SIZE = 64  # the value that the tests set for inputs in pixels
 SIZES = {"tcd-sd15-two-stage": (96, 96), "tcd-sd15-eta-comparison": (4 * SIZE + 3 * 8, SIZE)}  # else SIZE x SIZE
-COMPLAINTS = ("not loaded", "error", "missing", "does not fit", "applied in part")  # in capitals or not
+COMPLAINTS = ("not loaded", "error", "missing", "does not fit", "applied in part")  # in upper or lower case
 SAMPLERS = {"SamplerCustom", "SamplerCustomAdvanced", "KSampler"}
 
 
@@ -48,7 +48,7 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def api_prompt(workflow: Mapping[str, Any], object_info: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn a workflow as the browser saves it into a prompt, as the browser does when it is run."""
+    """Convert a saved workflow to a prompt, as the browser does when the workflow is run."""
     sources = {link: [str(node), slot] for link, node, slot, *_ in workflow["links"]}
     prompt = {}
     for node in workflow["nodes"]:
@@ -60,7 +60,7 @@ def api_prompt(workflow: Mapping[str, Any], object_info: Mapping[str, Any]) -> d
 
 
 def widget_values(node: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a node's widgets hold: the saved values in their order, and the defaults of widgets added since."""
+    """Return the widget values of a node: the saved ones in order, and defaults for widgets that were added later."""
     values = iter(node["widgets_values"])
     found = {}
     for name, (kind, *rest) in _inputs(info).items():
@@ -70,7 +70,7 @@ def widget_values(node: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str,
             if options.get("control_after_generate"):
                 assert next(values) in {"fixed", "increment", "decrement", "randomize"}
             if options.get("image_upload"):
-                assert next(values) == "image", "the button that uploads is a widget too"
+                assert next(values) == "image", "the upload button is a widget too"
     assert list(values) == [], f"{node['type']} has more values than widgets"
     return found
 
@@ -102,7 +102,7 @@ def test_links_and_ids_are_consistent(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nodes_say_where_they_and_their_models_come_from(name: str) -> None:
+def test_nodes_name_their_pack_and_the_sources_of_their_models(name: str) -> None:
     for node in _read(name)["nodes"]:
         if node["type"] in NOTES:
             continue
@@ -112,14 +112,14 @@ def test_nodes_say_where_they_and_their_models_come_from(name: str) -> None:
         assert ("models" in properties) == (node["type"] in DIRECTORIES)
         for model in properties.get("models", []):
             assert set(model) == MODEL_KEYS
-            assert model["name"] == node["widgets_values"][0], "or the browser does not offer the download"
-            assert model["url"].startswith("https://huggingface.co/"), "one of the few that the browser offers"
-            assert model["url"].endswith("/" + model["name"]), "the browser saves it under the address's name"
+            assert model["name"] == node["widgets_values"][0], "otherwise the browser does not offer the download"
+            assert model["url"].startswith("https://huggingface.co/"), "only these sources are offered by the browser"
+            assert model["url"].endswith("/" + model["name"]), "the browser saves the file under the name in the URL"
             assert model["directory"] == DIRECTORIES[node["type"]]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_note_tells_what_it_shows_and_no_node_covers_another(name: str) -> None:
+def test_a_note_describes_the_workflow_and_no_nodes_overlap(name: str) -> None:
     nodes = _read(name)["nodes"]
     (note,) = [node for node in nodes if node["type"] in NOTES]
     assert note["widgets_values"][0].startswith("## ")
@@ -129,13 +129,13 @@ def test_a_note_tells_what_it_shows_and_no_node_covers_another(name: str) -> Non
 
 
 def _overlap(node: Mapping[str, Any], other: Mapping[str, Any], title: int = 30) -> bool:
-    """Tell whether two nodes meet; the title of each stands above its position."""
+    """Whether two nodes overlap; a node's title is above its position."""
     (x, y), (width, height) = node["pos"], node["size"]
     (x2, y2), (width2, height2) = other["pos"], other["size"]
     return x < x2 + width2 and x2 < x + width and y - title < y2 + height2 and y2 - title < y + height
 
 
-def test_no_other_json_is_taken_for_a_workflow() -> None:
+def test_every_json_in_the_folder_is_a_workflow() -> None:
     assert sorted(path.stem for path in (PACK / "workflows").glob("*.json")) == sorted(NAMES)
 
 
@@ -144,12 +144,12 @@ def test_it_has_a_picture_that_loads_fast(name: str) -> None:
     file = PACK / "workflows" / f"{name}.jpg"
     assert file.stat().st_size <= 100_000
     with Image.open(file) as image:
-        assert image.format == "JPEG", "the one kind that the browser asks for"
+        assert image.format == "JPEG", "the only format that the browser requests"
         assert 640 <= image.width <= 1280
         assert max(high - low for low, high in image.getextrema()) > 100, "the picture is of one color"
 
 
-def test_no_picture_is_without_its_workflow() -> None:
+def test_every_picture_belongs_to_a_workflow() -> None:
     others = [path.name for path in (PACK / "workflows").iterdir() if path.suffix not in {".json", ".jpg"}]
     assert sorted(path.stem for path in (PACK / "workflows").glob("*.jpg")) == sorted(NAMES)
     assert others == []
@@ -172,7 +172,7 @@ def test_it_runs(server: ComfyServer, stand_ins: StandIns, name: str) -> None:
     prompt = api_prompt(workflow, info)
     for node in prompt.values():
         if node["class_type"] in IN_PIXELS:
-            node["inputs"] |= {"width": SIZE, "height": SIZE}  # all that is not as in the file
+            node["inputs"] |= {"width": SIZE, "height": SIZE}  # everything that differs from the file
     before = len(server.log_text())
     outputs = server.run(prompt)
     (save,) = [node_id for node_id, node in prompt.items() if node["class_type"] == "SaveImage"]
@@ -188,7 +188,7 @@ def test_it_runs(server: ComfyServer, stand_ins: StandIns, name: str) -> None:
 
 
 def _complaints(log: str) -> list[str]:
-    """Return the lines of the host's log that say that something is wrong with a file."""
+    """Return the lines of the host's log that report a problem with a file."""
     return [line for line in log.splitlines() if any(each in line.lower() for each in COMPLAINTS)]
 
 
@@ -201,12 +201,12 @@ def _complaints(log: str) -> list[str]:
         ("TCDLoraLoader", {"allow_partial": True}, ["was applied in part"]),
     ],
 )
-def test_what_the_host_says_of_a_lora_that_does_not_fit_is_a_complaint(
+def test_messages_about_a_lora_that_does_not_fit_are_found(
     server: ComfyServer, unet: UNet2DConditionModel, loader: str, options: dict[str, Any], words: list[str]
 ) -> None:
     lora = random_lora(unet)
     wide = next(name for name in lora if "attn2_to_k.lora_down" in name)
-    lora[wide] = torch.zeros(RANK, 2048)  # as SDXL has it
+    lora[wide] = torch.zeros(RANK, 2048)  # the width of SDXL
     lora |= {f"lora_unet_nowhere.lora_{side}.weight": torch.zeros(RANK, RANK) for side in ("up", "down")}
     save_file(lora, server.models / "loras" / "strange.safetensors")
     graph = Graph()
@@ -221,7 +221,7 @@ def test_what_the_host_says_of_a_lora_that_does_not_fit_is_a_complaint(
 
 
 def _check_widgets(node: Mapping[str, Any], info: Mapping[str, Any]) -> None:
-    """Also where a link overrides the widget, for the day that someone removes it."""
+    """Check every widget value, including those that a link overrides, because the link may be removed."""
     for name, value in widget_values(node, info).items():
         kind, *rest = _inputs(info)[name]
         options = rest[0] if rest else {}
@@ -234,7 +234,7 @@ def _check_widgets(node: Mapping[str, Any], info: Mapping[str, Any]) -> None:
 
 
 def _asked_steps(prompt: Mapping[str, Any]) -> list[int]:
-    """Return the number of steps of each sampler in the prompt; a link for steps comes from the LoRA loader."""
+    """Return the number of steps of each sampler in the prompt; if steps is a link, it is that of the LoRA loader."""
     asked = []
     for node in prompt.values():
         if node["class_type"] in SAMPLERS:

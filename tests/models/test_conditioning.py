@@ -13,18 +13,21 @@ from trajectory_consistency.trainer.models.conditioning import Conditioning
 def rows(count: int, *, sdxl: bool = True) -> Conditioning:
     numbers = torch.arange(count, dtype=torch.float32)
     context = numbers.view(-1, 1, 1).expand(-1, 77, 8)
-    return Conditioning(context, numbers.view(-1, 1) + 10, numbers.view(-1, 1) + 100) if sdxl else Conditioning(context)
+    if not sdxl:
+        return Conditioning.of(context=context, pooled=None)
+    return Conditioning.of(context=context, pooled=numbers.view(-1, 1) + 10, time_ids=numbers.view(-1, 1) + 100)
 
 
 def test_a_conditionings_parts_stay_together() -> None:
     three = rows(3)
     for part in (three[torch.tensor([2, 0])], Conditioning.cat([three[2:], three[:1]])):
-        assert part.pooled is not None and part.time_ids is not None and len(part) == 2
-        assert part.context[:, 0, 0].tolist() == [2, 0]
-        assert part.pooled.flatten().tolist() == [12, 10] and part.time_ids.flatten().tolist() == [102, 100]
+        assert set(part.tensors) == {"context", "pooled", "time_ids"} and len(part) == 2
+        assert part.tensors["context"][:, 0, 0].tolist() == [2, 0]
+        assert part.tensors["pooled"].flatten().tolist() == [12, 10]
+        assert part.tensors["time_ids"].flatten().tolist() == [102, 100]
     many = three[1:2].expand(4)
-    assert many.context.shape == (4, 77, 8) and many.pooled is not None and many.pooled.flatten().tolist() == [11] * 4
-    assert len(three.expand(3)) == 3 and rows(2, sdxl=False)[:1].to("cpu").pooled is None
+    assert many.tensors["context"].shape == (4, 77, 8) and many.tensors["pooled"].flatten().tolist() == [11] * 4
+    assert len(three.expand(3)) == 3 and "pooled" not in rows(2, sdxl=False)[:1].to("cpu").tensors
     with pytest.raises(RuntimeError):
         three.expand(4)
 
@@ -32,6 +35,12 @@ def test_a_conditionings_parts_stay_together() -> None:
 def test_conditionings_of_two_kinds_do_not_mix() -> None:
     with pytest.raises(ValueError, match="1 of 2 conditionings have pooled"):
         Conditioning.cat([rows(1), rows(1, sdxl=False)])
+
+
+def test_captions_of_different_lengths_are_not_joined_without_their_model() -> None:
+    short, long = (Conditioning.of(context=torch.zeros(1, tokens, 8)) for tokens in (77, 120))
+    with pytest.raises(ValueError, match=r"rows of context have different shapes, \[77, 8\], \[120, 8\]: join them by"):
+        Conditioning.cat([short, long])
 
 
 def test_sizes_are_told_in_the_order_that_sdxl_was_trained_on() -> None:
@@ -43,4 +52,4 @@ def test_sizes_are_told_in_the_order_that_sdxl_was_trained_on() -> None:
         SimpleNamespace(unet=unet), (1, 2), (3, 4), (5, 6), torch.float32, text_encoder_projection_dim=1280
     )
     fit = Fit(original=Size(1, 2), resized=Size(7, 8), bucket=Size(5, 6), top=3, left=4)
-    assert list(fit.time_ids) == theirs[0].tolist()
+    assert list(fit.sizes) == theirs[0].tolist()

@@ -1,6 +1,7 @@
 """SD1.5, SD2.x and SDXL from files and folders, against diffusers' own readers and pipelines."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,13 +10,17 @@ from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 from torch import Tensor
 
 from small_bases import Parts, random_parts, save_folder, shrink, to_state, write
+from trajectory_consistency.trainer.config.settings import BaseConfig
 from trajectory_consistency.trainer.errors import UserError
+from trajectory_consistency.trainer.models.conditioning import Conditioning
 from trajectory_consistency.trainer.models.unet import families as bases
 from trajectory_consistency.trainer.models.unet import ldm
+from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint
 from trajectory_consistency.trainer.models.unet.families import Family
-from trajectory_consistency.trainer.models.unet.teacher import identify, load_base, load_encoders
+from trajectory_consistency.trainer.models.unet.targets import TARGETS
 from trajectory_consistency.trainer.models.unet.text import CLIPS, clip_tokenizer
 
+CPU, FLOAT = torch.device("cpu"), torch.float32
 FAMILIES: list[Family] = ["sd15", "sd2", "sdxl"]
 CAPTIONS = ["", "a red circle left on a blue background", "word " * 100]
 REAL = bases.ROOT
@@ -28,8 +33,12 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def load(path: Path) -> Parts:
-    encoders = load_encoders(str(path))
-    return Parts(load_base(str(path)).unet, encoders.vae, encoders.text_encoder)
+    base = opened(path)
+    return Parts(base.load(FLOAT, CPU).network, base.load_autoencoder(CPU).vae, base.load_text_encoder(FLOAT, CPU))
+
+
+def opened(path: Path | str, **base: Any) -> UNetCheckpoint:
+    return UNetCheckpoint(BaseConfig(path=str(path), **base))
 
 
 def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
@@ -45,7 +54,7 @@ def test_from_file_to_folder_to_file_nothing_is_lost(family: Family, tmp_path: P
     assert same(to_state(from_folder), state)
     scale = {"sdxl": 0.13025}.get(family, 0.18215)
     assert from_file.vae.config.scaling_factor == from_folder.vae.config.scaling_factor == scale
-    assert identify(str(tmp_path / "folder")).family == identify(str(tmp_path / "a.safetensors")).family == family
+    assert opened(tmp_path / "folder").family == opened(tmp_path / "a.safetensors").family == family
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -68,7 +77,7 @@ def test_a_file_is_read_as_diffusers_reads_it(family: Family, tmp_path: Path) ->
 @pytest.mark.parametrize("family", FAMILIES)
 def test_captions_are_encoded_as_diffusers_pipelines_encode_them(family: Family) -> None:
     parts = random_parts(family)
-    ours = parts.text_encoder.encode(CAPTIONS)
+    ours = Conditioning.cat(parts.text_encoder.encode(CAPTIONS)).tensors
     clip_tokenizer().model_max_length = 77  # the pipelines ask for it
     kind = StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline
     options = {"do_classifier_free_guidance": False, "num_images_per_prompt": 1, "device": "cpu"}
@@ -77,17 +86,17 @@ def test_captions_are_encoded_as_diffusers_pipelines_encode_them(family: Family)
             None, parts.text_encoder[0], parts.text_encoder[1], clip_tokenizer(), zero_padding(), parts.unet, None
         )
         context, _, pooled, _ = pipeline.encode_prompt(CAPTIONS, **options)
-        assert ours.pooled is not None and pooled.shape == (3, 16)
-        torch.testing.assert_close(ours.pooled, pooled)
-        assert ours.context.shape == (3, 77, 8 + 16)
+        assert pooled.shape == (3, 16)
+        torch.testing.assert_close(ours["pooled"], pooled)
+        assert ours["context"].shape == (3, 77, 8 + 16)
     else:
         tokenizer = zero_padding() if family == "sd2" else clip_tokenizer()
         pipeline = kind(
             None, parts.text_encoder[0], tokenizer, parts.unet, None, None, None, requires_safety_checker=False
         )
         context, _ = pipeline.encode_prompt(CAPTIONS, **options)
-        assert ours.pooled is None
-    torch.testing.assert_close(ours.context, context)
+        assert "pooled" not in ours
+    torch.testing.assert_close(ours["context"], context)
 
 
 def zero_padding() -> object:
@@ -99,6 +108,34 @@ def zero_padding() -> object:
     )
     assert tokenizer.pad_token_id == 0
     return tokenizer
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_data_everything_has_the_shapes_and_dtypes_that_it_has_with_it(family: Family, tmp_path: Path) -> None:
+    base, meta = opened(write(tmp_path / "a.safetensors", to_state(random_parts(family)))), torch.device("meta")
+
+    def shapes(device: torch.device) -> list[dict[str, tuple[torch.Size, torch.dtype]]]:
+        text_encoder = base.load_text_encoder(torch.bfloat16, device)
+        models = base.load(torch.bfloat16, device).network, text_encoder, base.load_autoencoder(device).vae
+        return [{name: (each.shape, each.dtype) for name, each in model.named_parameters()} for model in models]
+
+    assert shapes(meta) == shapes(CPU)
+    rows = base.load_text_encoder(FLOAT, CPU).encode(["a red circle", ""])
+    joined, blank = base.collate(rows, torch.zeros(2, 6)).tensors, base.placeholder_conditioning(2, CPU).tensors
+    assert {name: each.shape for name, each in joined.items()} == {name: each.shape for name, each in blank.items()}
+    assert ("time_ids" in blank) == (family == "sdxl") and base.placeholder_conditioning(2, meta).tensors[
+        "context"
+    ].is_meta
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_lora_trains_all_kinds_of_layer_wherever_they_are(family: Family, tmp_path: Path) -> None:
+    model = opened(write(tmp_path / "a.safetensors", to_state(random_parts(family)))).load(FLOAT, CPU)
+    layers = model.layers(("all",))
+    assert set(map(model.layer_kind, layers)) == set(TARGETS) and layers == model.layers(TARGETS)
+    assert len({model.lora_key(layer) for layer in layers}) == len(layers)
+    assert not set(model.layers(("attention",))) & set(model.layers(("convolution", "feed_forward")))
+    assert bases.layer_shapes(family).keys() >= set(layers)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -124,7 +161,7 @@ def test_a_fine_tune_in_half_precision_with_more_in_it_is_the_same_model(
 
 def test_tensors_of_a_changed_unet_are_spoken_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     more = {ldm.UNET_PREFIX + "input_blocks.1.0.extra.weight": torch.ones(1)}
-    load_base(str(write(tmp_path / "a.safetensors", to_state(random_parts("sd15")) | more)))
+    opened(write(tmp_path / "a.safetensors", to_state(random_parts("sd15")) | more)).load(FLOAT, CPU)
     assert "1 tensors of its UNet are not used, such as model.diffusion_model.input_blocks.1.0.extra" in caplog.text
 
 
@@ -133,20 +170,22 @@ def test_a_vae_of_its_own_takes_the_place_of_the_models(family: Family, tmp_path
     parts = random_parts(family)
     state = to_state(parts)
     rest = {name: tensor for name, tensor in state.items() if not name.startswith(ldm.VAE_PREFIX)}
-    without = str(write(tmp_path / "without.safetensors", rest))
+    without = write(tmp_path / "without.safetensors", rest)
     bare = {name.removeprefix(ldm.VAE_PREFIX): state[name] for name in state.keys() - rest.keys()}
     with pytest.raises(UserError, match=r"has no VAE .* set base\.vae"):
-        identify(without)
+        opened(without).check_encoders()
     parts.vae.save_pretrained(tmp_path / "folder")
     for vae in (
         write(tmp_path / "vae.safetensors", bare),
         write(tmp_path / "b.safetensors", state),
         tmp_path / "folder",
     ):
-        assert identify(without, vae=str(vae)).family == family
-        assert same(load_encoders(without, vae=str(vae)).vae.state_dict(), parts.vae.state_dict())
+        base = opened(without, vae=str(vae))
+        base.check_encoders()
+        assert base.family == family
+        assert same(base.load_autoencoder(CPU).vae.state_dict(), parts.vae.state_dict())
     with pytest.raises(UserError, match="there is no model at"):
-        identify(without, vae=str(tmp_path / "none.safetensors"))
+        opened(without, vae=str(tmp_path / "none.safetensors"))
 
 
 def test_a_folder_that_has_its_weights_in_half_precision_alone(tmp_path: Path) -> None:
@@ -173,9 +212,10 @@ def test_a_file_says_what_it_predicts_and_from_which_noise(
 ) -> None:
     state = to_state(random_parts(family)) | {mark: torch.zeros(0) for mark in marks}
     state[SD2_BIAS] = torch.zeros_like(state[SD2_BIAS]) if family == "sd2" else state.get(SD2_BIAS, torch.zeros(1))
-    path = str(write(tmp_path / "a.safetensors", state, metadata=metadata or None))
-    found, base = identify(path), load_base(path)
-    assert (found.prediction, found.zero_snr) == (base.prediction, base.alpha_bar[-1].item() == 0) == expected
+    found = opened(write(tmp_path / "a.safetensors", state, metadata=metadata or None))
+    model = found.load(FLOAT, CPU)
+    at_the_end = model.schedule.point(torch.tensor([999])).level
+    assert (found.prediction, found.zero_snr) == (model.prediction, at_the_end.alpha.item() == 0) == expected
     assert ("eps is assumed" in " ".join(found.notes)) == (not marks and not metadata and family != "sd2")
 
 
@@ -184,10 +224,10 @@ def test_of_sd2_the_weights_tell_what_it_predicts(spread: float, tmp_path: Path)
     state = to_state(random_parts("sd2"))
     bias = torch.linspace(-1, 1, len(state[SD2_BIAS]))
     state[SD2_BIAS] = bias * spread / bias.std(unbiased=False)
-    path = str(write(tmp_path / "a.safetensors", state))
-    assert identify(path).prediction == ("v" if spread > 0.1 else "eps")
-    assert "according to its weights, as ComfyUI" in identify(path).notes[0]
-    assert identify(path, prediction="eps").prediction == "eps" and not identify(path, prediction="eps").notes
+    path = write(tmp_path / "a.safetensors", state)
+    assert opened(path).prediction == ("v" if spread > 0.1 else "eps")
+    assert "according to its weights, as ComfyUI" in opened(path).notes[0]
+    assert opened(path, prediction="eps").prediction == "eps" and not opened(path, prediction="eps").notes
 
 
 @pytest.mark.parametrize(
@@ -203,27 +243,27 @@ def test_of_sd2_the_weights_tell_what_it_predicts(spread: float, tmp_path: Path)
 def test_a_folder_says_it_in_its_scheduler(
     scheduler: dict[str, object] | None, expected: tuple[str, bool], tmp_path: Path
 ) -> None:
-    found = identify(str(save_folder(random_parts("sdxl"), tmp_path / "folder", scheduler)))
+    found = opened(save_folder(random_parts("sdxl"), tmp_path / "folder", scheduler))
     assert (found.prediction, found.zero_snr) == expected
 
 
 def test_its_owners_word_counts_more(tmp_path: Path) -> None:
-    path = str(write(tmp_path / "a.safetensors", to_state(random_parts("sdxl"))))
-    base = load_base(path, prediction="v", zero_snr="yes")
-    assert base.prediction == "v" and base.alpha_bar[-1].item() == 0 and base.alpha_bar[0].item() > 0.99
-    marked = str(write(tmp_path / "b.safetensors", to_state(random_parts("sdxl")) | {"ztsnr": torch.zeros(0)}))
-    for call in (identify, load_base):
-        with pytest.raises(UserError, match="to predict eps at zero terminal SNR"):
-            call(marked)
-        with pytest.raises(UserError, match="to predict eps at zero terminal SNR"):
-            call(path, zero_snr="yes")
-    assert identify(marked, zero_snr="no").prediction == "eps" and identify(marked, prediction="v").zero_snr
+    path = write(tmp_path / "a.safetensors", to_state(random_parts("sdxl")))
+    model = opened(path, prediction="v", zero_snr="yes").load(FLOAT, CPU)
+    alpha_bar = model.schedule.point(torch.tensor([0, 999])).level.alpha.square()
+    assert model.prediction == "v" and alpha_bar[1].item() == 0 and alpha_bar[0].item() > 0.99
+    marked = write(tmp_path / "b.safetensors", to_state(random_parts("sdxl")) | {"ztsnr": torch.zeros(0)})
+    with pytest.raises(UserError, match="to predict eps at zero terminal SNR"):
+        opened(marked)
+    with pytest.raises(UserError, match="to predict eps at zero terminal SNR"):
+        opened(path, zero_snr="yes")
+    assert opened(marked, zero_snr="no").prediction == "eps" and opened(marked, prediction="v").zero_snr
 
 
 @pytest.mark.parametrize("broken", ["conditioner.embedders.1.model.ln_final.weight", "conditioner.embedders.0."])
 def test_a_text_encoder_that_is_not_whole_is_told_by_its_name(broken: str, tmp_path: Path) -> None:
     state = {name: each for name, each in to_state(random_parts("sdxl")).items() if not name.startswith(broken)}
-    path = str(write(tmp_path / "a.safetensors", state))
+    base = opened(write(tmp_path / "a.safetensors", state))
     message = "does not hold a whole sdxl text_encoder_2: 1 of its" if "1." in broken else "has no text encoder"
     with pytest.raises(UserError, match=message):
-        load_encoders(path)
+        base.load_text_encoder(FLOAT, CPU)

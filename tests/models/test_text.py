@@ -29,7 +29,9 @@ def test_embeddings_are_the_normed_last_state_and_do_not_depend_on_neighbors() -
     torch.manual_seed(0)
     model = TextEncoder("tiny", [empty_text_encoder("tiny")]).eval()
     captions = ["a red circle", "a long caption of a blue square"]
-    both, alone = model.encode(captions).context, model.encode(captions[:1]).context
+    both, alone = (
+        torch.cat([row.tensors["context"] for row in model.encode(each)]) for each in (captions, captions[:1])
+    )
     assert both.shape == (2, 77, 32)
     torch.testing.assert_close(both[:1], alone, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(both.mean(-1), torch.zeros(2, 77), rtol=0, atol=1e-5)  # a LayerNorm was the last

@@ -1,4 +1,4 @@
-"""The pack's entry point, as the host finds it: a package whose nodes are imported only when they are asked for."""
+"""The pack's entry point: a package whose nodes are imported only when the host asks for them."""
 
 import asyncio
 import importlib
@@ -30,11 +30,11 @@ def load_pack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str]
 def test_the_nodes_are_imported_when_the_host_asks_for_them(load_pack: Callable[[str], ModuleType]) -> None:
     pack = load_pack("class TCDExtension: pass")
     assert "pack.nodes" not in sys.modules
-    assert not hasattr(pack, "NODE_CLASS_MAPPINGS")  # the host would take it and leave the entry point
+    assert not hasattr(pack, "NODE_CLASS_MAPPINGS")  # with it, the host would ignore the entry point
     assert type(asyncio.run(pack.comfy_entrypoint())).__name__ == "TCDExtension"
 
 
-def test_nodes_that_do_not_import_are_logged_with_the_place_and_raised(
+def test_an_import_error_is_logged_with_a_traceback_and_raised(
     load_pack: Callable[[str], ModuleType], caplog: pytest.LogCaptureFixture
 ) -> None:
     pack = load_pack("def inner():\n    raise RuntimeError('no such host')\ninner()")

@@ -1,4 +1,4 @@
-"""The replacements of other packs' nodes, on a host that knows of no such thing and on one that does."""
+"""The replacements of other packs' nodes, on a host without the replacement API and on one with it."""
 
 import asyncio
 import importlib.util
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def _register(monkeypatch: pytest.MonkeyPatch, **latest: Any) -> None:
-    """Import the module as a host with this comfy_api.latest does, and register."""
+    """Import the module with this comfy_api.latest, and register the replacements."""
     for name in ("comfy_api", "comfy_api.latest"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     vars(sys.modules["comfy_api.latest"]).update(latest)
@@ -26,12 +26,12 @@ def _register(monkeypatch: pytest.MonkeyPatch, **latest: Any) -> None:
 
 def test_an_older_host_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_api() -> None:
-        pytest.fail("the API was asked for")
+        pytest.fail("the API was used")
 
     _register(monkeypatch, io=SimpleNamespace(), ComfyAPI=no_api)
 
 
-def test_each_older_node_is_replaced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_node_of_another_pack_is_replaced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[Any] = []
 
     async def register(replacement: Any) -> None:

@@ -1,5 +1,6 @@
-"""The alpha that PEFT's settings come to, against PEFT itself."""
+"""The alpha of a PEFT config, compared with PEFT itself."""
 
+import json
 import math
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from trajectory_consistency.tcd import peft_alpha
+from trajectory_consistency.tcd import parse_peft_config, peft_alpha
 
 LAYERS = ("attn1.to_q", "attn1.to_out.0", "attn2.to_q", "ff.net.0.proj")
 
@@ -56,3 +57,24 @@ def test_a_bad_alpha_is_refused(alpha: Any) -> None:
 def test_a_bad_pattern_is_refused() -> None:
     with pytest.raises(ValueError, match="alpha_pattern has '\\(', which is not a regular expression"):
         peft_alpha({"lora_alpha": 4, "alpha_pattern": {"(": 2}}, "conv_in", 4)
+
+
+@pytest.mark.parametrize("prefix", ["unet.", "transformer.", ""])
+def test_the_config_of_the_denoising_network_is_found_with_and_without_a_prefix(prefix: str) -> None:
+    network = {"r": 4, "lora_alpha": 8, "alpha_pattern": {"to_q": 3}}
+    text_encoder = {"text_encoder.r": 2, "text_encoder.lora_alpha": 2} if prefix else {}
+    text = json.dumps({**text_encoder, **{f"{prefix}{key}": value for key, value in network.items()}})
+    assert parse_peft_config(text) == network
+
+
+def test_without_a_config_of_the_denoising_network_there_is_none() -> None:
+    assert parse_peft_config(json.dumps({"text_encoder.lora_alpha": 8})) is None
+    assert parse_peft_config("{}") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "Expecting property name"), ("[]", "it holds a list"), ("3", "it holds a int")]
+)
+def test_damaged_metadata_are_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_peft_config(text)

@@ -1,57 +1,68 @@
-"""The loss against networks whose answers are known, and against the paper's form of it, written out."""
+"""The loss against networks whose answers are known, on every clock, and against the paper's form, written out."""
+
+from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
-from oracles import MEAN, STD, gaussian_map, told_x0
-from trajectory_consistency.tcd import Level, add_noise, scaled_linear_alpha_bar, vp_level
+from ladders import CLOCKS
+from oracles import MEAN, STD, gaussian_map, in_float64, points_of, told_network
+from trajectory_consistency.tcd import Level, Schedule, TimePoint, add_noise, jump
 from trajectory_consistency.tcd.objective import (
     DistanceName,
     Predict,
-    Told,
+    Weighting,
     distance_of,
     first_order,
     second_order,
     tcd_loss,
     weights,
 )
-from trajectory_consistency.tcd.times import Times, sample_times
-from trajectory_consistency.trainer.models.unet.network import Network
+from trajectory_consistency.tcd.times import Law, Points, Times, sample_times
 
-ALPHA_BAR = scaled_linear_alpha_bar()
-
-
-def level(timesteps: Tensor) -> Level:
-    return vp_level(ALPHA_BAR[timesteps].view(-1, 1, 1, 1))
+each_clock = pytest.mark.parametrize("clock", CLOCKS)
+each_law = pytest.mark.parametrize("law", get_args(Law))
 
 
-def gaussian_x0(x_t: Tensor, timesteps: Tensor, rows: Tensor) -> Tensor:
+def gaussian_x0(x_t: Tensor, t: TimePoint, s: TimePoint, rows: Tensor) -> Tensor:
     """E[x0 | x_t] for data N(0, 0.5^2): what a perfect network predicts."""
-    t = level(timesteps)
-    return 0.25 * t.alpha / (0.25 * t.alpha**2 + t.sigma**2) * x_t
+    alpha, sigma = t.level
+    return 0.25 * alpha / (0.25 * alpha**2 + sigma**2) * x_t
 
 
-def batch(count: int = 8, seed: int = 0) -> tuple[Tensor, Tensor, Times]:
+def batch(
+    count: int = 8, seed: int = 0, clock: str = "discrete", law: Law = "uniform"
+) -> tuple[Tensor, Tensor, Points, Tensor]:
+    """x0, eps, points with levels in float64, and the rows that moved."""
     generator = torch.Generator().manual_seed(seed)
     x0 = 0.5 * torch.randn(count, 4, 8, 8, generator=generator, dtype=torch.float64)
     eps = torch.randn(x0.shape, generator=generator, dtype=torch.float64)
-    return x0, eps, sample_times(count, law="uniform", origin_steps=50, skip=20, generator=generator)
+    times = sample_times(
+        count, schedule=CLOCKS[clock], law=law, origin_steps=50, skip=20, phases=4, generator=generator
+    )
+    return x0, eps, exact_points(CLOCKS[clock], times), times.moved
 
 
-def loss(student: Predict, teacher: Predict, x0: Tensor, eps: Tensor, times: Times, c: float = 0.001) -> Tensor:
+def exact_points(schedule: Schedule, times: Times) -> Points:
+    return Points(*map(in_float64, points_of(schedule, times)))
+
+
+def moved_of(points: Points) -> Tensor:
+    return Times(*(point.time for point in points)).moved
+
+
+def halfway(clock: str) -> Callable[[TimePoint, TimePoint], TimePoint]:
+    """The midpoint of two points, with levels in float64."""
+    schedule = CLOCKS[clock]
+    return lambda t, s: in_float64(schedule.point(schedule.midpoint(t.time, s.time), 4))
+
+
+def loss(student: Predict, teacher: Predict, x0: Tensor, eps: Tensor, points: Points, c: float = 0.001) -> Tensor:
     """TCD's own: first order, the student itself as target, Huber of each element, every example alike."""
-    return told_loss(untold(student), teacher, x0, eps, times, c)
-
-
-def untold(predict: Predict) -> Told:
-    """A prediction that does not heed s."""
-    return lambda x_t, t, s, rows: predict(x_t, t, rows)
-
-
-def told_loss(student: Told, teacher: Predict, x0: Tensor, eps: Tensor, times: Times, c: float = 0.001) -> Tensor:
-    follow = first_order(student, level)
-    return tcd_loss(follow, follow, teacher, x0, eps, times, level=level, distance=distance_of("huber", c)).mean()
+    follow, distance = first_order(student), distance_of("huber", c)
+    return tcd_loss(follow, follow, teacher, x0, eps, points, moved=moved_of(points), distance=distance).mean()
 
 
 def exponential_integrator(x: Tensor, x0: Tensor, t: Level, s: Level) -> Tensor:
@@ -61,115 +72,226 @@ def exponential_integrator(x: Tensor, x0: Tensor, t: Level, s: Level) -> Tensor:
 
 
 def test_it_is_the_papers_loss_written_out() -> None:
-    x0, eps, times = batch()
-    t, t_next, s = (level(time) for time in times)
+    x0, eps, points, _ = batch()
+    t, t_next, s = (point.level for point in points)
 
-    def student(x_t: Tensor, timesteps: Tensor, rows: Tensor) -> Tensor:
-        return 0.3 * x_t + timesteps.view(-1, 1, 1, 1) / 1000 + rows.view(-1, 1, 1, 1)
+    def student(x_t: Tensor, t: TimePoint, s: TimePoint, rows: Tensor) -> Tensor:
+        return 0.3 * x_t + t.time.view(-1, 1, 1, 1) / 1000 + rows.view(-1, 1, 1, 1)
 
     x_t = add_noise(x0, eps, t)
     rows = torch.arange(8)
-    x_next = exponential_integrator(x_t, gaussian_x0(x_t, times.t, rows), t, t_next)
-    target = exponential_integrator(x_next, student(x_next, times.t_next, rows), t_next, s)
-    pred = exponential_integrator(x_t, student(x_t, times.t, rows), t, s)
+    x_next = exponential_integrator(x_t, gaussian_x0(x_t, points.t, points.t_next, rows), t, t_next)
+    target = exponential_integrator(x_next, student(x_next, points.t_next, points.s, rows), t_next, s)
+    pred = exponential_integrator(x_t, student(x_t, points.t, points.s, rows), t, s)
     expected = ((pred - target) ** 2 + 0.01**2).sqrt().mean() - 0.01
-    got = loss(student, gaussian_x0, x0, eps, times, c=0.01)
-    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(loss(student, gaussian_x0, x0, eps, points, c=0.01), expected)
 
 
-def test_a_network_that_knows_the_point_has_no_loss() -> None:
-    x0, eps, times = batch()
-    knows = lambda x_t, timesteps, rows: x0[rows]  # noqa: E731
-    assert loss(knows, knows, x0, eps, times) < 1e-12
+# Networks without loss
 
 
-def test_the_order_of_the_batch_does_not_matter() -> None:
-    x0, eps, times = batch()
+@each_clock
+@each_law
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("count", [1, 32])
+def test_a_network_that_knows_the_point_has_no_loss(law: Law, order: int, count: int, clock: str) -> None:
+    x0, eps, points, moved = batch(count, clock=clock, law=law)
+    knows: Predict = lambda x_t, t, s, rows: x0[rows]  # noqa: E731
+    follow = first_order(knows) if order == 1 else second_order(knows, halfway(clock))
+    for name in get_args(DistanceName):
+        found = tcd_loss(follow, follow, knows, x0, eps, points, moved=moved, distance=distance_of(name, 0.001))
+        for weighting in get_args(Weighting):
+            weighted = weights(points, weighting) * found
+            assert weighted.shape == (count,) and (weighted.abs() < 1e-12).all()
+
+
+@each_clock
+@each_law
+@pytest.mark.parametrize("count", [1, 32])
+def test_a_network_that_knows_s_can_have_no_loss_at_all(law: Law, count: int, clock: str) -> None:
+    """On a Gaussian: its exact trajectories are jumps of a network that is given s, and of none that is not."""
+    x0, eps, points, moved = batch(count, clock=clock, law=law)
+    follow = first_order(told_network)
+    for name in get_args(DistanceName):
+        distance = distance_of(name, 0.001)
+        found = tcd_loss(follow, follow, told_network, x0, eps, points, moved=moved, distance=distance)
+        for weighting in get_args(Weighting):
+            assert ((weights(points, weighting) * found).abs() < 1e-12).all()
+
+
+@each_clock
+def test_a_network_that_goes_elsewhere_or_ignores_s_has_a_loss(clock: str) -> None:
+    x0, eps, points, _ = batch(32, clock=clock)
+    schedule = CLOCKS[clock]
+    assert loss(told_network, told_network, x0, eps, points) < 1e-12
+
+    def elsewhere(x_t: Tensor, t: TimePoint, s: TimePoint, rows: Tensor) -> Tensor:
+        return told_network(x_t, t, in_float64(schedule.point(s.time // 2, 4)), rows)
+
+    def ignorant(x_t: Tensor, t: TimePoint, s: TimePoint, rows: Tensor) -> Tensor:
+        alpha, sigma = t.level
+        return MEAN + STD**2 * alpha / (STD**2 * alpha**2 + sigma**2) * (x_t - alpha * MEAN)
+
+    assert loss(elsewhere, told_network, x0, eps, points) > 1e-3
+    assert loss(ignorant, told_network, x0, eps, points) > 1e-3
+
+
+@each_clock
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_jump_through_a_point_between_is_the_jump(dtype: torch.dtype, clock: str) -> None:
+    schedule = CLOCKS[clock]
+    top = schedule.num_times - 1
+    times = Times(
+        torch.tensor([top, top, 500, 40, 2]), torch.tensor([980, 500, 499, 20, 1]), torch.tensor([0, 1, 2, 0, 0])
+    )
+    points = points_of(schedule, times) if dtype == torch.float32 else exact_points(schedule, times)
+    x, x0 = torch.randn(2, 5, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    t, u, s = (point.level for point in points)
+    through = jump(jump(x, x0, t, u), x0, u, s)
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(through, jump(x, x0, t, s), rtol=tolerance, atol=tolerance)
+    assert torch.equal(jump(x, x0, t, t), x)
+
+
+@each_clock
+def test_arithmetic_is_in_float32_whatever_the_network_answers_in(clock: str) -> None:
+    schedule = CLOCKS[clock]
+    times = sample_times(
+        1, schedule=schedule, law="zero", origin_steps=50, skip=20, generator=torch.Generator().manual_seed(0)
+    )
+    x0 = torch.full((1, 4, 8, 8), 0.75)
+    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+    knows = first_order(lambda x_t, t, s, rows: x0[rows].bfloat16())
+    found = tcd_loss(
+        knows,
+        knows,
+        lambda x_t, t, s, rows: x0[rows].bfloat16(),
+        x0,
+        eps,
+        points_of(schedule, times),
+        moved=times.moved,
+        distance=distance_of("l2", 0.0),
+    )
+    assert found.dtype == torch.float32 and (found < 1e-12).all()
+
+
+# Who is called with what
+
+
+@each_clock
+def test_the_order_of_the_batch_does_not_matter(clock: str) -> None:
+    x0, eps, points, _ = batch(clock=clock)
     flip = torch.arange(7, -1, -1)
-    flipped = Times(*(time[flip] for time in times))
     torch.testing.assert_close(
-        loss(gaussian_x0, gaussian_x0, x0[flip], eps[flip], flipped), loss(gaussian_x0, gaussian_x0, x0, eps, times)
+        loss(gaussian_x0, gaussian_x0, x0[flip], eps[flip], points.rows(flip)),
+        loss(gaussian_x0, gaussian_x0, x0, eps, points),
     )
 
 
-def test_only_the_prediction_has_a_gradient_and_the_student_comes_last() -> None:
-    x0, eps, times = batch(64)
+@each_clock
+def test_only_the_prediction_has_a_gradient_and_the_student_comes_last(clock: str) -> None:
+    x0, eps, points, moved = batch(64, clock=clock)
     weight = torch.ones((), dtype=torch.float64, requires_grad=True)
-    calls: list[tuple[str, bool, int]] = []
+    calls: list[tuple[str, bool, list[int], list[int], list[int]]] = []
 
-    def student(x_t: Tensor, timesteps: Tensor, rows: Tensor) -> Tensor:
-        calls.append(("student", torch.is_grad_enabled(), len(rows)))
-        return weight * gaussian_x0(x_t, timesteps, rows)
+    def called(who: str, t: TimePoint, s: TimePoint, rows: Tensor) -> None:
+        calls.append((who, torch.is_grad_enabled(), t.time.tolist(), s.time.tolist(), rows.tolist()))
 
-    def teacher(x_t: Tensor, timesteps: Tensor, rows: Tensor) -> Tensor:
-        calls.append(("teacher", torch.is_grad_enabled(), len(rows)))
-        return gaussian_x0(x_t, timesteps, rows)
+    def student(x_t: Tensor, t: TimePoint, s: TimePoint, rows: Tensor) -> Tensor:
+        called("student", t, s, rows)
+        return weight * gaussian_x0(x_t, t, s, rows)
 
-    loss(student, teacher, x0, eps, times).backward()
-    moved = int((times.s < times.t_next).sum())
-    assert 0 < moved < 64, "the batch must have rows with s = t_next and others"
-    assert calls == [("teacher", False, 64), ("student", False, moved), ("student", True, 64)]
+    def teacher(x_t: Tensor, t: TimePoint, s: TimePoint, rows: Tensor) -> Tensor:
+        called("teacher", t, s, rows)
+        return gaussian_x0(x_t, t, s, rows)
+
+    loss(student, teacher, x0, eps, points).backward()
+    assert 0 < len(moved) < 64, "the batch must have rows with s = t_next and others"
+    t, t_next, s = (point.time for point in points)
+    assert calls == [
+        ("teacher", False, t.tolist(), t_next.tolist(), list(range(64))),
+        ("student", False, t_next[moved].tolist(), s[moved].tolist(), moved.tolist()),
+        ("student", True, t.tolist(), s.tolist(), list(range(64))),
+    ]
     assert weight.grad is not None and weight.grad != 0
 
 
-def test_where_s_is_t_next_the_target_is_the_teachers_step() -> None:
-    x0, eps, _ = batch(1)
-    times = Times(torch.tensor([519]), torch.tensor([499]), torch.tensor([499]))
+@each_clock
+@pytest.mark.parametrize("count", [1, 3])
+def test_where_s_is_t_next_the_target_is_the_teachers_step(count: int, clock: str) -> None:
+    x0, eps, _, _ = batch(count)
+    times = Times(*(torch.full((count,), time) for time in (519, 499, 499)))
+    points = exact_points(CLOCKS[clock], times)
+    assert times.moved.shape == (0,)
 
-    def never_for_the_target(x_t: Tensor, timesteps: Tensor, rows: Tensor) -> Tensor:
+    def never_for_the_target(x_t: Tensor, t: TimePoint, s: TimePoint, rows: Tensor) -> Tensor:
         assert torch.is_grad_enabled(), "the target needs no forward here"
-        return gaussian_x0(x_t, timesteps, rows)
+        return gaussian_x0(x_t, t, s, rows)
 
-    assert loss(never_for_the_target, gaussian_x0, x0, eps, times) < 1e-12
+    assert loss(never_for_the_target, gaussian_x0, x0, eps, points) < 1e-12
+
+
+@each_clock
+def test_the_rows_left_out_of_the_target_would_not_have_moved(clock: str) -> None:
+    x0, eps, points, moved = batch(64, clock=clock)
+    follow = first_order(gaussian_x0)
+    alone, all_rows = (
+        tcd_loss(follow, follow, gaussian_x0, x0, eps, points, moved=rows, distance=distance_of("l2", 0.0))
+        for rows in (moved, torch.arange(64))
+    )
+    assert len(moved) < 64 and torch.equal(alone, all_rows)
 
 
 def test_the_target_may_be_another_network_than_the_student() -> None:
-    x0, eps, times = batch()
-    times = Times(times.t, times.t_next, torch.zeros_like(times.s))
-    knows: Predict = lambda x, t, rows: x0[rows]  # noqa: E731
-    right, wrong = first_order(untold(knows), level), first_order(lambda x, t, s, rows: x0[rows] + 1, level)
-    options = {"level": level, "distance": distance_of("l2", 0.0)}
-    clean = level(times.s).sigma.flatten() / level(times.t).sigma.flatten()
-    assert (tcd_loss(right, right, knows, x0, eps, times, **options) < 1e-12).all()
-    off = tcd_loss(right, wrong, knows, x0, eps, times, **options)
-    assert (off[times.t_next > 0] > 0.9 * (1 - clean[times.t_next > 0]) ** 2).all()
+    x0, eps, points, _ = batch()
+    clean = torch.zeros_like(points.s.time)
+    points = points._replace(s=in_float64(CLOCKS["discrete"].point(clean, 4)))
+    knows: Predict = lambda x, t, s, rows: x0[rows]  # noqa: E731
+    right, wrong = first_order(knows), first_order(lambda x, t, s, rows: x0[rows] + 1)
+    moved, distance = moved_of(points), distance_of("l2", 0.0)
+    kept = (points.s.level.sigma / points.t.level.sigma).flatten()
+    assert (tcd_loss(right, right, knows, x0, eps, points, moved=moved, distance=distance) < 1e-12).all()
+    off = tcd_loss(right, wrong, knows, x0, eps, points, moved=moved, distance=distance)
+    assert (off[moved] > 0.9 * (1 - kept[moved]) ** 2).all()
 
 
-def test_a_network_that_is_told_s_can_have_no_loss_at_all() -> None:
-    """On a Gaussian: its exact trajectories are jumps of a network that is told s, and of none that is not."""
-    x0, eps, times = batch(32)
+@each_clock
+@pytest.mark.parametrize("order", [1, 2])
+def test_the_loss_never_looks_at_a_number(order: int, clock: str) -> None:
+    """On the meta device there is none: what would wait for a GPU fails there."""
+    schedule = CLOCKS[clock].to("meta")
+    time = torch.empty(4, dtype=torch.int64, device="meta")
+    points = points_of(schedule, Times(time, time, time))
+    x0 = torch.empty(4, 4, 8, 8, device="meta")
+    follow = first_order(gaussian_x0)
+    if order == 2:
+        follow = second_order(gaussian_x0, lambda t, s: schedule.point(schedule.midpoint(t.time, s.time), 4))
+    for moved in (time[:2], time[:0]):
+        for name in get_args(DistanceName):
+            found = tcd_loss(
+                follow, follow, gaussian_x0, x0, x0, points, moved=moved, distance=distance_of(name, 0.001)
+            )
+            for weighting in get_args(Weighting):
+                weighted = weights(points, weighting) * found
+                assert weighted.shape == (4,) and weighted.dtype == torch.float32
 
-    def knows(x_t: Tensor, t: Tensor, s: Tensor, rows: Tensor) -> Tensor:
-        return told_x0(x_t, level(t), level(s))
 
-    def exact_step(x_t: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-        return told_x0(x_t, level(t), level(times.t_next[rows]))
-
-    assert told_loss(knows, exact_step, x0, eps, times) < 1e-9
-    elsewhere = lambda x_t, t, s, rows: knows(x_t, t, s // 2, rows)  # noqa: E731
-    assert told_loss(elsewhere, exact_step, x0, eps, times) > 1e-3
-    assert loss(gaussian_x0, exact_step, x0, eps, times) > 1e-3
-
-
-def test_the_second_order_is_the_better_solver() -> None:
+@pytest.mark.parametrize("clock", ["discrete", "flow", "edm"])
+def test_the_second_order_is_the_better_solver(clock: str) -> None:
     """On a Gaussian, whose trajectories are known, the error of a jump falls with the cube of its length."""
     x_t = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    rows, start = torch.arange(4), torch.full((4,), 700)
-    clock = Network(None, ALPHA_BAR, "eps")
+    rows, start, schedule = torch.arange(4), torch.full((4,), 700), CLOCKS[clock]
 
-    def knows(x: Tensor, timesteps: Tensor, rows: Tensor) -> Tensor:
-        t = clock.level(timesteps)
-        return MEAN + STD**2 * t.alpha / (STD**2 * t.alpha**2 + t.sigma**2) * (x - t.alpha * MEAN)
+    def knows(x: Tensor, t: TimePoint, s: TimePoint, rows: Tensor) -> Tensor:
+        alpha, sigma = t.level
+        return MEAN + STD**2 * alpha / (STD**2 * alpha**2 + sigma**2) * (x - alpha * MEAN)
 
     errors: dict[int, list[float]] = {1: [], 2: []}
     for length in (160, 80):
-        goal = start - length
-        exact = gaussian_map(x_t, level(start), level(goal))
-        for order, follow in (
-            (1, first_order(untold(knows), clock.level)),
-            (2, second_order(untold(knows), clock.level, clock.midpoint)),
-        ):
-            errors[order].append(float((follow(x_t, start, goal, rows) - exact).norm()))
+        t, s = (in_float64(schedule.point(time, 4)) for time in (start, start - length))
+        exact = gaussian_map(x_t, t.level, s.level)
+        for order, follow in ((1, first_order(knows)), (2, second_order(knows, halfway(clock)))):
+            errors[order].append(float((follow(x_t, t, s, rows) - exact).norm()))
     assert errors[2][0] < 0.3 * errors[1][0]
     assert errors[1][0] / errors[1][1] == pytest.approx(4, rel=0.25)
     assert errors[2][0] / errors[2][1] == pytest.approx(8, rel=0.3)
@@ -202,24 +324,20 @@ def test_the_two_hubers_differ_where_errors_are_uneven() -> None:
     assert distance_of("huber_sample", 1e-6)(d, 0 * d).item() == pytest.approx(1 / 10, rel=1e-3)
 
 
-def test_weights_by_the_length_of_the_jump_and_by_what_it_keeps_of_x0() -> None:
+@each_clock
+def test_weights_by_the_length_of_the_jump_and_by_what_it_keeps_of_x0(clock: str) -> None:
     times = Times(torch.tensor([999, 519, 39]), torch.tensor([979, 499, 19]), torch.tensor([0, 499, 0]))
-    assert weights(times, level, "none").tolist() == [1, 1, 1]
-    assert weights(times, level, "gap").tolist() == pytest.approx([20 / 999, 1.0, 20 / 39])
+    points = exact_points(CLOCKS[clock], times)
+    assert weights(points, "none").tolist() == [1, 1, 1]
+    assert weights(points, "gap").tolist() == pytest.approx([20 / 999, 1.0, 20 / 39])
     # An error of x0 moves the jump's end by 1 / weight.
     x = torch.randn(3, 1, 2, 2, dtype=torch.float64)
-    follow = first_order(lambda x, *_: torch.zeros_like(x), level), first_order(lambda x, *_: torch.ones_like(x), level)
-    x_s = [each(x, times.t, times.s, torch.arange(3)) for each in follow]
-    torch.testing.assert_close((x_s[1] - x_s[0]).mean((1, 2, 3)), 1 / weights(times, level, "x0"))
+    follow = first_order(lambda x, *_: torch.zeros_like(x)), first_order(lambda x, *_: torch.ones_like(x))
+    x_s = [each(x, points.t, points.s, torch.arange(3)) for each in follow]
+    torch.testing.assert_close((x_s[1] - x_s[0]).mean((1, 2, 3)), 1 / weights(points, "x0"))
 
 
-def test_the_midpoint_is_half_way_in_half_log_snr_and_its_level_is_there() -> None:
-    clock = Network(None, ALPHA_BAR, "eps")
-    t, s = torch.tensor([999, 519, 19, 1]), torch.tensor([0, 500, 0, 0])
-    u = clock.midpoint(t, s)
-    half_log_snr = [(each.alpha / each.sigma).log() for each in (level(t), clock.level(u), level(s))]
-    torch.testing.assert_close(half_log_snr[1], (half_log_snr[0] + half_log_snr[2]) / 2)
-    assert ((s < u) & (u < t)).all()
-    whole = torch.tensor([0, 1, 500, 998, 999])
-    for a, b in zip(clock.level(whole.double()), clock.level(whole), strict=True):
-        torch.testing.assert_close(a, b)
+def test_on_a_flow_x0s_share_of_a_jump_is_the_part_of_its_way() -> None:
+    times = Times(torch.tensor([1000, 500, 40]), torch.tensor([980, 480, 20]), torch.tensor([0, 480, 10]))
+    share = 1 / weights(points_of(CLOCKS["flow"], times), "x0")
+    torch.testing.assert_close(share, torch.tensor([1.0, 20 / 500, 30 / 40]))

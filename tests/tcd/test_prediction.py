@@ -1,5 +1,7 @@
 """Conversions between what a network predicts and x0, against the definition of each prediction."""
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import Tensor
@@ -47,6 +49,13 @@ def test_eps_at_zero_terminal_snr_is_refused_for_one_item_of_a_batch() -> None:
     alpha_bar = torch.tensor([0.5, 0.0]).view(2, 1, 1, 1)
     with pytest.raises(ValueError, match="zero terminal SNR: use a v or x0 model"):
         to_x0(randn(0), randn(1), vp_level(alpha_bar), "eps")
+
+
+def test_a_level_on_a_device_is_not_looked_at() -> None:
+    """The meta device stands for a GPU, which would have to be waited for."""
+    x, level = torch.empty(2, 4, 3, 5, device="meta"), vp_level(torch.empty(2, 1, 1, 1, device="meta"))
+    for prediction in get_args(Prediction):
+        assert to_x0(x, x, level, prediction).shape == from_x0(x, x, level, prediction).shape == x.shape
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v", "flow"])

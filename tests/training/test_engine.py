@@ -17,14 +17,14 @@ from trajectory_consistency.tcd import DiscreteSchedule, scaled_linear_alpha_bar
 from trajectory_consistency.tcd.adapter import AVERAGE, STUDENT
 from trajectory_consistency.trainer.config.memory_advice import (
     MemoryFullError,
+    caching_advice,
     memory_advice,
-    when_caching,
-    when_training,
+    training_advice,
 )
 from trajectory_consistency.trainer.config.settings import Config, from_mapping
 from trajectory_consistency.trainer.errors import UserError
 from trajectory_consistency.trainer.files.adapter_weights import start_from
-from trajectory_consistency.trainer.files.export import write_lora
+from trajectory_consistency.trainer.files.write import write_lora
 from trajectory_consistency.trainer.models.unet.model import UNetModel
 from trajectory_consistency.trainer.models.unet.targets import GROUPS, TARGETS
 from trajectory_consistency.trainer.preflight import Inputs, check
@@ -224,7 +224,7 @@ def test_training_starts_from_a_lora_file(checkpoint: Path, values: Values, tmp_
     with pytest.raises(UserError, match="not in both are .*the adapter.targets that it was trained with"):
         started(targets=("attention",))
     path.write_bytes(b"no LoRA")
-    with pytest.raises(UserError, match="is not a whole safetensors file"):
+    with pytest.raises(UserError, match="is not a complete safetensors file"):
         started()
 
 
@@ -254,7 +254,7 @@ def test_a_lora_to_start_from_that_does_not_fit_is_refused_before_anything_is_do
     with pytest.raises(UserError, match="is not a LoRA"):
         begun(checkpoint)
     other.write_bytes(b"no LoRA")
-    with pytest.raises(UserError, match="is not a whole safetensors file"):
+    with pytest.raises(UserError, match="is not a complete safetensors file"):
         begun(other)
 
 
@@ -299,7 +299,7 @@ def test_an_optimizer_in_8_bits_goes_on_from_a_checkpoint_to_the_last_bit(
 
 
 def test_a_full_memory_is_told_from_other_errors(values: Values) -> None:
-    advice = when_training(small_config(values), 3)
+    advice = training_advice(small_config(values), 3)
     for full in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("can't allocate memory: 1")):
         with pytest.raises(MemoryFullError, match="out of memory with 3 pictures of 64 px"), memory_advice(advice):
             raise full
@@ -309,7 +309,7 @@ def test_a_full_memory_is_told_from_other_errors(values: Values) -> None:
 
 PHASES = {
     "models.unet.text.TextEncoder.encode": "pictures of 64 px were encoded into the cache",
-    "models.unet.single_file.SingleFile.unet": "the base's UNet was loaded: close what else uses the memory",
+    "models.unet.single_file.SingleFile.unet": "the base's network was loaded: close other programs",
     "views.preview.Previews.start": "a preview of 64 x 64 px was drawn. Use a smaller preview.width",
     "views.preview.Previews._draw_student": "a preview of 64 x 64 px was drawn",
     "views.preview.Previews.__call__": "a preview of 64 x 64 px was drawn",
@@ -334,6 +334,6 @@ def test_a_full_memory_is_answered_with_what_helps_there(
 
 def test_where_the_cache_can_be_filled_instead_is_said() -> None:
     config = from_mapping({"base": {"path": "tiny"}, "data": {"folder": "."}, "output": {"folder": "out"}})
-    on_gpu = when_caching(config, torch.device("cuda"), torch.bfloat16)
+    on_gpu = caching_advice(config, torch.device("cuda"), torch.bfloat16)
     assert "tcd-train cache, with the same configuration and training.device=cpu base.dtype=bfloat16" in on_gpu
-    assert "tcd-train cache" not in when_caching(config, torch.device("cpu"), torch.float32)
+    assert "tcd-train cache" not in caching_advice(config, torch.device("cpu"), torch.float32)

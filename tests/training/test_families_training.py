@@ -22,7 +22,7 @@ from trajectory_consistency.tcd import (
 )
 from trajectory_consistency.tcd.times import Law
 from trajectory_consistency.trainer.config.settings import Config, from_mapping
-from trajectory_consistency.trainer.data.encode import prepare
+from trajectory_consistency.trainer.data.encode import load_or_encode
 from trajectory_consistency.trainer.models.conditioning import Conditioning
 from trajectory_consistency.trainer.models.sampling import Guidance, initial_noise, sample_latents
 from trajectory_consistency.trainer.models.solver import dpm_solver_sample
@@ -79,7 +79,7 @@ def test_a_base_becomes_a_lora_that_fits_it(family: Family, prediction: str, tmp
 
 @pytest.mark.usefixtures("small")
 def test_sdxl_gets_the_sizes_and_the_crop_of_each_picture(tmp_path: Path) -> None:
-    dataset = prepare(configured("sdxl", tmp_path), torch.device("cpu"), torch.float32)
+    dataset = load_or_encode(configured("sdxl", tmp_path), torch.device("cpu"), torch.float32)
     seen = set()
     for number in range(4):
         batch = dataset.batch(number, 2, seed=0, caption_dropout=0)

@@ -22,7 +22,7 @@ from tiny_base import write_base, write_inputs
 from trajectory_consistency.trainer.cli import main
 from trajectory_consistency.trainer.config.settings import from_mapping
 from trajectory_consistency.trainer.errors import UserError
-from trajectory_consistency.trainer.files.export import config_digest
+from trajectory_consistency.trainer.files.metadata import config_digest
 from trajectory_consistency.trainer.preflight import check
 from trajectory_consistency.trainer.run import run
 from trajectory_consistency.trainer.training import loop
@@ -155,7 +155,7 @@ def test_whatever_stops_a_run_it_says_what_to_do_and_the_same_command_goes_on(
     torch.set_num_threads(1)  # as in the whole run, since the order of sums depends on it
     try:
         code, said = stopped_by(control_c, 0)
-        assert code == 130 and "stopped after step 1 of 6: saved; the same command goes on from there" in said
+        assert code == 130 and "stopped after step 1 of 6: saved; the same command resumes there" in said
         code, said = stopped_by(lambda loss: loss * float("nan"), 1)
         assert code == 1 and "error: step 3: loss nan" in said and "try a smaller training.lr" in said
         code, said = stopped_by(no_memory, 1)

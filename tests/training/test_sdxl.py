@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from trajectory_consistency.trainer.files.family import family_of
 from trajectory_consistency.trainer.files.lora_file import read_lora
 
 # The peak is 5.9 GB, of which 5.1 are the weights.
@@ -21,7 +22,7 @@ from trajectory_consistency.tcd.adapter import STUDENT
 from trajectory_consistency.trainer.data.buckets import Size
 from trajectory_consistency.trainer.config.settings import from_mapping
 from trajectory_consistency.trainer.data.dataset import Dataset, Table, caption_of
-from trajectory_consistency.trainer.files.export import write_lora
+from trajectory_consistency.trainer.files.write import write_lora
 from trajectory_consistency.trainer.training.loop import train
 from trajectory_consistency.trainer.models.conditioning import Conditioning
 from trajectory_consistency.trainer.models.unet.model import UNetModel
@@ -75,5 +76,5 @@ def test_a_full_size_sdxl_trains_a_step_and_its_lora_is_whole(tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     assert 0 < float(done.stdout) < 100
     lora = read_lora(tmp_path / "lora.safetensors")
-    assert lora.family == "sdxl" and {module.rank for module in lora.modules.values()} == {4}
+    assert family_of(lora) == "sdxl" and {module.rank for module in lora.modules.values()} == {4}
     assert len(lora.modules) == 788

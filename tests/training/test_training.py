@@ -20,9 +20,9 @@ from trajectory_consistency.tcd import (
 from trajectory_consistency.tcd.adapter import FILE
 from trajectory_consistency.tcd.times import Times, sample_times
 from trajectory_consistency.trainer.errors import UserError
-from trajectory_consistency.trainer.files import export
+from trajectory_consistency.trainer.files import write as files_write
 from trajectory_consistency.trainer.files.adapter_weights import load_weights
-from trajectory_consistency.trainer.files.export import ExportError, write_lora
+from trajectory_consistency.trainer.files.write import VerificationError, write_lora
 from trajectory_consistency.trainer.models.sampling import initial_noise, sample_latents
 from trajectory_consistency.trainer.models.unet.model import UNetModel
 from trajectory_consistency.trainer.models.unet.targets import TARGETS
@@ -148,13 +148,13 @@ def write(net: UNetModel, values: dict[str, dict[str, object]], path: Path, *, f
 
 def other_alpha(monkeypatch: pytest.MonkeyPatch, alpha: float) -> None:
     """Let files be written with another alpha than was trained with."""
-    real = export.file_tensors
+    real = files_write.file_tensors
 
     def wrong(*arguments: object) -> dict[str, torch.Tensor]:
         tensors = real(*arguments)  # type: ignore[arg-type]
         return {key: torch.tensor(alpha) if key.endswith(".alpha") else value for key, value in tensors.items()}
 
-    monkeypatch.setattr(export, "file_tensors", wrong)
+    monkeypatch.setattr(files_write, "file_tensors", wrong)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -195,7 +195,7 @@ def test_in_half_precision_too_a_file_with_another_effect_does_not_get_its_name(
     net.network.to(dtype)
     with_adapter(net, alpha=2.0, effect=0.05)
     other_alpha(monkeypatch, 4.0)
-    with pytest.raises(ExportError, match="away from the trained one"):
+    with pytest.raises(VerificationError, match="away from the trained one"):
         write(net, values, tmp_path / "lora.safetensors")
 
 
@@ -219,11 +219,11 @@ def test_a_file_without_effect_or_with_another_does_not_get_its_name(
     path = tmp_path / "files" / "lora.safetensors"
     path.parent.mkdir()
     parameters = list(with_adapter(net, alpha=2.0).parameters())
-    with pytest.raises(ExportError, match="changes nothing"):
+    with pytest.raises(VerificationError, match="changes nothing"):
         write(net, values, path)
     shake(parameters)
     other_alpha(monkeypatch, 16.0)
-    with pytest.raises(ExportError, match="away from the trained one"):
+    with pytest.raises(VerificationError, match="away from the trained one"):
         write(net, values, path)
     assert list(path.parent.iterdir()) == []
 
@@ -295,7 +295,7 @@ def test_a_failed_write_leaves_the_old_file_alone(
 def test_a_file_that_is_no_lora_for_the_model(net: UNetModel, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "cut.safetensors").write_bytes(b"\x00" * 20)
     complaints = {
-        tmp_path / "cut.safetensors": "is not a whole safetensors file",
+        tmp_path / "cut.safetensors": "is not a complete safetensors file",
         tmp_path / "none.safetensors": "there is no file",
         checkpoint: "is not a LoRA",
     }

@@ -7,16 +7,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tiny_base import network, small_config, write_base, write_inputs
-from trajectory_consistency.tcd import timestep_grid
+from tiny_base import drawn_by_hand, small_config, write_base, write_inputs
 from trajectory_consistency.trainer import run
 from trajectory_consistency.trainer.cli import main
-from trajectory_consistency.trainer.config.settings import Config
-from trajectory_consistency.trainer.models.sampling import Guidance, decode, initial_noise, sample_latents
-from trajectory_consistency.trainer.models.unet.adapter import load_adapter
-from trajectory_consistency.trainer.models.unet.teacher import load_encoders
-from trajectory_consistency.trainer.views.gallery import GRID
-from trajectory_consistency.trainer.views.preview_prompts import load_picture, scene_names
+from trajectory_consistency.trainer.config.settings import BaseConfig, Config
+from trajectory_consistency.trainer.views.gallery import GRID_NAME
+from trajectory_consistency.trainer.views.preview_prompts import load_picture, picture_names
 
 PROMPTS = ["a red circle", "a blue square"]
 
@@ -34,18 +30,8 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Config:
 def by_hand(
     config: Config, prompt: str, seed: int, *, steps: int, eta: float, cfg: float, side: int, vae: str = ""
 ) -> torch.Tensor:
-    net, encoders = network(Path(config.base.path)), load_encoders(config.base.path, vae=vae)
-    load_adapter(net.unet, config.lora_path)
-    latents = sample_latents(
-        net,
-        encoders.encode([prompt]),
-        timesteps=timestep_grid(steps),
-        gamma=eta,
-        noise=initial_noise(seed, (1, 4, side // 8, side // 8)),
-        seed=seed,
-        guidance=None if cfg == 1 else Guidance(encoders.encode([""]), cfg),
-    )
-    return decode(encoders.vae, latents)[0]
+    base = BaseConfig(path=config.base.path, vae=vae)
+    return drawn_by_hand(base, config.lora_path, prompt, seed, steps=steps, gamma=eta, cfg=cfg, side=side)
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -57,8 +43,8 @@ def test_a_run_s_lora_needs_no_more_than_a_prompt(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["sample", str(done.lora_path), "--prompt", PROMPTS[0]]) == 0
-    assert capsys.readouterr().out == f"look at {Path('samples') / GRID}\n"
-    (name,) = scene_names(PROMPTS[:1], [0])
+    assert capsys.readouterr().out == f"look at {Path('samples') / GRID_NAME}\n"
+    (name,) = picture_names(PROMPTS[:1], [0])
     picture = load_picture(tmp_path / "samples" / f"{name}-steps-2.png")
     assert same(picture, by_hand(done, PROMPTS[0], 0, steps=2, eta=0.7, cfg=1.0, side=64))
     assert not same(picture, by_hand(done, PROMPTS[0], 0, steps=2, eta=0.0, cfg=1.0, side=64))
@@ -71,12 +57,12 @@ def test_all_that_can_be_said_is_heeded(done: Config, tmp_path: Path) -> None:
     told = ["sample", str(lora), "--base", done.base.path, "--out", str(tmp_path / "out"), "--width", "80"]
     told += ["--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--seed", "3", "4", "--steps", "1", "4"]
     assert main([*told, "--height", "80", "--eta", "1", "--cfg", "3", "--device", "cpu", "--vae", vae]) == 0
-    names = scene_names(PROMPTS, [3, 4])
+    names = picture_names(PROMPTS, [3, 4])
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written == {f"{name}-steps-{steps}.png" for name in names for steps in (1, 4)} | {GRID}
+    assert written == {f"{name}-steps-{steps}.png" for name in names for steps in (1, 4)} | {GRID_NAME}
     picture = load_picture(tmp_path / "out" / f"{names[3]}-steps-4.png")
     assert same(picture, by_hand(done, PROMPTS[1], 4, steps=4, eta=1.0, cfg=3.0, side=80, vae=vae))
-    with Image.open(tmp_path / "out" / GRID) as grid:
+    with Image.open(tmp_path / "out" / GRID_NAME) as grid:
         assert grid.width > 4 * 160 and grid.height > 2 * 160
 
 
@@ -110,15 +96,15 @@ def test_files_that_cannot_be_used_are_said(done: Config, tmp_path: Path, capsys
     (tmp_path / "torn.safetensors").write_bytes(done.lora_path.read_bytes()[:-10])
     base = "--base", done.base.path
     assert "for no family that is known here" in refused("other.safetensors", *base)
-    assert "is not a whole safetensors file" in refused("torn.safetensors", *base)
+    assert "is not a complete safetensors file" in refused("torn.safetensors", *base)
     save_file(tensors, tmp_path / "wrong.safetensors", metadata={"tcd.steps": "few"})
-    assert "tcd.steps in the metadata is 'few', but must be a number: give --steps" in refused(
+    assert "tcd.steps in the metadata is 'few', but must be a whole number: give --steps" in refused(
         "wrong.safetensors", *base
     )
 
 
 def test_a_picture_is_never_written_over(done: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (name,) = scene_names(PROMPTS[:1], [0])
+    (name,) = picture_names(PROMPTS[:1], [0])
     precious = tmp_path / f"{name}-steps-2.png"
     precious.write_bytes(b"precious")
     assert main(["sample", str(done.lora_path), "--prompt", PROMPTS[0], "--out", str(tmp_path)]) == 2

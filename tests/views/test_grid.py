@@ -129,7 +129,9 @@ def test_a_white_picture_has_an_edge_on_the_white_page() -> None:
 
 
 def test_a_line_divides_a_group_from_the_one_above(rows: list[Row]) -> None:
-    plain, page = (draw_grid(with_row(rows, 2, replace(rows[2], apart=apart)), CAPTIONS, "Title") for apart in (0, 1))
+    plain, page = (
+        draw_grid(with_row(rows, 2, replace(rows[2], starts_group=first)), CAPTIONS, "Title") for first in (0, 1)
+    )
     assert [box_of(page, color_of(1, c)) for c in range(3)] == [box_of(plain, color_of(1, c)) for c in range(3)]
     above, below = box_of(page, color_of(1, 0)), box_of(page, color_of(2, 0))
     assert below[1] - above[3] > 2 * (box_of(plain, color_of(2, 0))[1] - above[3])
@@ -137,7 +139,7 @@ def test_a_line_divides_a_group_from_the_one_above(rows: list[Row]) -> None:
     lines = [y for y, row in enumerate(between) if (row == 255).all(1).mean() < 0.2]
     assert lines and lines[-1] - lines[0] == len(lines) - 1
     assert abs(lines[0] - (len(between) - 1 - lines[-1])) <= 1, "it is in the middle"
-    first = with_row(rows, 0, replace(rows[0], apart=True))
+    first = with_row(rows, 0, replace(rows[0], starts_group=True))
     assert draw_grid(first, CAPTIONS, "Title").tobytes() == draw_grid(rows, CAPTIONS, "Title").tobytes()
 
 

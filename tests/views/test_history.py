@@ -12,7 +12,14 @@ from trajectory_consistency.trainer.config.settings import LogConfig
 from trajectory_consistency.trainer.errors import RunError, UserError
 from trajectory_consistency.trainer.training.loop import StepRecord
 from trajectory_consistency.trainer.views import trackers
-from trajectory_consistency.trainer.views.history import BIN, BINS, History, cells, read_log, read_loss_by_time
+from trajectory_consistency.trainer.views.history import (
+    BIN_COUNT,
+    BIN_WIDTH,
+    History,
+    loss_bins,
+    read_log,
+    read_loss_by_time,
+)
 
 
 def record(step: int, loss: float = 1.0) -> StepRecord:
@@ -64,12 +71,16 @@ def test_losses_are_means_by_t_and_by_the_length_of_the_jump(tmp_path: Path) -> 
     history(record(1))
     history(record(2, loss=3.0))
     loss, count = read_loss_by_time(tmp_path)
-    assert loss.shape == count.shape == (BINS, BINS)
+    assert loss.shape == count.shape == (BIN_COUNT, BIN_COUNT)
     found = {tuple(place): (loss[*place].item(), count[*place].item()) for place in count.nonzero().tolist()}
     assert found == {(9, 9): (4.0, 4.0), (4, 1): (10.0, 2.0), (0, 0): (14.0, 2.0)}
     late, _ = read_loss_by_time(tmp_path, since=1)
     assert late[9, 9] == 6.0 and late[1, 1].isnan()
-    assert [(cell.t, cell.gap, cell.pictures) for cell in cells(record(1))] == [(0, 0, 1), (400, 100, 1), (900, 900, 2)]
+    assert [(row.t, row.gap, row.pictures) for row in loss_bins(record(1))] == [
+        (0, 0, 1),
+        (400, 100, 1),
+        (900, 900, 2),
+    ]
 
 
 def test_a_folder_without_files_has_no_rows(tmp_path: Path) -> None:
@@ -85,18 +96,18 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
     board.writer.close()
     events = reader.EventAccumulator(str(config.output_folder / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 0.5)]
-    named = {f"loss by t/{low:03}-{low + BIN - 1}" for low in (0, 400, 900)}
-    named |= {f"loss by t - s/{low:03}-{low + BIN - 1}" for low in (0, 100, 900)}
+    named = {f"loss by t/{low:03}-{low + BIN_WIDTH - 1}" for low in (0, 400, 900)}
+    named |= {f"loss by t - s/{low:03}-{low + BIN_WIDTH - 1}" for low in (0, 100, 900)}
     assert set(events.Tags()["scalars"]) == named | {"loss", "learning rate", "gradient norm", "images per second"}
 
 
 def test_what_is_asked_for_and_not_installed_is_said_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trackers, "find_spec", lambda package: None)
-    trackers.require(LogConfig())
+    trackers.check_installed(LogConfig())
     with pytest.raises(UserError, match=r"log\.tensorboard is set, but tensorboard is not installed: pip install"):
-        trackers.require(LogConfig(tensorboard=True))
+        trackers.check_installed(LogConfig(tensorboard=True))
     with pytest.raises(UserError, match=r"log\.wandb_project is set, but wandb is not installed: pip install wandb"):
-        trackers.require(LogConfig(wandb_project="mine"))
+        trackers.check_installed(LogConfig(wandb_project="mine"))
 
 
 def test_weights_and_biases_is_told_every_number_under_a_name_that_lasts(
@@ -116,8 +127,8 @@ def test_weights_and_biases_is_told_every_number_under_a_name_that_lasts(
     monkeypatch.setitem(sys.modules, "wandb", Wandb())  # type: ignore[arg-type]
     values = {**write_inputs(tmp_path), "log": {"wandb_project": "mine"}}
     for _ in range(2):
-        (observer,) = trackers.trackers(small_config(values))
+        (observer,) = trackers.start_trackers(small_config(values))
         observer(record(3))
     first, second = Wandb.started
     assert first["project"] == "mine" and first["resume"] == "allow" and first["id"] == second["id"]
-    assert Wandb.logged[0] == (trackers.numbers(record(3)), 3)
+    assert Wandb.logged[0] == (trackers.scalars(record(3)), 3)

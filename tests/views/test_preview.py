@@ -12,16 +12,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tiny_base import network, small_config, write_base, write_inputs
-from trajectory_consistency.tcd import timestep_grid
+from tiny_base import drawn_by_hand, small_config, write_base, write_inputs
 from trajectory_consistency.trainer import run
 from trajectory_consistency.trainer.config.settings import Config, from_mapping
-from trajectory_consistency.trainer.models.sampling import Guidance, decode, initial_noise, sample_latents
-from trajectory_consistency.trainer.models.unet.adapter import load_adapter
-from trajectory_consistency.trainer.models.unet.teacher import load_encoders
+from trajectory_consistency.trainer.files.metadata import lora_metadata
+from trajectory_consistency.trainer.models import open_checkpoint
 from trajectory_consistency.trainer.views import preview
 from trajectory_consistency.trainer.views.grid import Row, draw_grid
-from trajectory_consistency.trainer.views.preview_prompts import load_picture, scene_names
+from trajectory_consistency.trainer.views.preview_prompts import load_picture, picture_names
 
 PROMPTS = ["a red circle", "a red circle, \u00e0 gauche"]
 STEPS, SEEDS = (1, 4), (3,)
@@ -50,25 +48,13 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 def shown(config: Config, when: str, which: int, steps: int) -> torch.Tensor:
     folder = config.output_folder / "previews"
-    return load_picture(preview.picture_path(folder, when, scene_names(PROMPTS, SEEDS)[which], steps))
+    return load_picture(preview.picture_path(folder, when, picture_names(PROMPTS, SEEDS)[which], steps))
 
 
 def drawn(config: Config, lora: Path | None, which: int, steps: int, gamma: float, cfg: float) -> torch.Tensor:
     """The picture that a person gets who loads the base, and a file, and samples."""
-    net, encoders = network(Path(config.base.path)), load_encoders(config.base.path, vae=config.base.vae)
-    if lora:
-        load_adapter(net.unet, lora)
     prompt, seed = divmod(which, len(SEEDS))
-    latents = sample_latents(
-        net,
-        encoders.encode([PROMPTS[prompt]]),
-        timesteps=timestep_grid(steps),
-        gamma=gamma,
-        noise=initial_noise(SEEDS[seed], (1, 4, 8, 8)),
-        seed=SEEDS[seed],
-        guidance=None if cfg == 1 else Guidance(encoders.encode([""]), cfg),
-    )
-    return decode(encoders.vae, latents)[0]
+    return drawn_by_hand(config.base, lora, PROMPTS[prompt], SEEDS[seed], steps=steps, gamma=gamma, cfg=cfg, side=64)
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -100,7 +86,7 @@ def test_the_grid_has_the_teacher_and_in_groups_the_start_and_the_step(
     done: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, drawn_rows = done.output_folder / "previews", []
-    scenes = SimpleNamespace(names=scene_names(PROMPTS, SEEDS), captions=["one", "other"])
+    wanted = SimpleNamespace(names=picture_names(PROMPTS, SEEDS), captions=["one", "other"])
 
     def seen(rows: list[Row], *arguments: Any, **options: Any) -> Image.Image:
         drawn_rows[:] = rows
@@ -108,12 +94,14 @@ def test_the_grid_has_the_teacher_and_in_groups_the_start_and_the_step(
 
     monkeypatch.setattr(preview, "draw_grid", seen)
     for step in (0, 2, 3):
-        preview.write_grid(folder, scenes, done, step)
+        preview.write_grid(folder, wanted, done, step)
         expected = [("Teacher\n50 steps, cfg 3", "teacher", 50, False)]
         for steps, sampled in zip(STEPS, ("1 step", "4 steps"), strict=True):
             expected.append((f"{sampled}\nbefore training", "step-000000", steps, True))
             expected += [(f"{sampled}\nafter {step}", f"step-{step:06}", steps, False)] if step else []
-        assert [(row.label, row.apart) for row in drawn_rows] == [(label, apart) for label, *_, apart in expected]
+        assert [(row.label, row.starts_group) for row in drawn_rows] == [
+            (label, first) for label, *_, first in expected
+        ]
         for row, (_, when, steps, _) in zip(drawn_rows, expected, strict=True):
             assert all(same(row.pictures[k], shown(done, when, k, steps)) for k in range(2)), row.label
     assert not (folder / "tcd-lora-step-000003.safetensors").exists(), "the last file is the run's own"
@@ -124,22 +112,23 @@ def redrawn(done: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
     """Start a run's previews once more, with other settings, and tell what was drawn: the steps of each drawing."""
     folder = tmp_path / "out"
     shutil.copytree(done.output_folder, folder)
-    real, counts = preview.draw, []
+    real, counts = preview.sample_previews, []
 
     def counted(*arguments: Any, steps: int, cfg: float, **options: Any) -> Any:
         counts.append(f"{steps} at {cfg:g}")
         return real(*arguments, steps=steps, cfg=cfg, **options)
 
-    monkeypatch.setattr(preview, "draw", counted)
+    monkeypatch.setattr(preview, "sample_previews", counted)
 
     def start(**changed: Any) -> list[str]:
         counts.clear()
         values = {**asdict(replace(done, preview=replace(done.preview, **changed))), "output": {"folder": str(folder)}}
         config = from_mapping(values)
         device, dtype = torch.device("cpu"), torch.float32
-        student, _, metadata = run._student(config, device, dtype)
-        scenes = run._scenes(config, device, dtype)
-        preview.Previews(student, scenes, config, metadata).start()
+        checkpoint = open_checkpoint(config.base)
+        student = run.load_student(config, checkpoint, device, dtype)
+        wanted = run._preview_prompts(config, checkpoint, device, dtype)
+        preview.Previews(student, checkpoint, wanted, config, lora_metadata(config, checkpoint)).start()
         assert not shown_anywhere_missing(config)
         return list(counts)
 
@@ -147,7 +136,7 @@ def redrawn(done: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
 
 
 def shown_anywhere_missing(config: Config) -> list[Path]:
-    folder, names = config.output_folder / "previews", scene_names(config.preview.prompts, config.preview.seeds)
+    folder, names = config.output_folder / "previews", picture_names(config.preview.prompts, config.preview.seeds)
     wanted = [("teacher", 50), *(("step-000000", steps) for steps in config.preview.steps)]
     paths = [preview.picture_path(folder, when, name, steps) for when, steps in wanted for name in names]
     return [path for path in [*paths, preview.grid_path(folder, 0)] if not path.is_file()]

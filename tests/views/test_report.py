@@ -15,14 +15,14 @@ from trajectory_consistency.trainer.tiny import world
 from trajectory_consistency.trainer.views.curves import Axis, color_map, curve
 from trajectory_consistency.trainer.views.history import History
 from trajectory_consistency.trainer.views.preview import (
-    FOLDER,
-    TEACHER,
+    PREVIEW_FOLDER,
+    TEACHER_FOLDER,
     TEACHER_STEPS,
     grid_path,
     picture_path,
-    step_name,
+    step_label,
 )
-from trajectory_consistency.trainer.views.preview_prompts import save_picture, scene_names
+from trajectory_consistency.trainer.views.preview_prompts import picture_names, save_picture
 from trajectory_consistency.trainer.views.report import write_report
 
 PROMPTS = ("a red <circle> & more", "\u00e0 gauche")
@@ -40,13 +40,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Config:
     history = History(config.output_folder)
     for step in range(1, 41):
         history(record(step, loss=1 / step))
-    folder = config.output_folder / FOLDER
+    folder = config.output_folder / PREVIEW_FOLDER
     pictures = world.draw_pictures(world.random_scenes(20, 0), random.Random(0))
-    for k, name in enumerate(scene_names(PROMPTS, [5])):
-        save_picture(pictures[k], picture_path(folder, TEACHER, name, TEACHER_STEPS))
+    for k, name in enumerate(picture_names(PROMPTS, [5])):
+        save_picture(pictures[k], picture_path(folder, TEACHER_FOLDER, name, TEACHER_STEPS))
         for when in TIMES:
             for steps in STEPS:
-                save_picture(pictures[when // 10 + steps + k], picture_path(folder, step_name(when), name, steps))
+                save_picture(pictures[when // 10 + steps + k], picture_path(folder, step_label(when), name, steps))
     for when in TIMES:
         grid_path(folder, when).write_bytes(b"")
     return config
@@ -122,9 +122,9 @@ def test_a_curve_falls_where_its_numbers_do_and_skips_what_is_no_number() -> Non
 def test_a_logarithmic_axis_has_round_ticks(low: float, high: float, ticks: list[float]) -> None:
     axis = Axis([high, low], logarithmic=True)
     assert axis.ticks == pytest.approx(ticks) and (axis.low, axis.high) == pytest.approx((ticks[0], ticks[-1]))
-    shares = [axis.share(tick) for tick in ticks]
+    shares = [axis.fraction(tick) for tick in ticks]
     assert shares == sorted(shares) and (shares[0], shares[-1]) == (0, 1)
-    assert axis.share((axis.low * axis.high) ** 0.5) == pytest.approx(0.5)
+    assert axis.fraction((axis.low * axis.high) ** 0.5) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("seed", range(50))

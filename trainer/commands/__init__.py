@@ -1,10 +1,10 @@
-"""The commands of `tcd-train`, one module to each.
+"""The commands of `tcd-train`, one module each.
 
-A module has HELP, one line; `add_arguments`, which declares what its command takes; and `execute`, which does it and
-imports what is heavy only then, so that `--help` and a typo do not wait for the model libraries.
+A module has HELP, one line; `add_arguments`, which declares the arguments; and `execute`, which runs the command and
+returns the exit code. Heavy imports are inside `execute`, so that `--help` and typos do not wait for torch.
 """
 
 COMMANDS = ("cache", "check", "export", "inspect", "report", "run", "sample")
 
-LASTING = ("cache", "run")
-"""Those that save as they go, and when started again go on from there."""
+RESUMABLE = ("cache", "run")
+"""The commands that save their progress and resume when they are run again."""

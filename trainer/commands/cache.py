@@ -1,4 +1,4 @@
-"""`tcd-train cache`: encode the pictures and captions of a configuration, so that a run need not."""
+"""`tcd-train cache`: encode the pictures and captions of a configuration in advance of a run."""
 
 from __future__ import annotations
 
@@ -7,45 +7,48 @@ import sys
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from .run import add_config, resolve
+from .run import add_config, load_config
 
 if TYPE_CHECKING:
     from ..config.settings import Config
     from ..data.survey import Survey
 
-HELP = "encode pictures and captions, and check what is encoded already"
+HELP = "encode pictures and captions into the cache, and check the files that are in it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the configuration, its overrides, and the part to do."""
+    """Declare the configuration, its overrides, and the part to encode."""
     add_config(parser)
     parser.add_argument(
-        "--part", default="0/1", metavar="K/N", help="every N-th file from the K-th on, K < N: for N processes at once"
+        "--part",
+        default="0/1",
+        metavar="K/N",
+        help="encode every N-th file, from the K-th on (K from 0), to divide the work among N processes",
     )
 
 
 def execute(options: argparse.Namespace) -> int:
-    """Look at the data, compute what the cache does not have, check what it has, and say what there is."""
-    config = resolve(options)
+    """Examine the data, encode what is not cached, verify what is, and print a report."""
+    config = load_config(options)
     part, parts = _part(options.part)
 
-    from ..config.device import placed
+    from ..config.device import device_and_dtype
     from ..data.cache import merge_parts, open_cached
-    from ..data.encode import fill
+    from ..data.encode import fill_cache
     from ..data.survey import survey
 
-    device, dtype = placed(config)
+    device, dtype = device_and_dtype(config)
     merge_parts(config, dtype)
     cached = open_cached(config, dtype)
-    found = cached.found if cached else None
-    if found is None and not config.data.skip_bad:  # what is to be skipped need not be known before
+    found = cached.survey if cached else None
+    if found is None and not config.data.skip_bad:  # otherwise unusable files are found while encoding
         found = survey(config, part, parts)
     if found:
         _report(config, found)
-    fill(config, device, dtype, part=part, parts=parts, total=found.seen if found else None, thorough=True)
+    fill_cache(config, device, dtype, part=part, parts=parts, total=found.seen if found else None, verify=True)
     cached = open_cached(config, dtype)
     if cached and not found:
-        _report(config, cached.found)
+        _report(config, cached.survey)
     sys.stdout.write(f"{'the data are' if cached else f'part {part} of {parts} is'} cached in {config.cache_folder}\n")
     return 0
 

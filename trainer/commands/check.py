@@ -1,13 +1,13 @@
-"""`tcd-train check`: look at everything that a run needs, and say what it would be like."""
+"""`tcd-train check`: examine all inputs of a run and describe the run, without starting it."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from .run import add_config, resolve
+from .run import add_config, load_config
 
-HELP = "say what a run would do, read and need, before it does"
+HELP = "describe what a run would do, read and need, without starting it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,23 +16,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
-    """Print the plan, the data report, the bucket table, the LoRA's keys and the memory; write nothing."""
-    config = resolve(options)
+    """Print the plan, data report, bucket table, LoRA keys and memory estimate; write nothing."""
+    config = load_config(options)
 
-    from ..config.device import placed
+    from ..config.device import device_and_dtype
     from ..data.survey import bucket_table, data_report
     from ..files.describe_keys import describe_keys
     from ..preflight import check, check_inputs, output_conflict, plan
     from ..training.memory import MemorySettings, estimate_memory
 
-    why = output_conflict(config)
-    inputs = check_inputs(config) if why else check(config)
-    _, dtype = placed(config)
+    conflict = output_conflict(config)
+    inputs = check_inputs(config) if conflict else check(config)
+    _, dtype = device_and_dtype(config)
     memory = estimate_memory(inputs.checkpoint, MemorySettings.from_config(config, dtype))
     sections = [
-        plan(config, inputs) + (f"\n          not free for a new run: {why}" if why else ""),
-        data_report(inputs.found, config),
-        bucket_table(inputs.found, config, config.training.batch),
+        plan(config, inputs) + (f"\n          not free for a new run: {conflict}" if conflict else ""),
+        data_report(inputs.data, config),
+        bucket_table(inputs.data, config, config.training.batch),
         describe_keys(inputs.checkpoint, config.adapter),
         f"memory    about {memory}\n          of each process; on a GPU, CUDA itself takes about half a GiB more",
     ]

@@ -1,4 +1,4 @@
-"""`tcd-train inspect`: say what a LoRA file holds."""
+"""`tcd-train inspect`: describe a LoRA file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-HELP = "say what a LoRA file holds"
+HELP = "describe the content of a LoRA file"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     """Print the description."""
-    from ..files.lora_file import describe
+    from ..files.describe_file import describe_file
 
-    sys.stdout.write(f"{describe(options.file)}\n")
+    sys.stdout.write(f"{describe_file(options.file)}\n")
     return 0

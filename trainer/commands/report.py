@@ -1,4 +1,4 @@
-"""`tcd-train report`: write the page that tells a run, finished or not."""
+"""`tcd-train report`: write the report of a run, finished or not."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-HELP = "write report.html of a run, finished or not"
+HELP = "write report.html for a run, finished or not"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
-    """Write it and say where it is."""
+    """Write the report and print its path."""
     from ..views.report import write_report
 
     sys.stdout.write(f"wrote {write_report(options.folder)}\n")

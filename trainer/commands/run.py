@@ -1,4 +1,4 @@
-"""`tcd-train run`: distill as a configuration says."""
+"""`tcd-train run`: distill a model as a configuration file says."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..config import recipes
 if TYPE_CHECKING:
     from ..config.settings import Config
 
-HELP = "distill as a configuration file says"
+HELP = "distill a model as a configuration file says"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,35 +22,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    """Declare what `resolve` reads."""
+    """Declare the arguments that `load_config` reads."""
     parser.add_argument(
-        "config", type=Path, metavar="CONFIG.toml", help=f"a file, or a recipe: {', '.join(recipes.names())}"
+        "config",
+        type=Path,
+        metavar="CONFIG.toml",
+        help=f"a file, or the name of a recipe: {', '.join(recipes.names())}",
     )
     parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="section.key=value", help="take precedence over the file"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="section.key=value",
+        help="settings that take precedence over the file",
     )
 
 
-def resolve(options: argparse.Namespace) -> Config:
-    """The configuration that the arguments of `add_config` mean."""
+def load_config(options: argparse.Namespace) -> Config:
+    """Load the configuration that the arguments of `add_config` name, with its overrides."""
     from ..config.settings import load
 
     return load(recipes.find(options.config), options.overrides)
 
 
 def execute(options: argparse.Namespace) -> int:
-    """Run, or say what a run would do."""
-    resolved = resolve(options)
+    """Run, or with --dry-run print the resolved configuration and the plan."""
+    config = load_config(options)
 
     from ..preflight import check, check_inputs, is_finished, plan
     from ..run import run
 
     if options.dry_run:
-        done = is_finished(resolved)
-        inputs = check_inputs(resolved) if done else check(resolved)
-        sys.stdout.write(f"{resolved.to_toml()}\n{plan(resolved, inputs)}\n")
+        done = is_finished(config)
+        inputs = check_inputs(config) if done else check(config)
+        sys.stdout.write(f"{config.to_toml()}\n{plan(config, inputs)}\n")
         if done:
-            sys.stdout.write("          which is there: the run is done\n")
+            sys.stdout.write("          which exists already: the run is done\n")
     else:
-        run(resolved)
+        run(config)
     return 0

@@ -1,4 +1,4 @@
-"""`tcd-train sample`: draw pictures with a LoRA, as the nodes would."""
+"""`tcd-train sample`: draw pictures with a LoRA, as the ComfyUI nodes would."""
 
 from __future__ import annotations
 
@@ -14,31 +14,44 @@ from ..errors import UserError
 if TYPE_CHECKING:
     from ..config.settings import BaseConfig
 
-HELP = "draw pictures with a LoRA, as the nodes would"
+HELP = "draw pictures with a LoRA, as the ComfyUI nodes would"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the file, its base, and what to draw."""
+    """Declare the LoRA file, its base, and the pictures to draw."""
     parser.add_argument("file", type=Path, metavar="LORA.safetensors")
-    parser.add_argument("--prompt", action="append", default=[], help="what to draw; may be given several times")
-    parser.add_argument("--out", type=Path, default=Path("samples"), metavar="FOLDER", help="samples")
-    parser.add_argument("--base", metavar="CHECKPOINT", help="that of the config.toml beside the LoRA")
-    parser.add_argument("--vae", help="instead of the one that the base brings along")
-    parser.add_argument("--prediction", choices=("auto", "eps", "v"), help="what the base predicts")
-    parser.add_argument("--zero-snr", choices=("auto", "yes", "no"), help="whether its schedule ends without signal")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="of the base's weights")
-    parser.add_argument("--seed", type=int, nargs="+", default=[0], metavar="SEED", help="0")
-    parser.add_argument("--steps", type=int, nargs="+", metavar="N", help="what the LoRA recommends, or 4")
-    parser.add_argument("--eta", type=float, help="gamma; what the LoRA recommends, or 0.3")
-    parser.add_argument("--cfg", type=float, help="what the LoRA recommends, or 1")
-    parser.add_argument("--width", type=int, default=0, help="in pixels; what the family was trained at")
-    parser.add_argument("--height", type=int, default=0, help="in pixels; what the family was trained at")
+    parser.add_argument("--prompt", action="append", default=[], help="prompt to draw; may be given several times")
+    parser.add_argument(
+        "--out", type=Path, default=Path("samples"), metavar="FOLDER", help="folder for the pictures (default: samples)"
+    )
+    parser.add_argument(
+        "--base", metavar="CHECKPOINT", help="base model (default: the base in the config.toml beside the LoRA)"
+    )
+    parser.add_argument("--vae", help="VAE to use instead of the base's own")
+    parser.add_argument("--prediction", choices=("auto", "eps", "v"), help="what the base predicts, epsilon or v")
+    parser.add_argument("--zero-snr", choices=("auto", "yes", "no"), help="whether its noise schedule ends at zero SNR")
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="dtype of the base's weights"
+    )
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], metavar="SEED", help="default: 0")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="numbers of sampling steps (default: recommended by the LoRA, or 4)",
+    )
+    parser.add_argument("--eta", type=float, help="eta, the paper's gamma (default: recommended by the LoRA, or 0.3)")
+    parser.add_argument("--cfg", type=float, help="guidance scale (default: recommended by the LoRA, or 1)")
+    parser.add_argument("--width", type=int, default=0, help="in pixels (default: the base's training resolution)")
+    parser.add_argument("--height", type=int, default=0, help="in pixels (default: the base's training resolution)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps ...")
 
 
 def execute(options: argparse.Namespace) -> int:
-    """Draw, and say where the grid is."""
-    from ..config.device import device_of
+    """Draw the pictures and print the path of their grid."""
+    from ...tcd.lora_metadata import CFG_KEY, DEFAULT_CFG, DEFAULT_ETA, DEFAULT_STEPS, ETA_KEY, STEPS_KEY
+    from ..config.device import resolve_device
     from ..config.schema import build
     from ..config.settings import PreviewConfig
     from ..files.lora_file import read_lora
@@ -46,40 +59,45 @@ def execute(options: argparse.Namespace) -> int:
 
     metadata = read_lora(options.file).metadata
     base = _base(options)
-    wanted = build(
+    settings = build(
         PreviewConfig,
         {
             "prompts": options.prompt,
             "seeds": options.seed,
-            "steps": options.steps or [_recommended(metadata, "steps", 4)],
-            "eta": _recommended(metadata, "eta", 0.3) if options.eta is None else options.eta,
-            "cfg": _recommended(metadata, "cfg", 1.0) if options.cfg is None else options.cfg,
+            "steps": options.steps or [_recommended(metadata, STEPS_KEY, DEFAULT_STEPS)],
+            "eta": _recommended(metadata, ETA_KEY, DEFAULT_ETA) if options.eta is None else options.eta,
+            "cfg": _recommended(metadata, CFG_KEY, DEFAULT_CFG) if options.cfg is None else options.cfg,
             "width": options.width,
             "height": options.height,
         },
     )
-    grid = draw_gallery(options.file, base, wanted, options.out, device_of(options.device))
+    grid = draw_gallery(options.file, base, settings, options.out, resolve_device(options.device))
     sys.stdout.write(f"look at {grid}\n")
     return 0
 
 
 def _base(options: argparse.Namespace) -> BaseConfig:
-    """The base that the options name, or else that of the run which made the LoRA."""
+    """Return the base of the options or, without --base, that of the config.toml beside the LoRA."""
     from ..config.settings import FILE_NAME, BaseConfig, load
 
     given = {key: getattr(options, key) for key in ("vae", "prediction", "zero_snr", "dtype") if getattr(options, key)}
     if options.base:
         return BaseConfig(path=options.base, **given)
-    beside = options.file.with_name(FILE_NAME)
-    if not beside.is_file():
-        raise UserError(f"there is no {beside} to tell the base of {options.file.name}: name it with --base")
-    return replace(load(beside).base, **given)
+    config_path = options.file.with_name(FILE_NAME)
+    if not config_path.is_file():
+        raise UserError(f"there is no {config_path} to tell the base of {options.file.name}: name it with --base")
+    return replace(load(config_path).base, **given)
 
 
 def _recommended(metadata: Mapping[str, str], key: str, default: float) -> float:
-    """What the file's metadata recommend, a number like `default`."""
-    text = metadata.get(f"tcd.{key}", default)
+    """The value of a metadata key such as tcd.eta as a number of the default's type, or the default without the key.
+
+    Raises UserError if the value is not such a number.
+    """
+    text = metadata.get(key, default)
     try:
         return type(default)(text)
     except ValueError:
-        raise UserError(f"tcd.{key} in the metadata is {text!r}, but must be a number: give --{key}") from None
+        number = "a whole number" if isinstance(default, int) else "a number"
+        option = f"--{key.removeprefix('tcd.')}"
+        raise UserError(f"{key} in the metadata is {text!r}, but must be {number}: give {option}") from None

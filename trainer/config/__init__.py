@@ -1,1 +1,1 @@
-"""The settings of a run: what a TOML file may say, checked, and what of it is the machine's."""
+"""The configuration of a run: reading and validating it, and choosing device and dtype."""

@@ -1,7 +1,4 @@
-"""Where a model runs, and in which numbers.
-
-Flows in: the words of a configuration.  Flows out: torch's device and dtype, or a `UserError`.
-"""
+"""The torch device and dtype that a configuration asks for."""
 
 from __future__ import annotations
 
@@ -11,33 +8,33 @@ from ..errors import UserError
 from .settings import Config
 
 
-def device_of(wanted: str) -> torch.device:
-    """The device that `training.device` means.
+def resolve_device(name: str) -> torch.device:
+    """Return the device for a value of `training.device`; "auto" is CUDA if available, otherwise the CPU.
 
-    Raises UserError for one that cannot be used.
+    Raises UserError if the device is unknown or cannot be used.
     """
-    if wanted == "auto":
+    if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(wanted)
+        device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-        raise UserError(f"training.device is {wanted!r}, which cannot be used here: {error}") from error
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+        raise UserError(f"training.device is {name!r}, which cannot be used here: {error}") from error
     return device
 
 
-def dtype_of(wanted: str, device: torch.device) -> torch.dtype:
-    """The dtype of frozen weights on `device` that `base.dtype` means."""
-    if wanted == "auto":
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the frozen weights' dtype for a value of `base.dtype`; "auto" is float32 on a CPU, bfloat16 elsewhere."""
+    if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    dtype: torch.dtype = getattr(torch, wanted)
+    dtype: torch.dtype = getattr(torch, name)
     return dtype
 
 
-def placed(config: Config) -> tuple[torch.device, torch.dtype]:
-    """The device of a run and the dtype of its frozen weights.
+def device_and_dtype(config: Config) -> tuple[torch.device, torch.dtype]:
+    """Return the device of a run and the dtype of its frozen weights.
 
-    Raises UserError as `device_of` does.
+    Raises UserError if the device is unknown or cannot be used.
     """
-    device = device_of(config.training.device)
-    return device, dtype_of(config.base.dtype, device)
+    device = resolve_device(config.training.device)
+    return device, resolve_dtype(config.base.dtype, device)

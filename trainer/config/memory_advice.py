@@ -1,4 +1,4 @@
-"""What to do when the memory is full, in each phase of a run."""
+"""Advice to the user when memory runs out, for each phase of a run."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .settings import Config
 
 
 class MemoryFullError(RunError):
-    """Something did not fit into memory; the message says what to lower."""
+    """Memory ran out; the message says which settings need less."""
 
 
 @contextmanager
 def memory_advice(advice: str) -> Iterator[None]:
-    """Within the block a full memory is a MemoryFullError: "out of memory", and the advice."""
+    """Turn an out-of-memory error within the block into a MemoryFullError: "out of memory" followed by `advice`."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -26,8 +26,8 @@ def memory_advice(advice: str) -> Iterator[None]:
         raise MemoryFullError(f"out of memory {advice}") from error
 
 
-def when_caching(config: Config, device: torch.device, dtype: torch.dtype) -> str:
-    """The advice while pictures and captions are encoded on `device`, with text encoders in `dtype`."""
+def caching_advice(config: Config, device: torch.device, dtype: torch.dtype) -> str:
+    """Return the advice for encoding pictures and captions on `device`, with text encoders in `dtype`."""
     instead = (
         ""
         if device.type == "cpu"
@@ -37,42 +37,42 @@ def when_caching(config: Config, device: torch.device, dtype: torch.dtype) -> st
         )
     )
     return (
-        f"while pictures of {config.data.resolution} px were encoded into the cache, where what is done already is "
-        f"kept. {instead}Or close what else uses the memory; or, in another output.folder, use a smaller "
-        "data.resolution"
+        f"while pictures of {config.data.resolution} px were encoded into the cache, which keeps the finished ones. "
+        f"{instead}Or close other programs that use the memory; or use a smaller data.resolution, with a different "
+        "output.folder"
     )
 
 
-def when_loading(dtype: torch.dtype) -> str:
-    """The advice while the base's UNet is loaded in `dtype`."""
-    half = "" if dtype.itemsize == 2 else " Use base.dtype=bfloat16, in another output.folder, which takes half of it."
+def loading_advice(dtype: torch.dtype) -> str:
+    """Return the advice for loading the base's network in `dtype`."""
+    half = "" if dtype.itemsize == 2 else " Or halve it with base.dtype=bfloat16 and a different output.folder."
     return (
-        "while the base's UNet was loaded: close what else uses the memory, or spread it over several GPUs "
+        "while the base's network was loaded: close other programs that use the memory, or shard it over several GPUs "
         f"(trainer/launch/fsdp.yaml).{half}"
     )
 
 
-def when_previewing(config: Config) -> str:
-    """The advice while previews are drawn."""
+def preview_advice(config: Config) -> str:
+    """Return the advice for drawing previews."""
     side = config.data.resolution
     return (
         f"while a preview of {config.preview.width or side} x {config.preview.height or side} px was drawn. Use a "
-        "smaller preview.width and preview.height, or preview.prompts=[] for none: what is trained does not depend on "
-        "them, so the same command with them goes on from the last checkpoint"
+        "smaller preview.width and preview.height, or preview.prompts=[] for no previews. They do not affect training, "
+        "so the same command with the new values resumes from the last checkpoint"
     )
 
 
-def when_training(config: Config, largest: int) -> str:
-    """The advice while training in parts of `largest` pictures."""
+def training_advice(config: Config, largest: int) -> str:
+    """Return the advice for training with at most `largest` pictures in one forward pass."""
     return (
         f"with {largest} pictures of {config.data.resolution} px at a time. Use "
         "training.gradient_checkpointing=true, or a larger training.accumulate "
-        f"(now {config.training.accumulate}): both take time and change nothing else, so the same command with "
-        "them goes on from the last checkpoint. Or, in another output.folder, a smaller training.batch, "
-        "data.resolution or adapter.rank"
+        f"(now {config.training.accumulate}): both are slower and change nothing else, so the same command with "
+        "them resumes from the last checkpoint. Or use a smaller training.batch, data.resolution or adapter.rank, with "
+        "a different output.folder"
     )
 
 
 def _is_full(error: Exception) -> bool:
-    # A GPU's is a RuntimeError of its own type, a CPU's a RuntimeError like any other.
+    # CUDA raises its own type; on a CPU torch raises a plain RuntimeError.
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

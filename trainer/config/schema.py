@@ -1,6 +1,6 @@
-"""Mappings to dataclasses: every key known, every value of its type and in its range, and errors that name the key.
+"""Build dataclasses from nested mappings, and check every key, type, choice and range.
 
-Flows in: a dataclass, and nested mappings as TOML gives them.  Flows out: a value of it, or a `UserError`.
+Every error names the key, the value received and what is allowed.
 """
 
 from __future__ import annotations
@@ -15,18 +15,17 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..errors import UserError
 
-# Of settings that say how a run is done and not, but for rounding, what comes out: a run that goes on from a checkpoint
-# may do so with other ones.
 FREE = {"free": True}
+"""Field metadata of settings that do not affect the result of a run, up to rounding.  They may change on resuming."""
 
 
 def number(default: object, low: float, high: float = math.inf, *, free: bool = False) -> Any:
-    """A numeric field, or a list of numbers, with an inclusive range."""
+    """Declare a field for a number, or a list of numbers, from `low` to `high`, both allowed; free: as in FREE."""
     return field(default=default, metadata={"low": low, "high": high, "free": free})
 
 
 def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
-    """The fields of two values of one dataclass that are not equal, in words, but for those that are FREE."""
+    """Yield one message for each field that differs between two values of a dataclass, except FREE fields."""
     for entry in fields(old):
         was, now = getattr(old, entry.name), getattr(new, entry.name)
         if entry.metadata.get("free") or was == now:
@@ -38,9 +37,9 @@ def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
 
 
 def override(values: dict[str, Any], text: str) -> None:
-    """Put `section.key=value` into `values`; the value is TOML, or else a bare string.
+    """Set `section.key=value` in `values`; a value that is not valid TOML is taken as a string.
 
-    Raises UserError for a text that is not of this form.
+    Raises UserError if the text is not of this form, or the section is not a mapping.
     """
     path, separator, given = text.partition("=")
     *sections, key = path.strip().split(".")
@@ -59,9 +58,10 @@ def override(values: dict[str, Any], text: str) -> None:
 
 
 def build(kind: type, values: object, where: str = "") -> Any:
-    """Build the dataclass `kind` from a mapping, checking every key and value; `where` ends with a dot or is empty.
+    """Build the dataclass `kind` from a mapping, and check every key and value.
 
-    Raises UserError for an unknown or missing key, a wrong type, and a value out of range.
+    where: the prefix of keys in messages, empty or with a dot at the end.
+    Raises UserError for an unknown or missing key, a wrong type, or a value out of range.
     """
     if not isinstance(values, Mapping):
         raise UserError(f"{where.rstrip('.')} is {values!r}, but must be a section: write [{where.rstrip('.')}]")
@@ -74,7 +74,7 @@ def build(kind: type, values: object, where: str = "") -> Any:
     arguments = {}
     for entry in fields(kind):
         if entry.name in values:
-            arguments[entry.name] = _checked(hints[entry.name], values[entry.name], where + entry.name, entry.metadata)
+            arguments[entry.name] = _check(hints[entry.name], values[entry.name], where + entry.name, entry.metadata)
         elif is_dataclass(hints[entry.name]) and entry.name in _required(kind):
             arguments[entry.name] = build(hints[entry.name], {}, f"{where}{entry.name}.")
         elif entry.name in _required(kind):
@@ -83,18 +83,20 @@ def build(kind: type, values: object, where: str = "") -> Any:
 
 
 def _required(kind: type) -> list[str]:
-    """Names of the fields of a dataclass that have no default."""
+    """Return the names of the fields without a default."""
     return [entry.name for entry in fields(kind) if entry.default is MISSING and entry.default_factory is MISSING]
 
 
-def _checked(hint: Any, value: object, key: str, limits: Mapping[str, Any]) -> Any:
-    """Check one value against its type, choices and range."""
+def _check(hint: Any, value: object, key: str, limits: Mapping[str, Any]) -> Any:
+    """Return a value after checking its type, choices and range; whole numbers become floats where a float is due."""
     if is_dataclass(hint):
         return build(hint, value, key + ".")  # type: ignore[arg-type]
     if get_origin(hint) is tuple:
         if not isinstance(value, list | tuple):
-            raise UserError(f"{key} is {value!r}, but must be a list{_as_list(get_args(hint)[0], value, key, limits)}")
-        return tuple(_checked(get_args(hint)[0], each, f"{key}[{i}]", limits) for i, each in enumerate(value))
+            raise UserError(
+                f"{key} is {value!r}, but must be a list{_list_hint(get_args(hint)[0], value, key, limits)}"
+            )
+        return tuple(_check(get_args(hint)[0], each, f"{key}[{i}]", limits) for i, each in enumerate(value))
     if get_origin(hint) is Literal:
         if value not in get_args(hint) or isinstance(value, bool):
             raise UserError(f"{key} is {value!r}, but must be one of {', '.join(map(repr, get_args(hint)))}")
@@ -109,15 +111,15 @@ def _checked(hint: Any, value: object, key: str, limits: Mapping[str, Any]) -> A
     return value
 
 
-def _as_list(hint: Any, value: object, key: str, limits: Mapping[str, Any]) -> str:
-    """How to write the list that was meant by `value`, where it can be told."""
+def _list_hint(hint: Any, value: object, key: str, limits: Mapping[str, Any]) -> str:
+    """Return a hint how to write `value` as a list, for the end of a message."""
     if is_dataclass(hint):
         return f": write [[{key}]] above the keys of each"
     try:
-        _checked(hint, value, key, limits)
+        _check(hint, value, key, limits)
     except UserError:
         return f", each item {_ARTICLES[hint]}"
     return f": write [{json.dumps(value, ensure_ascii=False)}]"
 
 
-_ARTICLES = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
+_ARTICLES = {str: "a string", bool: "true or false", int: "a whole number", float: "a number"}

@@ -15,9 +15,11 @@ from typing import Any, Literal
 import tomli_w
 
 from ...tcd import TargetInput
+from ...tcd.lora_metadata import DEFAULT_CFG, DEFAULT_ETA, DEFAULT_STEPS
 from ...tcd.objective import DistanceName, Weighting
 from ...tcd.times import Law
 from ..errors import UserError
+from .consistency import check_together
 from .schema import FREE, build, differences, override
 from .schema import number as _number
 
@@ -63,6 +65,7 @@ class DrawConfig:
     steps: int = _number(25, 1, 50)
     """Steps of DPM-Solver++(2M), which is deterministic."""
     guidance: float = _number(6.0, 1.0)
+    """Scale of the classifier-free guidance that they are drawn with; 1 is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,8 +140,9 @@ class MethodConfig:
     skip: int = _number(20, 1, 999)
     """Length k of the teacher's solver step, in training timesteps."""
     guidance_min: float = _number(2.0, 0.0)
+    """Least scale of the teacher's guidance, which is drawn for each picture, uniformly up to `guidance_max`."""
     guidance_max: float = _number(8.0, 0.0)
-    """The teacher's guidance is drawn uniformly between the two, per picture; 1 is none."""
+    """Greatest scale of the teacher's guidance; if both are 1, there is none."""
     distance: DistanceName = "huber"
     """Pseudo-Huber of each element, or of the root mean square of each picture; or the mean square."""
     huber_c: float = _number(0.001, 1e-6)
@@ -163,10 +167,11 @@ class AdapterConfig:
     """The LoRA."""
 
     rank: int = _number(64, 1, 1024)
+    """Rank of the update of each layer: a higher one can learn more, and makes a larger file."""
     alpha: float = _number(64.0, 1e-6)
     """The update is scaled by alpha / rank."""
     targets: tuple[str, ...] = ("all",)
-    """Groups of modules, `all`, `attention`, `feed_forward` and `convolution`, or their kinds, as in targets.py."""
+    """Groups of modules, `all`, `attention`, `feed_forward` and `convolution`, or kinds of module, such as `to_q`."""
     start_from: str = ""
     """A LoRA file of the same rank, alpha and targets to begin with; nothing is the identity."""
     freeze: bool = False
@@ -178,6 +183,7 @@ class TrainingConfig:
     """The optimization."""
 
     steps: int = _number(1000, 1)
+    """Number of updates of the weights."""
     batch: int = _number(8, 1)
     """Pictures of a step, over all processes and parts."""
     accumulate: int = _number(1, 1, free=True)
@@ -194,10 +200,13 @@ class TrainingConfig:
     target_time_lr: float = _number(1e-3, 0.0)
     """The same of the embedding of `method.target_time`."""
     warmup_steps: int = _number(0, 0)
+    """Steps at the start in which the learning rate rises linearly to its peak."""
     weight_decay: float = _number(1e-2, 0.0)
+    """AdamW's decay of the adapter's weights towards zero."""
     clip: float = _number(1.0, 1e-9)
     """Greatest norm of the gradient."""
     seed: int = _number(0, 0, 2**63 - 1)
+    """Of everything random: the adapter's first weights, the order of the pictures, the times and the noise."""
     device: str = field(default="auto", metadata=FREE)
     """`auto`, `cpu`, `cuda`, `cuda:1`, `mps` ...; each of several processes takes a GPU of its own."""
     checkpoint_every: int = _number(500, 1, free=True)
@@ -211,13 +220,17 @@ class OutputConfig:
     """Where the LoRA goes, and what it says of itself."""
 
     folder: str
+    """Folder of the LoRA, its configuration, checkpoints, previews and report; one for each run."""
     name: str = "tcd-lora"
     """The file is `folder/name.safetensors`."""
     dtype: Literal["float16", "bfloat16"] = "float16"
-    steps: int = _number(4, 1, 50)
-    eta: float = _number(0.3, 0.0, 1.0)
-    cfg: float = _number(1.0, 0.0)
-    """Settings recommended for sampling, written into the file's metadata and read by the nodes."""
+    """Of the tensors in the file."""
+    steps: int = _number(DEFAULT_STEPS, 1, 50)
+    """Number of sampling steps that the file recommends, in its metadata, which the nodes read."""
+    eta: float = _number(DEFAULT_ETA, 0.0, 1.0)
+    """Eta, the paper's gamma, that the file recommends: 0 adds no noise between steps, 1 as much as LCM does."""
+    cfg: float = _number(DEFAULT_CFG, 0.0)
+    """Guidance scale that the file recommends; 1 is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,12 +245,14 @@ class PreviewConfig:
     """Each prompt is drawn from each of these seeds."""
     steps: tuple[int, ...] = _number((1, 2, 4, 8), 1, 50)
     """Each is drawn with each of these numbers of sampling steps."""
-    eta: float = _number(0.3, 0.0, 1.0)
-    cfg: float = _number(1.0, 0.0)
-    """How the student is sampled; the teacher beside it has 50 steps at the middle of the guidance range."""
+    eta: float = _number(DEFAULT_ETA, 0.0, 1.0)
+    """Eta with which the student is sampled; the teacher adds no noise."""
+    cfg: float = _number(DEFAULT_CFG, 0.0)
+    """Guidance scale of the student; the teacher has 50 steps at the middle of `method`'s guidance range."""
     width: int = _number(0, 0, 4096)
+    """Of the pictures, in pixels, a multiple of 8; 0 is `data.resolution`."""
     height: int = _number(0, 0, 4096)
-    """Of the pictures, in pixels, a multiple of 8; 0 is data.resolution."""
+    """Of the pictures, in pixels, a multiple of 8; 0 is `data.resolution`."""
 
     def __post_init__(self) -> None:
         for key in ("width", "height"):
@@ -272,35 +287,7 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig, metadata=FREE)
 
     def __post_init__(self) -> None:
-        if self.method.guidance_min > self.method.guidance_max:
-            raise UserError(
-                f"method.guidance_min is {self.method.guidance_min}, above method.guidance_max, "
-                f"{self.method.guidance_max}: exchange them"
-            )
-        if 1000 % self.method.origin_steps:
-            raise UserError(f"method.origin_steps is {self.method.origin_steps}: use a divisor of 1000, such as 50")
-        if self.method.law == "target" and self.method.origin_steps < 8:
-            raise UserError(
-                f"method.origin_steps is {self.method.origin_steps}, but the law target draws among the times of "
-                "samplers of up to 8 steps: use 8 or more, such as 50"
-            )
-        phases = self.method.phases
-        if self.method.law in ("segment", "phase") and not (
-            phases and all(1 <= each <= self.method.origin_steps for each in phases)
-        ):
-            raise UserError(
-                f"method.phases is {list(phases)}: use numbers from 1 to method.origin_steps, "
-                f"{self.method.origin_steps}, such as [8, 4, 2, 1]"
-            )
-        if self.method.order == 2 and self.method.target_time:
-            raise UserError(
-                "method.order is 2 and method.target_time is set: a network that gets the target time needs one call "
-                "for a jump, so use order 1"
-            )
-        if self.adapter.freeze and not self.method.target_time:
-            raise UserError("adapter.freeze leaves nothing to train: set method.target_time, or do not freeze")
-        if not self.output.name or Path(self.output.name).name != self.output.name:
-            raise UserError(f"output.name is {self.output.name!r}: use a plain file name without folder or ending")
+        check_together(self)
 
     @property
     def output_folder(self) -> Path:

@@ -1,1 +1,1 @@
-"""From pictures, captions and prompts to the latents and embeddings of each training step."""
+"""Training data: sources of pictures and captions, buckets, the cache of latents and embeddings, and batches."""

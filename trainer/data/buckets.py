@@ -1,7 +1,4 @@
-"""Sizes that pictures are trained at: of about one area, in several aspects, so that little is cropped away.
-
-Flows in: the size of a picture.  Flows out: the `Fit` that says how it is resized and cropped.
-"""
+"""Aspect-ratio buckets: sizes of about equal area and different aspect ratios, so that little is cropped."""
 
 from __future__ import annotations
 
@@ -11,11 +8,11 @@ from math import log
 from typing import NamedTuple
 
 MAX_STRETCH = 2
-"""Sides are from resolution / 2 to resolution * 2, so that aspects reach from 1:4 to 4:1."""
+"""Sides are at least resolution / 2 and at most resolution * 2, so that aspect ratios range from 1:4 to 4:1."""
 
 
 class Size(NamedTuple):
-    """Of a picture, in pixels."""
+    """The size of a picture in pixels; its text is WIDTHxHEIGHT."""
 
     height: int
     width: int
@@ -25,13 +22,16 @@ class Size(NamedTuple):
 
     @staticmethod
     def parse(text: str) -> Size:
-        """The size that is written so."""
+        """Parse a size from WIDTHxHEIGHT."""
         width, _, height = text.partition("x")
         return Size(int(height), int(width))
 
 
 class Fit(NamedTuple):
-    """How a picture comes to its bucket: resized, then cut `top` and `left` of its pixels in."""
+    """How a picture is brought to its bucket's size: resized, then cropped.
+
+    The crop has the bucket's size and starts at (top, left) of the resized picture, in pixels.
+    """
 
     original: Size
     resized: Size
@@ -41,40 +41,45 @@ class Fit(NamedTuple):
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Original size, crop top and left, target size; each height before width, as SDXL is conditioned on them."""
+        """SDXL's size conditioning: original height and width, crop top and left, target height and width."""
         return (*self.original, self.top, self.left, *self.bucket)
 
 
 @dataclass(frozen=True)
 class Buckets:
-    """The rule by which a picture gets its bucket."""
+    """The rule that assigns a bucket to each picture."""
 
     resolution: int
-    """Buckets hold at most resolution^2 pixels."""
+    """Buckets have at most resolution^2 pixels."""
     step: int = 64
-    """Sides of buckets are multiples of it."""
+    """Sides of buckets are multiples of this, in pixels."""
     square: bool = False
-    """Squares alone."""
+    """Use only square buckets."""
     upscale: bool = False
-    """Enlarge small pictures to the full resolution, instead of giving them smaller buckets."""
+    """Enlarge small pictures to the full resolution instead of assigning them smaller buckets."""
 
     def fit(self, original: Size) -> Fit | None:
-        """How a picture of this size is resized and center-cropped; None when it is smaller than every bucket.
+        """Return how a picture of this size is resized and center-cropped, or None if every bucket is larger.
 
-        It gets the bucket nearest to its aspect among those of the full resolution; when that would enlarge it, among
-        those of the greatest lower resolution, in eighths rounded up to steps, that does not.
+        The bucket is the one with the nearest aspect ratio at the full resolution.  If it is larger than the picture
+        and `upscale` is not set, lower resolutions are tried, in decrements of an eighth, rounded up to a multiple of
+        `step`.
         """
         top = self.resolution // self.step * self.step
         for resolution in range(top, 0, -self.step * -(-top // (8 * self.step))):
-            bucket = _nearest(original, _sizes(resolution, self.step, self.square))
+            bucket = _nearest_aspect(original, _bucket_sizes(resolution, self.step, self.square))
             if self.upscale or (bucket.height <= original.height and bucket.width <= original.width):
-                return _fill(original, bucket)
+                return _crop_center(original, bucket)
         return None
 
 
 @lru_cache
-def _sizes(resolution: int, step: int, square: bool) -> tuple[Size, ...]:
-    """For each height the greatest width with at most resolution^2 pixels, and the same turned; both within bounds."""
+def _bucket_sizes(resolution: int, step: int, square: bool) -> tuple[Size, ...]:
+    """Return all buckets of a resolution.
+
+    For each height up to `resolution`, the width is the greatest within MAX_STRETCH that gives at most resolution^2
+    pixels.  The same sizes with height and width exchanged are added.
+    """
     if square:
         return (Size(resolution, resolution),)
     low, high = -(-resolution // (MAX_STRETCH * step)) * step, MAX_STRETCH * resolution
@@ -82,19 +87,19 @@ def _sizes(resolution: int, step: int, square: bool) -> tuple[Size, ...]:
     return tuple(sorted(wide | {Size(size.width, size.height) for size in wide}))
 
 
-def _nearest(original: Size, sizes: tuple[Size, ...]) -> Size:
-    """The size of which the least is cropped; of those alike the largest, then the least long."""
+def _nearest_aspect(original: Size, sizes: tuple[Size, ...]) -> Size:
+    """Return the size for which least is cropped; in a tie the one with most pixels, then the one closest to square."""
     aspect = log(original.width / original.height)
 
-    def cropped(size: Size) -> tuple[float, int, int]:
-        # Rounded, for a picture just between two buckets to be so turned by 90 degrees, too.
+    def preference(size: Size) -> tuple[float, int, int]:
+        # Rounded, so that a tie between two buckets is also a tie when the picture is rotated by 90 degrees.
         return round(abs(log(size.width / size.height) - aspect), 9), -size.height * size.width, max(size)
 
-    return min(sizes, key=cropped)
+    return min(sizes, key=preference)
 
 
-def _fill(original: Size, bucket: Size) -> Fit:
-    """Resize to the smallest size of the same aspect that covers the bucket, and cut the bucket from its center."""
+def _crop_center(original: Size, bucket: Size) -> Fit:
+    """Resize to the smallest size of the same aspect ratio that covers the bucket, and crop the center."""
     scale = max(bucket.height / original.height, bucket.width / original.width)
     height = max(bucket.height, round(original.height * scale))
     width = max(bucket.width, round(original.width * scale))

@@ -1,11 +1,11 @@
-"""The data as training reads it, on disk: which files belong to a configuration, and whether they are all there.
+"""Find the cached latents and embeddings of a configuration, and open them as a `Dataset` once they are complete.
 
-Flows in: a configuration.  Flows out: a `Dataset` on files that are mapped into memory, or None while some are missing.
+    CACHE/latents-HASH/   latents of pictures, by the digest of the image file
+    CACHE/drawn-HASH/     latents drawn by the teacher, by the digest of the prompt and the drawing's number
+    CACHE/captions-HASH/  text embeddings, by the digest of the caption
+    CACHE/index-HASH.safetensors   the rows that belong to one data set; written last
 
-    CACHE/latents-KEY/    latents of pictures, by the digest of their bytes; KEY is that of the model and the buckets
-    CACHE/drawn-KEY/      latents that the teacher drew, by the digest of the prompt and the number of the drawing
-    CACHE/captions-KEY/   text embeddings, by the digest of the caption
-    CACHE/index-KEY.safetensors   which rows of those belong to which data; written when everything is there
+A folder's HASH is of the model and the settings that its rows depend on; an index's also covers the source files.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..atomic import whole_file
+from ..atomic import atomic_write
 from ..config.settings import Config
 from ..errors import UserError
 from ..models import open_checkpoint
@@ -31,84 +31,88 @@ from ..models.seam import Checkpoint
 from .buckets import Size
 from .dataset import Dataset, Table, caption_of
 from .sources import open_sources
-from .store import Place, ShardFiles, open_shard
-from .survey import Survey, order_groups
+from .store import RowLocation, ShardFiles, open_shard
+from .survey import Survey, make_groups
 
 VERSION = 2
 """Version of the cached rows; increase it when the same input would produce different rows."""
 
 
 @dataclass(frozen=True)
-class Layout:
-    """The folders of a configuration's rows, and the name of its index."""
+class CachePaths:
+    """Paths of the row folders and of the index of one configuration."""
 
     folder: Path
+    """The folder CACHE, which different configurations may share."""
     settings: Mapping[str, Mapping[str, Any]]
     """For each kind of row: every setting it depends on, apart from the content that its digest hashes."""
 
-    def store(self, kind: str) -> Path:
-        """The folder of one kind of rows."""
-        return self.folder / f"{kind}-{_key(self.settings[kind])}"
+    def rows_folder(self, kind: str) -> Path:
+        """Return the folder of one kind of row: "latents", "drawn" or "captions"."""
+        return self.folder / f"{kind}-{_hash(self.settings[kind])}"
 
-    def index(self, config: Config, part: int = 0, parts: int = 1) -> Path:
-        """The index of the data, or of one part of several, as the files of the data are now."""
+    def index_file(self, config: Config, part: int = 0, parts: int = 1) -> Path:
+        """Return the path of the index of all data or of one part; it changes when a source file is modified."""
         part_of = f"-{part}of{parts}" if parts > 1 else ""
-        return self.folder / f"index-{_fingerprint(self, config)}{part_of}.safetensors"
+        return self.folder / f"index-{_index_hash(self, config)}{part_of}.safetensors"
 
 
-def layout(config: Config, checkpoint: Checkpoint, dtype: torch.dtype) -> Layout:
-    """Where the rows of a configuration are, with text encoders and network in `dtype`."""
+def cache_paths(config: Config, checkpoint: Checkpoint, dtype: torch.dtype) -> CachePaths:
+    """Return the cache paths of a configuration, with text encoders and network in `dtype`."""
     base, data, prints = config.base, config.data, checkpoint.fingerprints()
     autoencoder = {"version": VERSION, "model": prints.get("the VAE", prints["the base"])}
     model = {"version": VERSION, "model": prints["the base"], "dtype": str(dtype)}
     buckets = {key: getattr(data, key) for key in ("resolution", "bucket_step", "buckets", "upscale")}
     teacher = {**model, "prediction": base.prediction, "zero_snr": base.zero_snr}
-    draw = {**asdict(data.draw), "per_prompt": None}  # one more drawing of a prompt leaves the others as they are
+    draw = {**asdict(data.draw), "per_prompt": None}  # with more drawings of a prompt, the earlier ones stay valid
     settings = {
         "latents": {**autoencoder, **buckets},
         "captions": model,
         "drawn": {**teacher, **draw, "resolution": data.resolution, "bucket_step": data.bucket_step},
     }
-    return Layout(config.cache_folder, settings)
+    return CachePaths(config.cache_folder, settings)
 
 
-class Rows(NamedTuple):
-    """The pictures of one source and bucket, in an order that depends on nothing but what they are."""
+class GroupRows(NamedTuple):
+    """The pictures of one source and bucket, in an order that depends only on their content."""
 
     keys: Tensor
-    """[n] int64, ascending: of the digests of picture and caption."""
-    places: Tensor
-    """[n, 4] int32: the number of the latent's shard, its row there, and the same of the caption."""
+    """[n] int64, ascending: a hash of each picture and its caption."""
+    locations: Tensor
+    """[n, 4] int32: shard and row of the latent, shard and row of the caption; shards are indices in `Index.shards`."""
 
 
 @dataclass(frozen=True)
 class Index:
-    """Which rows belong to a data set."""
+    """The cached rows that belong to one data set."""
 
     shards: list[str]
-    """Files, as paths from the cache's folder."""
-    groups: dict[tuple[int, Size], Rows]
-    """By source and bucket."""
-    empty: Place
-    """The empty caption."""
-    found: Survey
+    """Paths of the shards, relative to the cache folder."""
+    groups: dict[tuple[int, Size], GroupRows]
+    """The pictures, by (index of the source, bucket)."""
+    empty: RowLocation
+    """Location of the empty caption."""
+    survey: Survey
+    """Counts of the samples and their problems."""
 
     @staticmethod
-    def of(entries: Mapping[tuple[int, Size], Sequence[Entry]], empty: Place, found: Survey) -> Index:
-        """The index of pictures whose places are known."""
-        places = (place for group in entries.values() for entry in group for place in (entry.latent, entry.caption))
-        shards = {name: number for number, name in enumerate(dict.fromkeys(place.shard for place in places))}
+    def from_entries(
+        entries: Mapping[tuple[int, Size], Sequence[IndexEntry]], empty: RowLocation, survey: Survey
+    ) -> Index:
+        """Build an index from the locations of pictures, given by (index of the source, bucket)."""
+        locations = (each for group in entries.values() for entry in group for each in (entry.latent, entry.caption))
+        shards = {name: number for number, name in enumerate(dict.fromkeys(each.shard for each in locations))}
         groups = {}
         for which, group in entries.items():
             numbers = [
                 (shards[latent.shard], latent.row, shards[caption.shard], caption.row) for _, latent, caption in group
             ]
             keys = torch.tensor([entry.key for entry in group])
-            groups[which] = _sorted(keys, torch.tensor(numbers, dtype=torch.int32))
-        return Index(list(shards), groups, empty, found)
+            groups[which] = _sort_by_key(keys, torch.tensor(numbers, dtype=torch.int32))
+        return Index(list(shards), groups, empty, survey)
 
     def digest(self) -> str:
-        """A name for the pictures and captions by their content, in which source and bucket they are, and how often."""
+        """Return a hash of the picture and caption contents, their source and bucket, and their multiplicity."""
         content = hashlib.sha256()
         for (number, bucket), rows in sorted(self.groups.items()):
             content.update(f"{number} {bucket} {len(rows.keys)}\n".encode())
@@ -116,86 +120,87 @@ class Index:
         return content.hexdigest()[:16]
 
     @staticmethod
-    def merged(parts: Sequence[Index]) -> Index:
-        """The index of several parts' data together."""
-        found, shards = Survey(), list[str]()
-        pieces: dict[tuple[int, Size], list[Rows]] = defaultdict(list)
+    def merge(parts: Sequence[Index]) -> Index:
+        """Join the indices of all parts of the data."""
+        survey, shards = Survey(), list[str]()
+        pieces: dict[tuple[int, Size], list[GroupRows]] = defaultdict(list)
         for part in parts:
             offset = torch.tensor([len(shards), 0, len(shards), 0], dtype=torch.int32)
             for which, rows in part.groups.items():
-                pieces[which].append(Rows(rows.keys, rows.places + offset))
+                pieces[which].append(GroupRows(rows.keys, rows.locations + offset))
             shards += part.shards
-            found.add(part.found)
+            survey.merge(part.survey)
         groups = {
-            which: _sorted(torch.cat([rows.keys for rows in each]), torch.cat([rows.places for rows in each]))
+            which: _sort_by_key(torch.cat([rows.keys for rows in each]), torch.cat([rows.locations for rows in each]))
             for which, each in pieces.items()
         }
-        return Index(shards, groups, parts[0].empty, found)
+        return Index(shards, groups, parts[0].empty, survey)
 
     def write(self, path: Path) -> None:
-        """Write it whole or not at all."""
+        """Write the index to a file, atomically."""
         tensors: dict[str, Tensor] = {}
         for number, rows in enumerate(self.groups.values()):
-            tensors |= {f"{number}.keys": rows.keys, f"{number}.places": rows.places}
+            tensors |= {f"{number}.keys": rows.keys, f"{number}.locations": rows.locations}
         header = {
             "shards": self.shards,
             "groups": [(number, *bucket) for number, bucket in self.groups],
             "empty": self.empty,
-            "found": self.found.seen,
-            "problems": self.found.problems,
-            "names": self.found.names,
+            "seen": self.survey.seen,
+            "problems": self.survey.problems,
+            "names": self.survey.names,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as unfinished:
-            save_file(tensors, unfinished, metadata={"index": json.dumps(header)})
+        with atomic_write(path) as temporary:
+            save_file(tensors, temporary, metadata={"index": json.dumps(header)})
 
     @staticmethod
     def read(path: Path) -> Index:
-        """The index in a file, mapped into memory.
+        """Read an index, memory-mapped.
 
-        Raises OSError or SafetensorError where there is none.
+        Raises OSError or SafetensorError if the file does not exist or is damaged.
         """
         tensors = open_shard(path)
         with safe_open(path, "pt") as file:
             header = json.loads(file.metadata()["index"])
         groups = {
-            (source, Size(height, width)): Rows(tensors[f"{number}.keys"], tensors[f"{number}.places"])
+            (source, Size(height, width)): GroupRows(tensors[f"{number}.keys"], tensors[f"{number}.locations"])
             for number, (source, height, width) in enumerate(header["groups"])
         }
-        found = Survey(
+        survey = Survey(
             Counter({which: len(rows.keys) for which, rows in groups.items()}),
-            header["found"],
+            header["seen"],
             Counter(header["problems"]),
             header["names"],
         )
-        return Index(header["shards"], groups, Place(*header["empty"]), found)
+        return Index(header["shards"], groups, RowLocation(*header["empty"]), survey)
 
 
-class Entry(NamedTuple):
-    """One picture of a data set."""
+class IndexEntry(NamedTuple):
+    """One picture of a data set, and the locations of its rows."""
 
     key: int
-    latent: Place
-    caption: Place
+    """Sort key, int64: a hash of the picture and its caption."""
+    latent: RowLocation
+    caption: RowLocation
 
 
 @dataclass(frozen=True)
-class Cached:
-    """A complete cache."""
+class CachedData:
+    """The data of a configuration whose cache is complete."""
 
     dataset: Dataset
-    found: Survey
+    survey: Survey
 
 
-def open_cached(config: Config, dtype: torch.dtype) -> Cached | None:
-    """Open the rows of a configuration's data; None if they are not all in the cache.
+def open_cached(config: Config, dtype: torch.dtype) -> CachedData | None:
+    """Open the data of a configuration, or return None if the cache is not complete.
 
-    Every file's length is checked, none is read: files shorter than their header says count as missing.
+    The length of each file is checked, not its content: a file shorter than its header says counts as missing.
     Raises UserError if the cache is complete but contains no usable picture.
     """
     checkpoint = open_checkpoint(config.base)
     try:
-        index = Index.read(layout(config, checkpoint, dtype).index(config))
+        index = Index.read(cache_paths(config, checkpoint, dtype).index_file(config))
         paths = [config.cache_folder / name for name in index.shards]
         for path in paths:
             open_shard(path)
@@ -204,53 +209,53 @@ def open_cached(config: Config, dtype: torch.dtype) -> Cached | None:
     except (SafetensorError, OSError):
         return None
     if not index.groups:
-        raise UserError(f"no picture is left to train on: {index.found.complaints()}")
+        raise UserError(f"no picture is left to train on: {index.survey.complaints()}")
     shards, ordered = ShardFiles(paths), sorted(index.groups.items())
-    groups = order_groups(config.data, [(which, len(rows.keys)) for which, rows in ordered])
-    tables = [Table(rows.places, shards, shards) for _, rows in ordered]
-    return Cached(Dataset(groups, tables, empty, checkpoint.collate), index.found)
+    groups = make_groups(config.data, [(which, len(rows.keys)) for which, rows in ordered])
+    tables = [Table(rows.locations, shards, shards) for _, rows in ordered]
+    return CachedData(Dataset(groups, tables, empty, checkpoint.collate), index.survey)
 
 
 def input_fingerprints(config: Config, dtype: torch.dtype) -> dict[str, str]:
-    """Fingerprints of a run's inputs, the base, VAE and data; each changes when the content does.
+    """Return fingerprints of a run's inputs (base, VAE and data), each of which changes with the content.
 
     The data entry is absent until the cache is complete.
     """
     checkpoint = open_checkpoint(config.base)
     prints = dict(checkpoint.fingerprints())
     try:
-        index = Index.read(layout(config, checkpoint, dtype).index(config))
+        index = Index.read(cache_paths(config, checkpoint, dtype).index_file(config))
     except (SafetensorError, OSError):
         return prints
-    return prints | {"the data": f"{index.found.pictures} captioned pictures, {index.digest()}"}
+    return prints | {"the data": f"{index.survey.pictures} captioned pictures, {index.digest()}"}
 
 
 def merge_parts(config: Config, dtype: torch.dtype) -> None:
-    """Write the index of the whole data, unless it is complete, if those of all parts of it are there."""
-    where = layout(config, open_checkpoint(config.base), dtype)
-    whole = where.index(config)
-    for first in sorted(where.folder.glob(f"{whole.stem}-0of*.safetensors")):
+    """Write the index of all data if the cache is not complete yet and the indices of all parts exist."""
+    paths = cache_paths(config, open_checkpoint(config.base), dtype)
+    complete = paths.index_file(config)
+    for first in sorted(paths.folder.glob(f"{complete.stem}-0of*.safetensors")):
         if open_cached(config, dtype):
             return
         parts = int(first.stem.rpartition("of")[2])
-        paths = [where.index(config, part, parts) for part in range(parts)]
-        if all(path.is_file() for path in paths):
-            Index.merged([Index.read(path) for path in paths]).write(whole)
+        files = [paths.index_file(config, part, parts) for part in range(parts)]
+        if all(file.is_file() for file in files):
+            Index.merge([Index.read(file) for file in files]).write(complete)
 
 
-def _sorted(keys: Tensor, places: Tensor) -> Rows:
+def _sort_by_key(keys: Tensor, locations: Tensor) -> GroupRows:
     order = keys.argsort(stable=True)
-    return Rows(keys[order], places[order].contiguous())
+    return GroupRows(keys[order], locations[order].contiguous())
 
 
-def _fingerprint(where: Layout, config: Config) -> str:
-    """A name for the rows' settings and the state of all files that the data are read from."""
-    state: list[Any] = [config.data.skip_bad, config.data.draw.per_prompt, where.settings]
+def _index_hash(paths: CachePaths, config: Config) -> str:
+    """Return a hash of the rows' settings and of the name, size and modification time of every source file."""
+    state: list[Any] = [config.data.skip_bad, config.data.draw.per_prompt, paths.settings]
     for source in open_sources(config.data):
         files = ((file, file.stat()) for file in source.files())
         state.append([type(source).__name__, *((f.name, str(f.parent), s.st_size, s.st_mtime_ns) for f, s in files)])
-    return _key(state)
+    return _hash(state)
 
 
-def _key(value: object) -> str:
+def _hash(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=dict).encode()).hexdigest()[:16]

@@ -1,6 +1,6 @@
-"""What training reads: latents and their captions' conditioning, from rows in memory or in cached files.
+"""The training data: latents and conditioning, from rows in memory or in cached files.
 
-The batch of a step is a function of (seed, step, row), so there is no position in the data to save.
+Each row of a batch is a function of (seed, step, row), so that no position in the data has to be saved.
 """
 
 from __future__ import annotations
@@ -19,81 +19,84 @@ from .order import Group, Order
 from .store import DIGESTS
 
 Shard = Mapping[str, Tensor]
-"""Tensors with one row to each picture or caption.  Pictures: `mean` and, unless it is zero everywhere, `std` of the
-normalized latent, [n, C, ...], and `sizes` [n, 6].  Captions: the model's conditioning by name, [n, ...] each."""
+"""Tensors by name, with one row per picture or caption.  Pictures: `mean` and optionally `std` of the normalized
+latent, [n, C, ...] each, and `sizes`, [n, 6].  Captions: the model's conditioning tensors, [n, ...] each."""
 
 Join = Callable[[Sequence[Conditioning], Tensor], Conditioning]
-"""(a row for each picture, its sizes [B, 6]) -> B rows, as the model's `Checkpoint.collate`."""
+"""(B captions of one row each, the pictures' sizes [B, 6]) -> conditioning of B rows, as `Checkpoint.collate`."""
 
 
 class Batch(NamedTuple):
-    """What one training step sees."""
+    """The pictures and captions of one training step."""
 
     latents: Tensor
-    """[B, C, ...] float32, normalized, drawn from the autoencoder's posterior."""
+    """[B, C, ...] float32, normalized, sampled from the autoencoder's posterior."""
     cond: Conditioning
-    """The captions, B rows."""
+    """Conditioning on the captions, B rows."""
     uncond: Conditioning
-    """The empty caption, B rows, with the sizes of the pictures."""
+    """Conditioning on the empty caption and the pictures' sizes, B rows."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """The pictures of one group: where each and its caption are."""
+    """The pictures of one group: the location of each latent and caption."""
 
     index: Tensor
-    """[n, 4] int32: shard and row in `latents`, shard and row in `captions`."""
+    """[n, 4] int32 for n pictures: shard and row in `latents`, shard and row in `captions`."""
     latents: Sequence[Shard]
     captions: Sequence[Shard]
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Captioned latents, in groups of one bucket each."""
+    """Latents with captions, in groups of one source and bucket each."""
 
     groups: tuple[Group, ...]
     tables: Sequence[Table]
-    """As many as groups."""
+    """The pictures of each group."""
     empty: Conditioning
-    """The empty caption, one row."""
+    """Conditioning on the empty caption, one row."""
     join: Join
 
     def __len__(self) -> int:
-        """How many pictures the first epoch shows."""
+        """Return how many pictures the first epoch shows."""
         return sum(group.shown(1) for group in self.groups)
 
     def batch(self, step: int, size: int, part: slice = slice(None), *, seed: int, caption_dropout: float) -> Batch:
-        """The rows `part` of the `size` rows of a step, all of one bucket.
+        """Return the rows `part` of the `size` rows of a step, which are all of one bucket.
 
-        Which pictures they are, which captions are dropped and the posterior's noise are functions of (seed, step,
-        row), so dividing the rows of a step among processes changes none of them.
+        The choice of pictures, the caption dropout and the posterior's noise are functions of (seed, step, row), and
+        do not depend on how the rows of a step are divided among processes.
         """
-        rows = _order(self.groups, size, seed).rows(step)[part].tolist()
+        rows = _order_of(self.groups, size, seed).rows(step)[part].tolist()
         dropped = torch.rand(size, generator=generator(seed, "caption dropout", step))[part] < caption_dropout
         numbers = range(size)[part]
         latents, sizes, captions = [], [], []
         for number, (group, picture), drop in zip(numbers, rows, dropped.tolist(), strict=True):
             table = self.tables[group]
             shard, row, caption_shard, caption = table.index[picture].tolist()
-            latents.append(_draw(table.latents[shard], row, generator(seed, f"posterior of row {number}", step)))
+            latents.append(
+                _sample_posterior(table.latents[shard], row, generator(seed, f"posterior of row {number}", step))
+            )
             sizes.append(table.latents[shard]["sizes"][row])
             captions.append(self.empty if drop else caption_of(table.captions[caption_shard], caption))
-        together = torch.stack(sizes)
-        uncond = self.join([self.empty] * len(rows), together)
-        return Batch(torch.stack(latents), self.join(captions, together), uncond)
+        all_sizes = torch.stack(sizes)
+        uncond = self.join([self.empty] * len(rows), all_sizes)
+        return Batch(torch.stack(latents), self.join(captions, all_sizes), uncond)
 
 
 def caption_of(shard: Shard, row: int) -> Conditioning:
-    """The conditioning of one caption, one row; floating-point tensors as float32."""
+    """Return the conditioning of one caption as one row, with floating-point tensors in float32."""
     rows = {name: tensor[row : row + 1] for name, tensor in shard.items() if name != DIGESTS}
     return Conditioning({name: row.float() if row.is_floating_point() else row for name, row in rows.items()})
 
 
-def _draw(shard: Shard, row: int, draw: torch.Generator) -> Tensor:
+def _sample_posterior(shard: Shard, row: int, draw: torch.Generator) -> Tensor:
+    """Return mean + std * noise, [C, ...] float32, or the mean if the shard has no std."""
     mean = shard["mean"][row].float()
     return mean + shard["std"][row].float() * torch.randn(mean.shape, generator=draw) if "std" in shard else mean
 
 
 @lru_cache(maxsize=4)
-def _order(groups: tuple[Group, ...], size: int, seed: int) -> Order:
+def _order_of(groups: tuple[Group, ...], size: int, seed: int) -> Order:
     return Order(groups, size, seed)

@@ -1,6 +1,6 @@
-"""Which pictures a step sees: a function of (seed, step), so that there is no position in the data to save.
+"""The pictures of each training step, as a function of (seed, step), so that no position in the data has to be saved.
 
-Flows in: how many pictures there are of each bucket and source.  Flows out: the rows of a step, all of one bucket.
+All pictures of a step are of one bucket.
 """
 
 from __future__ import annotations
@@ -20,36 +20,37 @@ from .buckets import Size
 
 
 class Group(NamedTuple):
-    """The pictures that come from one source and have one bucket."""
+    """The pictures of one source and bucket."""
 
     bucket: Size
     pictures: int
+    """Number of pictures."""
     repeats: float
-    """How often an epoch shows each."""
+    """How often an epoch shows each picture, on average if it is a fraction."""
 
     def shown(self, epochs: int) -> int:
-        """How many of its pictures that many epochs show, together."""
+        """Return how many pictures of the group the first `epochs` epochs show in total."""
         return floor(self.pictures * self.repeats * epochs)
 
 
 @dataclass
 class Order:
-    """An endless row of epochs, each of which shows every picture `repeats` times, in batches of one bucket.
+    """An endless sequence of epochs, each of which shows every picture `repeats` times, in batches of one bucket.
 
-    A group is an endless row of shuffled passes over its pictures, from which each epoch takes the next
-    `pictures * repeats`.  What an epoch has of a bucket is shuffled and cut into batches, of which the last is filled
-    from the first; then the batches of all buckets are shuffled.
+    The pictures of a group are shuffled in one pass after another, and each epoch takes the next `pictures * repeats`
+    of this sequence.  Within an epoch, the pictures of each bucket are shuffled and split into batches; an incomplete
+    last batch is completed with pictures from the first.  Then the batches of all buckets are shuffled.
     """
 
     groups: tuple[Group, ...]
     size: int
-    """Rows of a batch."""
+    """Number of rows in a batch."""
     seed: int
     _starts: list[int] = field(default_factory=lambda: [0])
-    """The step with which each epoch begins, as far as they were asked for."""
+    """First step of each epoch, computed as far as needed so far."""
 
     def rows(self, step: int) -> Tensor:
-        """The step's rows, [size, 2] int64: the number of the group, and that of the picture in it."""
+        """Return the rows of a step, [size, 2] int64: index of the group, and of the picture in the group."""
         while self._starts[-1] <= step:
             self._starts.append(self._starts[-1] + self.steps(len(self._starts) - 1))
         number = bisect_right(self._starts, step) - 1
@@ -59,7 +60,7 @@ class Order:
         return rows[(k * self.size + torch.arange(self.size)) % len(rows)].long()
 
     def steps(self, epoch: int) -> int:
-        """How many steps an epoch has."""
+        """Return the number of steps of an epoch."""
         shown: dict[Size, int] = defaultdict(int)
         for group in self.groups:
             shown[group.bucket] += group.shown(epoch + 1) - group.shown(epoch)
@@ -68,28 +69,28 @@ class Order:
 
 class _Epoch(NamedTuple):
     rows: list[Tensor]
-    """For each bucket what the epoch shows of it, shuffled, [n, 2] int32: group, and picture in it."""
+    """For each bucket, its shuffled pictures, [n, 2] int32: index of the group, and of the picture in the group."""
     batches: Tensor
-    """[steps, 2]: the bucket of each, as a number in `rows`, and which of the bucket's batches it is."""
+    """[steps, 2]: index of the bucket in `rows`, and of the batch in the bucket."""
 
 
 @lru_cache(maxsize=2)
 def _epoch(groups: tuple[Group, ...], size: int, seed: int, number: int) -> _Epoch:
     parts: dict[Size, list[Tensor]] = defaultdict(list)
     for which, group in enumerate(groups):
-        pictures = _pictures(group, which, seed, number)
+        pictures = _epoch_pictures(group, which, seed, number)
         if len(pictures):
             parts[group.bucket].append(torch.stack([torch.full_like(pictures, which), pictures], 1))
     draw = generator(seed, "epoch", number)
-    whole = [torch.cat(parts[bucket]) for bucket in sorted(parts)]
-    rows = [each[torch.randperm(len(each), generator=draw)] for each in whole]
+    joined = [torch.cat(parts[bucket]) for bucket in sorted(parts)]
+    rows = [each[torch.randperm(len(each), generator=draw)] for each in joined]
     batches = [torch.cartesian_prod(torch.tensor([b]), torch.arange(-(-len(r) // size))) for b, r in enumerate(rows)]
     steps = sum(map(len, batches))
     return _Epoch(rows, torch.cat(batches)[torch.randperm(steps, generator=draw)])
 
 
-def _pictures(group: Group, which: int, seed: int, epoch: int) -> Tensor:
-    """The pictures of a group that an epoch shows, int32, each once in every pass over the group."""
+def _epoch_pictures(group: Group, which: int, seed: int, epoch: int) -> Tensor:
+    """Return the indices of the pictures of group number `which` that an epoch shows, [n] int32."""
     start, end, n = group.shown(epoch), group.shown(epoch + 1), group.pictures
     passes = [
         torch.randperm(n, generator=generator(seed, f"pass {each} of group", which), dtype=torch.int32)

@@ -1,7 +1,4 @@
-"""Bytes of an image file to pixels: upright, RGB, without alpha, resized and cut to a bucket.
-
-Flows in: bytes.  Flows out: Pillow images of mode RGB, and tensors.
-"""
+"""Decode image files to RGB, and resize and crop them to their bucket."""
 
 from __future__ import annotations
 
@@ -18,7 +15,8 @@ from torch import Tensor
 from .buckets import Fit, Size
 
 SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-# What Pillow raises for damaged files of one format or another.
+"""Suffixes of image files, lower case."""
+# The errors that Pillow raises for damaged files, depending on the format.
 _DAMAGE = (
     OSError,
     ValueError,
@@ -35,13 +33,13 @@ _DAMAGE = (
 
 
 class BrokenPictureError(ValueError):
-    """The bytes are not a whole picture that can be shown as RGB."""
+    """The bytes are not a complete picture, or cannot be converted to RGB."""
 
 
 def decode(data: bytes) -> Image.Image:
-    """A picture as RGB: its first frame, turned as EXIF says, on white where it is transparent.
+    """Decode a picture to RGB: the first frame, rotated according to EXIF, transparency blended with white.
 
-    Raises BrokenPictureError for whatever does not decode to its end.
+    Raises BrokenPictureError if the bytes are not a complete picture, or its mode cannot be converted.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -52,12 +50,12 @@ def decode(data: bytes) -> Image.Image:
 
 
 def size_of(image: Image.Image) -> Size:
-    """Height and width."""
+    """Return the size of an image."""
     return Size(image.height, image.width)
 
 
 def pixels(image: Image.Image, fit: Fit) -> Tensor:
-    """The picture as uint8 [3, height, width] of its bucket."""
+    """Resize and crop a picture to its bucket, and return it as uint8 [3, H, W]."""
     if fit.resized != fit.original:
         image = image.resize((fit.resized.width, fit.resized.height), Image.Resampling.LANCZOS)
     image = image.crop((fit.left, fit.top, fit.left + fit.bucket.width, fit.top + fit.bucket.height))
@@ -65,13 +63,13 @@ def pixels(image: Image.Image, fit: Fit) -> Tensor:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow's own conversion would clip at 255
+    if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow's conversion would clip at 255
         gray = np.asarray(image).astype(np.float64) / 257
         return Image.fromarray(gray.round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise ValueError("pixels are floating-point numbers, of which nothing says what is black and what is white")
+        raise ValueError("pixels are floating-point numbers, and nothing says what is black and what is white")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        ground = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(ground, image).convert("RGB")
+        background = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(background, image).convert("RGB")
     return image.convert("RGB")

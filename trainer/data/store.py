@@ -1,6 +1,6 @@
-"""Rows of tensors on disk, each under the digest of what it was computed from, in files that are whole or not there.
+"""Store rows of tensors in safetensors files, and find each row by a digest of the input it was computed from.
 
-Flows in: rows.  Flows out: safetensors files of some hundred MB, and from them the rows again, read where they lie.
+Files (shards) have up to about 256 MiB, are written atomically, and are memory-mapped when read.
 """
 
 from __future__ import annotations
@@ -20,70 +20,74 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..atomic import whole_file
+from ..atomic import atomic_write
 
 DIGESTS = "digest"
-"""The name of the tensor of a shard that holds the digests of its rows, uint8 [n, 16]."""
+"""Name of the tensor in a shard that holds the digests of its rows, uint8 [n, 16]."""
 SHARD_BYTES = 256 * 2**20
 SHARD_SECONDS = 300.0
-"""Rows are written when there are that many bytes of them, or after that time, whichever is first."""
+"""Added rows are written when they reach SHARD_BYTES, or SHARD_SECONDS after the last write."""
 _ABANDONED_SECONDS = 3600.0
+"""Age after which a temporary file is taken to be left by a process that was killed."""
 log = logging.getLogger("trajectory-consistency")
 
 
 def digest(data: bytes) -> bytes:
-    """The name of data by its content: 16 bytes of its SHA-256."""
+    """Return the first 16 bytes of the SHA-256 of `data`."""
     return hashlib.sha256(data).digest()[:16]
 
 
-class Place(NamedTuple):
-    """Where a row is."""
+class RowLocation(NamedTuple):
+    """The shard that contains a row, and the row's index in it."""
 
     shard: str
-    """The file's name in the store's folder."""
+    """File name, relative to the store's folder or, from `Store.location_in_cache`, to its parent."""
     row: int
 
     @property
     def kind(self) -> str:
-        """The kind of the rows in the file."""
+        """The kind of the rows in the shard, from its file name."""
         return self.shard.split("-")[-2]
 
 
 class Store:
-    """The rows in one folder, by digest; those added are on the disk after `flush`, or earlier."""
+    """The rows in one folder, by digest; added rows are on disk after `flush` at the latest.
 
-    def __init__(self, folder: Path, *, thorough: bool = False) -> None:
-        """Find the rows that are in the folder already; several processes may add to it at once.
+    Each row has a kind.  All rows of a kind have the same tensor names and shapes, and share shards.
+    """
 
-        A file that is damaged is removed, so that its rows are computed anew: one that is not as long as it says, or,
-        when `thorough`, does not have the checksum it says.
+    def __init__(self, folder: Path, *, verify: bool = False) -> None:
+        """List the rows that the folder already contains; several processes may add rows to it at the same time.
+
+        Damaged files are removed, so that their rows are computed again.  A file is damaged if its length does not
+        match its header or, with `verify`, if its content does not match its checksum.
         """
         self.folder = folder
-        self.places: dict[bytes, Place] = {}
+        self.locations: dict[bytes, RowLocation] = {}
         self._pending: dict[str, dict[bytes, Mapping[str, Tensor]]] = defaultdict(dict)
         self._kinds: dict[bytes, str] = {}
         self._bytes, self._written = 0, monotonic()
         folder.mkdir(parents=True, exist_ok=True)
         for path in sorted(folder.glob("*.safetensors")):
             if path.name.startswith("."):
-                _clear(path)
+                _remove_if_abandoned(path)
             else:
-                self._add_shard(path, thorough)
+                self._add_shard(path, verify)
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self.places or key in self._kinds
+        return key in self.locations or key in self._kinds
 
     def kind(self, key: bytes) -> str:
-        """The kind of a row that is here."""
-        return self.places[key].kind if key in self.places else self._kinds[key]
+        """Return the kind of a stored or added row."""
+        return self.locations[key].kind if key in self.locations else self._kinds[key]
 
-    def path_of(self, key: bytes) -> Place:
-        """Where a row is that was flushed, as a path from the folder that the store's folder is in."""
-        shard, row = self.places[key]
-        return Place(f"{self.folder.name}/{shard}", row)
+    def location_in_cache(self, key: bytes) -> RowLocation:
+        """Return the location of a flushed row, with the shard relative to the store's parent folder."""
+        shard, row = self.locations[key]
+        return RowLocation(f"{self.folder.name}/{shard}", row)
 
     def add(self, kind: str, key: bytes, row: Mapping[str, Tensor]) -> None:
-        """Keep a row under its digest, in a file of its kind: all rows of a kind have the same names and shapes."""
+        """Add a row under the digest of its input; it is written once enough rows are waiting."""
         self._pending[kind][key] = row
         self._kinds[key] = kind
         self._bytes += sum(tensor.nbytes for tensor in row.values())
@@ -93,7 +97,7 @@ class Store:
             self.flush()
 
     def flush(self) -> None:
-        """Write what was added."""
+        """Write all added rows to disk."""
         for kind in list(self._pending):
             self._write(kind)
         self._written = monotonic()
@@ -103,33 +107,32 @@ class Store:
         keys, first = list(rows), next(iter(rows.values()))
         tensors = {name: torch.stack([row[name] for row in rows.values()]).contiguous() for name in first}
         tensors[DIGESTS] = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, 16)
-        # Named by its rows, so that another process that writes into the folder cannot have the name for other rows.
+        # Named after its rows, so that two processes never write different rows under the same name.
         path = self.folder / f"{kind}-{digest(b''.join(keys)).hex()}.safetensors"
-        with whole_file(path) as unfinished:
-            save_file(tensors, unfinished, metadata={"crc32": _checksum(tensors)})
+        with atomic_write(path) as temporary:
+            save_file(tensors, temporary, metadata={"crc32": _checksum(tensors)})
         for row, key in enumerate(keys):
-            self.places[key] = Place(path.name, row)
+            self.locations[key] = RowLocation(path.name, row)
             self._kinds.pop(key)
         self._bytes -= sum(tensor.nbytes for name, tensor in tensors.items() if name != DIGESTS)
 
-    def _add_shard(self, path: Path, thorough: bool) -> None:
+    def _add_shard(self, path: Path, verify: bool) -> None:
         try:
             tensors = open_shard(path)
             with safe_open(path, "pt") as file:
                 expected = (file.metadata() or {}).get("crc32")
         except (SafetensorError, OSError) as error:
-            _drop(path, str(error))
+            _remove_damaged(path, str(error))
             return
-        if expected is None or (thorough and _checksum(tensors) != expected):
-            _drop(path, "its checksum is another")
+        if expected is None or (verify and _checksum(tensors) != expected):
+            _remove_damaged(path, "its checksum does not match")
             return
         keys = tensors[DIGESTS].numpy().tobytes()
-        places = ((keys[at : at + 16], Place(path.name, at // 16)) for at in range(0, len(keys), 16))
-        self.places.update(places)
+        self.locations |= {keys[at : at + 16]: RowLocation(path.name, at // 16) for at in range(0, len(keys), 16)}
 
 
 class ShardFiles(Sequence[Mapping[str, Tensor]]):
-    """Shards that are opened when they are asked for, and whose rows are read when they are used."""
+    """A sequence of shards that are opened on access; their rows are read from disk when used."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = paths
@@ -138,23 +141,23 @@ class ShardFiles(Sequence[Mapping[str, Tensor]]):
         return len(self._paths)
 
     def __getitem__(self, number: int) -> Mapping[str, Tensor]:  # type: ignore[override]
-        return _open_recent(self._paths[number])
+        return _open_shard_cached(self._paths[number])
 
     def __iter__(self) -> Iterator[Mapping[str, Tensor]]:
-        return map(_open_recent, self._paths)
+        return map(_open_shard_cached, self._paths)
 
 
 def open_shard(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, mapped into memory: only what is used of them is read.
+    """Return the tensors of a shard, memory-mapped, so that only the rows in use are read.
 
-    Raises SafetensorError when the file is not as long as it says, or not of this format.
+    Raises OSError if the file cannot be read, and SafetensorError if its format or length is wrong.
     """
     with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
 
 
-@lru_cache(maxsize=64)  # far fewer than the files that a process may have open
-def _open_recent(path: Path) -> dict[str, Tensor]:
+@lru_cache(maxsize=64)  # far below the limit on open files of a process
+def _open_shard_cached(path: Path) -> dict[str, Tensor]:
     return open_shard(path)
 
 
@@ -165,12 +168,12 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     return f"{value:08x}"
 
 
-def _clear(unfinished: Path) -> None:
-    """Remove what a process that was killed left; of one that is still at work it is younger."""
-    if time() - unfinished.stat().st_mtime > _ABANDONED_SECONDS:
-        unfinished.unlink(missing_ok=True)
+def _remove_if_abandoned(temporary: Path) -> None:
+    """Remove a temporary file that is older than an hour: a live process finishes its files sooner."""
+    if time() - temporary.stat().st_mtime > _ABANDONED_SECONDS:
+        temporary.unlink(missing_ok=True)
 
 
-def _drop(path: Path, reason: str) -> None:
-    log.warning("%s is damaged (%s): removed, its rows are computed anew", path, reason)
+def _remove_damaged(path: Path, reason: str) -> None:
+    log.warning("%s is damaged (%s): removed, its rows are computed again", path, reason)
     path.unlink(missing_ok=True)

@@ -1,7 +1,4 @@
-"""A look at all the data before anything is computed: what there is, in which buckets, and what cannot be used.
-
-Flows in: a configuration.  Flows out: a `Survey`, or one error that names everything that is wrong.
-"""
+"""Inspect all samples before anything is computed: count them by source and bucket, and collect all problems."""
 
 from __future__ import annotations
 
@@ -20,57 +17,59 @@ from ..errors import UserError
 from . import pictures
 from .buckets import Buckets, Fit, Size
 from .order import Group, Order
-from .sources import Prompts, Sample, open_sources
+from .sources import PromptFile, Sample, open_sources
 from .store import digest
 
 BROKEN, UNREADABLE, SMALL = "do not decode", "cannot be read", "are smaller than every bucket"
+"""Problems of samples; like those in sources.py, each completes a message "3 of 9 pictures ..."."""
 _NAMES_SHOWN = 5
 T = TypeVar("T")
 U = TypeVar("U")
 
 
-class Look(NamedTuple):
-    """What was seen of one sample."""
+class Inspection(NamedTuple):
+    """The result of inspecting one sample."""
 
     sample: Sample
     problems: tuple[str, ...] = ()
+    """Why the sample cannot be used; empty if it can."""
     key: bytes = b""
-    """The digest of the picture's bytes."""
+    """Digest of the image file's bytes; empty if there are problems."""
     fit: Fit | None = None
-    """None for a picture that was not decoded: it is known, or has problems."""
+    """How the picture is resized and cropped; None if it is already cached or has problems."""
     pixels: Tensor | None = None
-    """uint8 [3, height, width] of the bucket, where asked for."""
+    """The resized and cropped picture, uint8 [3, H, W], if requested and `fit` is not None."""
 
 
 @dataclass
 class Survey:
-    """What a look at all samples has found."""
+    """Counts of usable pictures and of problems, over all inspected samples."""
 
     groups: Counter[tuple[int, Size]] = field(default_factory=Counter)
-    """How many pictures can be used, by source and bucket."""
+    """Number of usable pictures, by (index of the source, bucket)."""
     seen: int = 0
-    """How many samples there were, good and bad."""
+    """Number of samples, usable or not."""
     problems: Counter[str] = field(default_factory=Counter)
-    """How many samples have each problem."""
+    """Number of samples with each problem."""
     names: dict[str, list[str]] = field(default_factory=dict)
-    """The first few of those."""
+    """Names of the first few samples with each problem."""
 
     @property
     def pictures(self) -> int:
-        """How many pictures can be used."""
+        """Total number of usable pictures."""
         return sum(self.groups.values())
 
-    def note(self, look: Look) -> None:
-        """Count a sample, and what is wrong with it."""
+    def count(self, inspection: Inspection) -> None:
+        """Count a sample and its problems, but not its bucket."""
         self.seen += 1
-        for problem in look.problems:
+        for problem in inspection.problems:
             self.problems[problem] += 1
             names = self.names.setdefault(problem, [])
             if len(names) < _NAMES_SHOWN:
-                names.append(look.sample.name)
+                names.append(inspection.sample.name)
 
-    def add(self, other: Survey) -> None:
-        """Count what another look has found, at another part of the data."""
+    def merge(self, other: Survey) -> None:
+        """Add the counts from a different part of the data."""
         self.groups.update(other.groups)
         self.problems.update(other.problems)
         self.seen += other.seen
@@ -78,66 +77,70 @@ class Survey:
             self.names[problem] = [*self.names.get(problem, []), *names][:_NAMES_SHOWN]
 
     def complaints(self) -> str:
-        """Everything that is wrong, in one line; empty when nothing is."""
+        """Return all problems in one line, or an empty string if there are none."""
         return "; ".join(
-            f"{count} of {self.seen} pictures {problem}: {_listed(self.names.get(problem, []), count)}"
+            f"{count} of {self.seen} pictures {problem}: {_join_names(self.names.get(problem, []), count)}"
             for problem, count in sorted(self.problems.items())
         )
 
 
 def survey(config: Config, part: int = 0, parts: int = 1) -> Survey:
-    """Read and decode every picture, of every `parts`-th file from `part` on, and keep nothing but what was found.
+    """Read and decode the pictures of every `parts`-th file from `part` on, and count them and their problems.
 
-    Raises UserError, all together, for what cannot be used, unless it is to be skipped, and when nothing is left.
+    Raises UserError if a source cannot be opened, and one that lists all problems unless `data.skip_bad` is set.
     """
-    found, buckets = Survey(), buckets_of(config.data)
+    found, buckets = Survey(), configured_buckets(config.data)
     for number, source in enumerate(open_sources(config.data)):
-        if isinstance(source, Prompts):
+        if isinstance(source, PromptFile):
             count = len(source.captions()[part::parts]) * config.data.draw.per_prompt
-            found.groups[number, square(config.data)] += count
+            found.groups[number, drawn_bucket(config.data)] += count
             found.seen += count
             continue
         bar = tqdm(source.samples(part, parts), desc="reading pictures", unit="img", leave=False, delay=2)
-        for look in ahead(lambda sample: look_at(sample, buckets), bar):
-            found.note(look)
-            if look.fit is not None:
-                found.groups[number, look.fit.bucket] += 1
-    refuse(found, config.data)
+        for inspection in parallel_map(lambda sample: inspect_sample(sample, buckets), bar):
+            found.count(inspection)
+            if inspection.fit is not None:
+                found.groups[number, inspection.fit.bucket] += 1
+    raise_for_problems(found, config.data)
     return found
 
 
-def refuse(found: Survey, data: DataConfig) -> None:
-    """Raise UserError when something was found that cannot be used and is not to be skipped."""
+def raise_for_problems(found: Survey, data: DataConfig) -> None:
+    """Raise a UserError that lists all problems, if there are any and `data.skip_bad` is not set."""
     if found.problems and not data.skip_bad:
         raise UserError(f"{found.complaints()}. Repair them, or set data.skip_bad to leave them out")
 
 
-def look_at(
-    sample: Sample, buckets: Buckets, *, known: Callable[[bytes], bool] = lambda key: False, pixels: bool = False
-) -> Look:
-    """Read a sample's picture and, unless its digest is known, decode and fit it."""
+def inspect_sample(
+    sample: Sample, buckets: Buckets, *, is_cached: Callable[[bytes], bool] = lambda key: False, pixels: bool = False
+) -> Inspection:
+    """Read, decode and fit a sample's picture, and report its problems.
+
+    is_cached: (digest of the file) -> whether the picture is cached; if it is, it is not decoded.
+    pixels: whether to return the resized and cropped picture.
+    """
     problems = (sample.problem,) if sample.problem else ()
     try:
         data = sample.read()
     except OSError:
-        return Look(sample, (*problems, UNREADABLE))
-    if not data and problems:  # there is no picture to speak of
-        return Look(sample, problems)
+        return Inspection(sample, (*problems, UNREADABLE))
+    if not data and problems:  # there is no picture, so "do not decode" would add nothing
+        return Inspection(sample, problems)
     key = digest(data)
-    if known(key) and not problems:
-        return Look(sample, key=key)
+    if is_cached(key) and not problems:
+        return Inspection(sample, key=key)
     try:
         image = pictures.decode(data)
     except pictures.BrokenPictureError:
-        return Look(sample, (*problems, BROKEN))
+        return Inspection(sample, (*problems, BROKEN))
     fit = buckets.fit(pictures.size_of(image))
     if fit is None or problems:
-        return Look(sample, problems if fit else (*problems, SMALL))
-    return Look(sample, (), key, fit, pictures.pixels(image, fit) if pixels else None)
+        return Inspection(sample, problems if fit else (*problems, SMALL))
+    return Inspection(sample, (), key, fit, pictures.pixels(image, fit) if pixels else None)
 
 
-def ahead(function: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
-    """Map in several threads, in order, a few items ahead of what is asked for and no more."""
+def parallel_map(function: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
+    """Yield `function` of each item, in order, computed in threads and at most a few items ahead."""
     workers = os.cpu_count() or 1
     with ThreadPoolExecutor(workers) as pool:
         running: deque[Future[U]] = deque()
@@ -149,21 +152,21 @@ def ahead(function: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
             yield running.popleft().result()
 
 
-def buckets_of(data: DataConfig) -> Buckets:
-    """The rule by which pictures get their buckets."""
+def configured_buckets(data: DataConfig) -> Buckets:
+    """Return the bucket rule of a configuration."""
     return Buckets(data.resolution, data.bucket_step, not data.buckets, data.upscale)
 
 
-def square(data: DataConfig) -> Size:
-    """The bucket of pictures that the teacher draws."""
+def drawn_bucket(data: DataConfig) -> Size:
+    """Return the bucket of the pictures that the teacher draws, a square."""
     side = data.resolution // data.bucket_step * data.bucket_step
     return Size(side, side)
 
 
-def order_groups(data: DataConfig, counts: Iterable[tuple[tuple[int, Size], int]]) -> tuple[Group, ...]:
-    """Groups with how often an epoch shows each picture: as said, or so that the sources' shares are as their weights.
+def make_groups(data: DataConfig, counts: Iterable[tuple[tuple[int, Size], int]]) -> tuple[Group, ...]:
+    """Return the groups with each picture's repeats per epoch, as configured or derived from the sources' weights.
 
-    counts: how many pictures there are, by source and bucket.
+    counts: ((index of the source, bucket), number of pictures) of each group.
     """
     counts = list(counts)
     total: Counter[int] = Counter()
@@ -180,7 +183,7 @@ def order_groups(data: DataConfig, counts: Iterable[tuple[tuple[int, Size], int]
 
 
 def data_report(found: Survey, config: Config) -> str:
-    """What each source gives, and what is left out, as text."""
+    """Return the number of usable pictures of each source, and the problems of the others, as text."""
     lines = []
     for number, (_, source) in enumerate(config.data.named_sources):
         count = sum(count for (which, _), count in found.groups.items() if which == number)
@@ -191,9 +194,12 @@ def data_report(found: Survey, config: Config) -> str:
 
 
 def bucket_table(found: Survey, config: Config, batch: int) -> str:
-    """Pictures and steps of an epoch for each bucket, as text, and how many rows only fill last batches."""
+    """Return a table of each bucket's pictures and steps per epoch.
+
+    The column "filling" counts the rows that complete the last batch of a bucket by repeating earlier ones.
+    """
     counts = sorted(found.groups.items())
-    groups = order_groups(config.data, counts)
+    groups = make_groups(config.data, counts)
     lines = [f"{'bucket':>11} {'pictures':>9} {'shown':>9} {'steps':>7} {'filling':>8}"]
     for bucket in sorted({group.bucket for group in groups}, key=lambda size: size.width / size.height):
         own = tuple(group for group in groups if group.bucket == bucket)
@@ -206,6 +212,7 @@ def bucket_table(found: Survey, config: Config, batch: int) -> str:
     return "\n".join(lines)
 
 
-def _listed(names: list[str], count: int) -> str:
+def _join_names(names: list[str], count: int) -> str:
+    """Join the names in one line, and say how many of `count` are missing from it."""
     more = count - len(names)
     return ", ".join(names) + (f" and {more} more" if more > 0 else "")

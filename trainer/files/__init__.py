@@ -1,1 +1,1 @@
-"""LoRA files: read, inspected, written."""
+"""LoRA files: reading, writing, describing, converting and merging them."""

@@ -1,45 +1,45 @@
-"""Adapter weights from a LoRA file, and as the tensors of one."""
+"""Converts between LoRA files and the weights of a model's adapter."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ...tcd import AdapterWeights, Lora, LoraModule, coverage, kohya_name, lora_modules
+from ...tcd import AdapterWeights, Lora, LoraModule, coverage, kohya_name
 from ...tcd.adapter import FILE, layer_shape
 from ...tcd.lora_keys import ALPHA, DOWN, UP
 from ...tcd.target_time import PREFIX
 from ..errors import UserError
 from ..models.seam import Model
-from .adapter_file import AdapterFile, read_adapter
+from .lora_file import LoraFile, check_plain_lora, read_lora
 
 
 def load_weights(model: Model, path: Path) -> AdapterWeights:
-    """Read a LoRA file as weights for `model`, float32 and frozen; they are not added to its adapter.
+    """Read a LoRA file as float32, frozen weights for the layers of `model`, without adding them to its adapter.
 
-    Raises UserError if the file is not a plain LoRA all of which fits this model.
+    Raises UserError if the file is not a plain LoRA, or a module of it does not fit this model.
     """
-    file = read_adapter(path)
-    layers = {kohya_name(layer): layer for layer in layer_shapes(model)}
-    shapes = {kohya_name(layer): shape for layer, shape in layer_shapes(model).items()}
+    file = read_lora(path)
+    by_layer = layer_shapes(model)
+    layers = {kohya_name(layer): layer for layer in by_layer}
+    shapes = {name: by_layer[layer] for name, layer in layers.items()}
     try:
-        fit = coverage(file.lora, shapes)
-        modules, _ = lora_modules(file.lora)
+        fit = coverage(file.tensors, shapes)
     except ValueError as error:
         raise UserError(f"{path} is not a LoRA for this model: {error}") from error
     if not fit.complete:
         raise UserError(f"{path} is not a LoRA for this model: {fit.describe()}")
-    loras = {layers[name]: _lora(path, module, shapes[name]) for name, module in modules.items()}
+    loras = {layers[name]: _lora(path, module, shapes[name]) for name, module in file.modules.items()}
     return AdapterWeights(loras, file.target_time).requires_grad_(False)
 
 
 @contextmanager
-def file_in_use(model: Model, path: Path) -> Iterator[None]:
-    """Within the block the weights of a file are in use, and those of before after it.
+def using_file(model: Model, path: Path) -> Iterator[None]:
+    """Use the weights of a LoRA file within the block, and restore the adapter's previous state after it.
 
     Raises UserError as `load_weights` does.
     """
@@ -54,27 +54,28 @@ def file_in_use(model: Model, path: Path) -> Iterator[None]:
 
 @torch.no_grad()
 def start_from(weights: AdapterWeights, path: Path) -> None:
-    """Fill weights in training with those of a file, which has the same modules, rank and alpha.
+    """Overwrite weights to be trained with those of a LoRA file; for weights on the meta device, check the file only.
 
-    Where the weights have an embedding of the target time and the file has none, it stays as it is: without effect.
-    Raises UserError if the file has a different one, or is not a LoRA.
+    If the file has no target-time embedding, that of `weights` keeps its initial values.
+
+    Raises UserError if the file is not a LoRA, or differs from `weights` in modules, shapes, alpha or target input.
     """
-    file = read_adapter(path)
-    given, _ = lora_modules(file.lora)
+    file = read_lora(path)
     own = {kohya_name(layer): lora for layer, lora in weights.items()}
-    strange = sorted(given.keys() ^ own.keys())
-    if strange:
+    unmatched = sorted(file.modules.keys() ^ own.keys())
+    if unmatched:
         raise UserError(
-            f"adapter.start_from is {path}, with {len(given)} modules, and the adapter has {len(own)}; not in both are "
-            f"{', '.join(strange[:3])} ...: use a LoRA for this base, and the adapter.targets that it was trained with"
+            f"adapter.start_from is {path}, with {len(file.modules)} modules, and the adapter has {len(own)}; not in "
+            f"both are {', '.join(unmatched[:3])} ...: use a LoRA for this base, and the adapter.targets that it was "
+            "trained with"
         )
-    for name, module in given.items():
-        _fill(path, name, own[name], module)
-    _fill_embedding(path, weights, file)
+    for name, module in file.modules.items():
+        _copy_module(path, name, own[name], module)
+    _copy_embedding(path, weights, file)
 
 
 def file_tensors(model: Model, weights: AdapterWeights) -> dict[str, Tensor]:
-    """The tensors of weights under the names that a file for `model` has, each module with its alpha."""
+    """Return adapter weights as the tensors of a LoRA file for `model`: down, up and alpha of each module."""
     tensors: dict[str, Tensor] = {}
     for layer, lora in weights.items():
         name = model.lora_key(layer)
@@ -86,43 +87,34 @@ def file_tensors(model: Model, weights: AdapterWeights) -> dict[str, Tensor]:
 
 
 def layer_shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    """The weight shapes [out, in, ...] of all layers that a LoRA can be beside, by path."""
+    """Return the weight shape [out, in, ...] of each layer that can have a LoRA, by its path in the network."""
     found = {path: layer_shape(module) for path, module in model.network.named_modules()}
     return {path: shape for path, shape in found.items() if shape is not None}
 
 
-def refuse_other_parts(name: str, parts: Mapping[str, Tensor]) -> None:
-    """Raise UserError if a module has more than a plain LoRA's down, up and alpha."""
-    others = sorted(parts.keys() - {DOWN, UP, ALPHA})
-    if others:
-        raise UserError(
-            f"{name} has {', '.join(others)}, which is more than a plain LoRA: only kohya's names have that"
-        )
-
-
 def _lora(path: Path, module: LoraModule, shape: tuple[int, ...]) -> Lora:
-    refuse_other_parts(f"{path}: {module.path}", module.tensors)
-    # A 1 x 1 convolution's halves may stand beside a Linear, and the other way round: the product is the same.
+    check_plain_lora(f"{path}: {module.path}", module.tensors)
+    # Some tools store the halves for a Linear as 1 x 1 convolutions, or the reverse; the product is the same.
     down = module.tensors[DOWN].reshape(module.rank, *shape[1:])
     up = module.tensors[UP].reshape(shape[0], module.rank, *[1] * (len(shape) - 2))
     return Lora(down, up, float(module.tensors[ALPHA]))
 
 
-def _fill(path: Path, name: str, lora: Lora, module: LoraModule) -> None:
+def _copy_module(path: Path, name: str, lora: Lora, module: LoraModule) -> None:
     found = {part: tuple(module.tensors[part].shape) for part in module.tensors.keys() - {ALPHA}}
     wanted = {DOWN: tuple(lora.down.shape), UP: tuple(lora.up.shape)}
-    its_alpha = float(module.tensors[ALPHA])
-    if found != wanted or its_alpha != lora.alpha:
+    file_alpha = float(module.tensors[ALPHA])
+    if found != wanted or file_alpha != lora.alpha:
         raise UserError(
-            f"adapter.start_from is {path}, where {name} has {found} and alpha {its_alpha:g}, but the adapter has "
-            f"{wanted} and alpha {lora.alpha:g}: use its adapter.rank, {module.rank}, and adapter.alpha, {its_alpha:g}"
+            f"adapter.start_from is {path}, where {name} has {found} and alpha {file_alpha:g}, but the adapter has "
+            f"{wanted} and alpha {lora.alpha:g}: use its adapter.rank, {module.rank}, and adapter.alpha, {file_alpha:g}"
         )
     if not lora.down.is_meta:
         lora.down.copy_(module.tensors[DOWN])
         lora.up.copy_(module.tensors[UP])
 
 
-def _fill_embedding(path: Path, weights: AdapterWeights, file: AdapterFile) -> None:
+def _copy_embedding(path: Path, weights: AdapterWeights, file: LoraFile) -> None:
     given, own = file.target_time, weights.target_time
     if given is None:
         return

@@ -1,4 +1,4 @@
-"""What a LoRA for a model holds, said before any weight is loaded."""
+"""Describes the LoRA that a run would train, before any weights are loaded, for `tcd-train check`."""
 
 from __future__ import annotations
 
@@ -7,23 +7,25 @@ from collections import Counter
 import torch
 
 from ..config.settings import AdapterConfig
-from ..format_bytes import readable
+from ..format_bytes import format_bytes
 from ..models.seam import Checkpoint
 
-_SHOWN = 3  # names that a description spells out
+_MAX_EXAMPLES = 3
 
 
 def describe_keys(checkpoint: Checkpoint, adapter: AdapterConfig) -> str:
-    """Say how many layers of which kinds are trained, what the file will hold, and a few of its names."""
+    """Return the number of trained layers in total and by kind, the file's size, and a few of its tensor names."""
     model = checkpoint.load(torch.float32, torch.device("meta"))
     layers = model.layers(adapter.targets)
     weights = model.new_weights(rank=adapter.rank, alpha=adapter.alpha, seed=0, targets=adapter.targets)
-    numbers = sum(parameter.numel() for parameter in weights.parameters())
+    parameters = sum(parameter.numel() for parameter in weights.parameters())
     counts = Counter(map(model.layer_kind, layers))
+    tensors = 3 * len(layers)  # down, up and alpha of each
+    size = format_bytes(2 * parameters)  # the file has 2 bytes to a number
     lines = [
-        f"LoRA      {len(layers)} modules of {checkpoint.family}'s network, {3 * len(layers)} tensors, "
-        f"{numbers / 1e6:.1f} million numbers, {readable(2 * numbers)}",
+        f"LoRA      {len(layers)} modules of {checkpoint.family}'s network, {tensors} tensors, "
+        f"{parameters / 1e6:.1f} million numbers, {size}",
         *(f"{count:>9} {kind}" for kind, count in counts.most_common()),
-        *(f"          {model.lora_key(layer)}.lora_down.weight" for layer in layers[:_SHOWN]),
+        *(f"          {model.lora_key(layer)}.lora_down.weight" for layer in layers[:_MAX_EXAMPLES]),
     ]
     return "\n".join(lines)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..atomic import whole_file
+from ..atomic import atomic_write
 from ..errors import UserError
 
 log = logging.getLogger("trajectory-consistency")
@@ -46,7 +46,7 @@ class Checkpoints:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self._path(step)
-        with whole_file(path) as unfinished:
+        with atomic_write(path) as unfinished:
             on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             save_file(on_cpu, unfinished, metadata=dict(self.fingerprints))
         for old in self.steps()[self.keep :]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ...tcd.adapter import AVERAGE, STUDENT
-from ..config.memory_advice import memory_advice, when_training
+from ..config.memory_advice import memory_advice, training_advice
 from ..config.settings import Config
 from ..data.dataset import Dataset
 from ..errors import RunError, UserError
@@ -91,7 +91,7 @@ def train(
         bar,
         training,
         watch_stop_signals() as stop_requested,
-        memory_advice(when_training(config, training.micro_batch_size)),
+        memory_advice(training_advice(config, training.micro_batch_size)),
     ):
         while training.step < steps:
             record, stop = training.train_step(stop_requested)

@@ -18,11 +18,11 @@ from torch.utils._pytree import tree_leaves
 
 from ...tcd import AdapterWeights, TargetInput, TimePoint
 from ...tcd.adapter import STUDENT
-from ..config.device import placed
+from ..config.device import device_and_dtype
 from ..config.settings import Config
 from ..data.buckets import Size
-from ..data.encode import pictures_together
-from ..format_bytes import readable
+from ..data.encode import pictures_per_call
+from ..format_bytes import format_bytes
 from ..models.conditioning import Conditioning
 from ..models.seam import Autoencoder, Checkpoint, Model
 
@@ -66,7 +66,7 @@ class MemorySettings(NamedTuple):
     def from_config(config: Config, dtype: torch.dtype) -> MemorySettings:
         """Return the settings of a configuration, for a run in a single process."""
         training, preview, side = config.training, config.preview, config.data.resolution
-        device, _ = placed(config)
+        device, _ = device_and_dtype(config)
         return MemorySettings(
             rank=config.adapter.rank,
             batch=-(-training.batch // training.accumulate),
@@ -81,7 +81,7 @@ class MemorySettings(NamedTuple):
             targets=config.adapter.targets,
             target_input=config.method.embedded,
             preview=Size(preview.height or side, preview.width or side) if preview.prompts else None,
-            encode_batch=pictures_together(Size(side, side), device),
+            encode_batch=pictures_per_call(Size(side, side), device),
             teacher_samples=any(
                 path.endswith(".txt") for path in (source.path for _, source in config.data.named_sources)
             ),
@@ -114,11 +114,11 @@ class MemoryEstimate(NamedTuple):
 
     def __str__(self) -> str:
         parts = {"the frozen network": self.weights, "the adapter and its optimizer": self.adapter, "a step": self.step}
-        listed = ", ".join(f"{readable(amount)} for {name}" for name, amount in parts.items())
-        previews = f"{readable(self.preview)} with a preview" if self.preview else "no previews"
+        listed = ", ".join(f"{format_bytes(amount)} for {name}" for name, amount in parts.items())
+        previews = f"{format_bytes(self.preview)} with a preview" if self.preview else "no previews"
         return (
-            f"{readable(self.total)} at the most: {readable(self.training)} in training ({listed}), {previews}, "
-            f"{readable(self.caching)} while caching"
+            f"{format_bytes(self.total)} at the most: {format_bytes(self.training)} in training ({listed}), "
+            f"{previews}, {format_bytes(self.caching)} while caching"
         )
 
 

@@ -1,7 +1,4 @@
-"""Small pictures of numbers as SVG: curves and a map of colors, in the colors of the page that they stand in.
-
-Flows in: numbers.  Flows out: text to put into a page, whose style sheet has the classes used here.
-"""
+"""Draws curves and a color map as SVG for the report; their colors come from the style sheet in report.html."""
 
 from __future__ import annotations
 
@@ -12,27 +9,31 @@ from itertools import pairwise
 
 _WIDTH, _HEIGHT = 640, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 78, 24, 14, 58
-_POINTS = 600  # of a curve, after which a screen shows no more
-_TICKS = 7  # at most, on an axis
-_NARROW = 3.0  # the greatest over the least of values for which 1, 2, 5 x 10^k are too few ticks
+_CURVE_POINTS = 600  # a longer curve is thinned out to about as many; more would not be visible
+_MAX_TICKS = 7  # on an axis, not counting those that widen it
+_MIN_LOG_RATIO = 3.0  # greatest over least value below which a logarithmic axis gets evenly spaced ticks
 _CELL_WIDTH, _CELL_HEIGHT, _LEGEND_PX = 40, 34, 12
 
 
 class Axis:
-    """From values to a share of an axis, and the values at which it has ticks."""
+    """A linear or logarithmic axis: its range, its ticks, and the position of a value along it."""
 
     def __init__(
-        self, values: Sequence[float], *, logarithmic: bool = False, widen: bool = True, whole: bool = False
+        self, values: Sequence[float], *, logarithmic: bool = False, widen: bool = True, integers: bool = False
     ) -> None:
-        """Span finite `values`, which are positive if `logarithmic`.
+        """Make an axis that spans `values`, which must be finite, and positive if `logarithmic`.
 
-        widen: from the tick below to the tick above.  whole: ticks are whole numbers.
+        widen: extend the axis to the next tick at both ends. integers: place ticks at whole numbers only.
         """
         low, high = min(values), max(values)
         if high == low:
             low, high = (low / 2, high * 2) if logarithmic else (low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2)
         self._logarithmic = logarithmic
-        ticks = _decades(low, high) if logarithmic and high / low >= _NARROW else _rounds(low, high, whole)
+        ticks = (
+            _log_ticks(low, high)
+            if logarithmic and high / low >= _MIN_LOG_RATIO
+            else _linear_ticks(low, high, integers)
+        )
         if logarithmic:
             ticks = [tick for tick in ticks if tick > 0]
         if widen:
@@ -40,33 +41,33 @@ class Axis:
         self.low, self.high = low, high
         self.ticks = [tick for tick in ticks if low <= tick <= high]
 
-    def share(self, value: float) -> float:
-        """Where a value is, from 0 at the low end to 1 at the high one."""
-        low, high, at = (math.log(x) if self._logarithmic else x for x in (self.low, self.high, value))
-        return (at - low) / (high - low)
+    def fraction(self, value: float) -> float:
+        """Return the position of a value: 0 at the low end of the axis, 1 at the high end."""
+        low, high, x = (math.log(v) if self._logarithmic else v for v in (self.low, self.high, value))
+        return (x - low) / (high - low)
 
 
-def _rounds(low: float, high: float, whole: bool) -> list[float]:
-    """Multiples of 1, 2 or 5 x 10^k, evenly spaced, from `low` or just below to `high` or just above."""
-    least = (high - low) / (_TICKS - 1)
-    power = 10.0 ** math.floor(math.log10(least))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
-    step = max(step, 1.0) if whole else step
+def _linear_ticks(low: float, high: float, integers: bool) -> list[float]:
+    """Return the multiples of a step of 1, 2 or 5 x 10^k that cover `low` to `high`."""
+    min_step = (high - low) / (_MAX_TICKS - 1)
+    power = 10.0 ** math.floor(math.log10(min_step))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= min_step * (1 - 1e-9))
+    step = max(step, 1.0) if integers else step
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [float(f"{k * step:.12g}") for k in range(first, last + 1)]
 
 
-def _decades(low: float, high: float) -> list[float]:
-    """The numbers 1, 2 and 5 x 10^k, or if they are too many 10^k, from `low` or just below to `high` or just above."""
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Return the numbers 1, 2 and 5 x 10^k that cover `low` to `high`; only 10^k, or every n-th, if there are many."""
     powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
     ticks: list[float] = []
     for factors in ((1, 2, 5), (1,)):
-        every = [float(f"{factor}e{power}") for power in powers for factor in factors]
-        ticks = [x for x, after in pairwise(every) if after > low] + every[-1:]
+        numbers = [float(f"{factor}e{power}") for power in powers for factor in factors]
+        ticks = [x for x, after in pairwise(numbers) if after > low] + numbers[-1:]
         ticks = [x for before, x in pairwise([0.0, *ticks]) if before < high]
-        if len(ticks) <= _TICKS:
+        if len(ticks) <= _MAX_TICKS:
             break
-    return ticks[:: math.ceil(len(ticks) / (_TICKS + 1))]
+    return ticks[:: math.ceil(len(ticks) / (_MAX_TICKS + 1))]
 
 
 def curve(
@@ -74,47 +75,48 @@ def curve(
     xs: Sequence[float],
     ys: Sequence[float],
     *,
-    across: str = "step",
+    x_label: str = "step",
     smooth: int = 1,
     logarithmic: bool = False,
     dots: bool = False,
 ) -> str:
-    """A curve of ys over ascending xs, which are `across`, faint, and over it, strong, its mean over the last `smooth`.
+    """Draw ys over ascending xs: their mean over the last `smooth` points and, if smooth > 1, the points faintly.
 
-    Values that are not finite, or with logarithmic=True not positive, are left out.  dots: mark each.
+    Values that are not finite are left out, and so are those that are not positive if `logarithmic`. dots: mark each
+    point.
     """
     points = [(x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(y) and (y > 0 or not logarithmic)]
     if not points:
         return f'<figure><figcaption>{escape(name)}</figcaption><p class="empty">nothing yet</p></figure>'
-    x_axis = Axis([x for x, _ in points], widen=False, whole=True)
+    x_axis = Axis([x for x, _ in points], widen=False, integers=True)
     y_axis = Axis([y for _, y in points], logarithmic=logarithmic)
-    means = _means([y for _, y in points], smooth, logarithmic)
-    drawn = _line("strong", [(x, y) for (x, _), y in zip(points, means, strict=True)], x_axis, y_axis)
+    means = _moving_average([y for _, y in points], smooth, logarithmic)
+    marks = _line("strong", [(x, y) for (x, _), y in zip(points, means, strict=True)], x_axis, y_axis)
     if smooth > 1:
         name += f", and its mean over {smooth} steps"
-        drawn = _line("faint", points, x_axis, y_axis) + drawn
+        marks = _line("faint", points, x_axis, y_axis) + marks
     if dots:
-        drawn += "".join(
-            f'<circle cx="{_x(x, x_axis):.1f}" cy="{_y(y, y_axis):.1f}" r="4"><title>{across} {x:g}: {y:.4g}</title>'
+        marks += "".join(
+            f'<circle cx="{_x(x, x_axis):.1f}" cy="{_y(y, y_axis):.1f}" r="4"><title>{x_label} {x:g}: {y:.4g}</title>'
             "</circle>"
             for x, y in points
         )
     return (
         f'<figure><figcaption>{escape(name)}</figcaption><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        f'aria-label="{escape(name)} by {escape(across)}">{_axes(x_axis, y_axis, across)}{drawn}</svg></figure>'
+        f'aria-label="{escape(name)} by {escape(x_label)}">{_axes(x_axis, y_axis, x_label)}{marks}</svg></figure>'
     )
 
 
 def _x(value: float, axis: Axis) -> float:
-    return _LEFT + axis.share(value) * (_WIDTH - _LEFT - _RIGHT)
+    return _LEFT + axis.fraction(value) * (_WIDTH - _LEFT - _RIGHT)
 
 
 def _y(value: float, axis: Axis) -> float:
-    return _TOP + (1 - axis.share(value)) * (_HEIGHT - _TOP - _BOTTOM)
+    return _TOP + (1 - axis.fraction(value)) * (_HEIGHT - _TOP - _BOTTOM)
 
 
-def _axes(x_axis: Axis, y_axis: Axis, across: str) -> str:
-    """A line across at each tick of y, a short one at each of x, their numbers, and what is across."""
+def _axes(x_axis: Axis, y_axis: Axis, x_label: str) -> str:
+    """Draw a horizontal line at each tick of y, a short mark at each tick of x, their numbers, and the label of x."""
     marks, foot = [], _HEIGHT - _BOTTOM
     for tick in y_axis.ticks:
         y = f"{_y(tick, y_axis):.1f}"
@@ -125,23 +127,23 @@ def _axes(x_axis: Axis, y_axis: Axis, across: str) -> str:
         marks.append(f'<line class="rule" x1="{x}" x2="{x}" y1="{foot}" y2="{foot + 5}"/>')
         marks.append(f'<text x="{x}" y="{foot + 17}" text-anchor="middle">{_number(tick)}</text>')
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    marks.append(f'<text x="{middle}" y="{foot + 42}" text-anchor="middle">{escape(across)}</text>')
+    marks.append(f'<text x="{middle}" y="{foot + 42}" text-anchor="middle">{escape(x_label)}</text>')
     return "".join(marks)
 
 
 def _number(value: float) -> str:
-    """A tick's number, without the zeros that an exponent is padded with."""
+    """Format the number of a tick, without leading zeros in the exponent."""
     return f"{value:g}".replace("e-0", "e-").replace("e+0", "e")
 
 
 def _line(kind: str, points: Sequence[tuple[float, float]], x_axis: Axis, y_axis: Axis) -> str:
-    thin = points[:: max(1, len(points) // _POINTS)]
-    places = " ".join(f"{_x(x, x_axis):.1f},{_y(y, y_axis):.1f}" for x, y in [*thin, points[-1]])
-    return f'<polyline class="{kind}" points="{places}"/>'
+    thin = points[:: max(1, len(points) // _CURVE_POINTS)]
+    coordinates = " ".join(f"{_x(x, x_axis):.1f},{_y(y, y_axis):.1f}" for x, y in [*thin, points[-1]])
+    return f'<polyline class="{kind}" points="{coordinates}"/>'
 
 
-def _means(values: Sequence[float], width: int, geometric: bool) -> list[float]:
-    """The mean of each value and those before it, `width` in all; geometric: of the logarithms."""
+def _moving_average(values: Sequence[float], width: int, geometric: bool) -> list[float]:
+    """Return the mean of each value and up to width - 1 values before it; geometric: the geometric mean."""
     scaled = [math.log(value) for value in values] if geometric else values
     total, means = 0.0, []
     for k, value in enumerate(scaled):
@@ -151,10 +153,13 @@ def _means(values: Sequence[float], width: int, geometric: bool) -> list[float]:
     return means
 
 
-def color_map(values: Sequence[Sequence[float]], labels: Sequence[str], across: str, down: str) -> str:
-    """A square to each value [rows][columns], the stronger the greater on a logarithmic scale; NaN is left empty."""
-    known = [value for row in values for value in row if value > 0]
-    axis = Axis(known or [1.0], logarithmic=True, widen=False)
+def color_map(values: Sequence[Sequence[float]], labels: Sequence[str], x_label: str, y_label: str) -> str:
+    """Draw a square for each value [rows][columns], darker for a greater value on a logarithmic scale, none for NaN.
+
+    labels: of the rows, and of the columns, such as "0-99".
+    """
+    positive = [value for row in values for value in row if value > 0]
+    axis = Axis(positive or [1.0], logarithmic=True, widen=False)
     left, top = 84, 8
     bottom, right = top + len(values) * _CELL_HEIGHT, left + len(labels) * _CELL_WIDTH
     marks = []
@@ -163,40 +168,40 @@ def color_map(values: Sequence[Sequence[float]], labels: Sequence[str], across: 
         marks.append(f'<text class="left" x="{left - 8}" y="{y + _CELL_HEIGHT / 2}">{labels[i]}</text>')
         for j, value in enumerate(row):
             if not math.isnan(value):
-                share = axis.share(value) if value > 0 and len(set(known)) > 1 else 0.0
+                fraction = axis.fraction(value) if value > 0 and len(set(positive)) > 1 else 0.0
                 marks.append(
                     f'<rect class="cell" x="{left + j * _CELL_WIDTH}" y="{y}" width="{_CELL_WIDTH - 2}" '
-                    f'height="{_CELL_HEIGHT - 2}" fill-opacity="{_shade(share):.2f}">'
-                    f"<title>{down} {labels[i]}, {across} {labels[j]}: {value:.4g}</title></rect>"
+                    f'height="{_CELL_HEIGHT - 2}" fill-opacity="{_opacity(fraction):.2f}">'
+                    f"<title>{y_label} {labels[i]}, {x_label} {labels[j]}: {value:.4g}</title></rect>"
                 )
     for j, label in enumerate(labels):
         start = label.partition("-")[0]
         x = left + (j + 0.5) * _CELL_WIDTH
         marks.append(f'<text text-anchor="middle" x="{x}" y="{bottom + 12}">{start}</text>')
-    marks.append(f'<text text-anchor="middle" x="{(left + right) / 2}" y="{bottom + 34}">{across}</text>')
-    if len(set(known)) > 1:
+    marks.append(f'<text text-anchor="middle" x="{(left + right) / 2}" y="{bottom + 34}">{x_label}</text>')
+    if len(set(positive)) > 1:
         marks.append(_legend(axis, left, right, bottom + 58))
     return (
-        f'<figure class="map"><figcaption>mean loss: {down} down, {across} across</figcaption>'
-        f'<svg viewBox="0 0 {right + 24} {bottom + 100}" role="img" aria-label="loss by {down} and {across}">'
+        f'<figure class="map"><figcaption>mean loss: {y_label} down, {x_label} across</figcaption>'
+        f'<svg viewBox="0 0 {right + 24} {bottom + 100}" role="img" aria-label="loss by {y_label} and {x_label}">'
         f"{''.join(marks)}</svg></figure>"
     )
 
 
-def _shade(share: float) -> float:
-    return 0.08 + 0.92 * share
+def _opacity(fraction: float) -> float:
+    return 0.08 + 0.92 * fraction
 
 
 def _legend(axis: Axis, left: float, right: float, top: float) -> str:
-    """The colors of a map from the least to the greatest value, with the numbers of the ticks below."""
+    """Draw a bar with the colors from the least to the greatest value, and the numbers of the ticks below it."""
     width = right - left - 2
     marks = [
         '<linearGradient id="shades">'
-        f'<stop class="shade" offset="0" stop-opacity="{_shade(0):.2f}"/><stop class="shade" offset="1"/>'
+        f'<stop class="shade" offset="0" stop-opacity="{_opacity(0):.2f}"/><stop class="shade" offset="1"/>'
         f'</linearGradient><rect fill="url(#shades)" x="{left}" y="{top}" width="{width}" height="{_LEGEND_PX}"/>'
     ]
     for tick in axis.ticks:
-        x = left + axis.share(tick) * width
+        x = left + axis.fraction(tick) * width
         marks.append(f'<line class="tick" x1="{x:.1f}" x2="{x:.1f}" y1="{top + _LEGEND_PX}" y2="{top + 18}"/>')
         marks.append(f'<text text-anchor="middle" x="{x:.1f}" y="{top + 28}">{_number(tick)}</text>')
     return "".join(marks)

@@ -1,7 +1,4 @@
-"""Pictures of a finished LoRA: what `tcd-train sample` draws.
-
-Flows in: a LoRA file, its base, and what to draw.  Flows out: a folder of pictures, and a grid of them.
-"""
+"""Draws pictures with a finished LoRA, and a grid of them, for `tcd-train sample`."""
 
 from __future__ import annotations
 
@@ -12,73 +9,75 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...tcd.adapter import FILE
-from ..atomic import whole_file
-from ..config.device import dtype_of
+from ..atomic import atomic_write
+from ..config.device import resolve_dtype
 from ..config.settings import BaseConfig, PreviewConfig
 from ..data.buckets import Size
 from ..errors import UserError
 from ..files.adapter_weights import load_weights
+from ..files.family import family_of
 from ..files.lora_file import read_lora
 from ..models import open_checkpoint
 from ..models.seam import Model
 from .grid import Row, draw_grid
-from .preview_prompts import PreviewPrompts, draw, encode_prompts, picture_names, save_picture
+from .preview_prompts import PreviewPrompts, encode_prompts, picture_names, sample_previews, save_picture
 
-GRID = "grid.jpg"
-_CELL_PX = 512  # the longer side of a picture in the grid, where it is larger
+GRID_NAME = "grid.jpg"
+_CELL_PX = 512  # longer side of a picture in the grid; smaller pictures are enlarged, at most twofold
 
 
-def draw_gallery(lora: Path, base: BaseConfig, wanted: PreviewConfig, folder: Path, device: torch.device) -> Path:
-    """Draw every prompt from every seed with every number of steps into `folder`; return the path of the grid.
+def draw_gallery(lora: Path, base: BaseConfig, settings: PreviewConfig, folder: Path, device: torch.device) -> Path:
+    """Draw every prompt with every seed and every number of steps into `folder`; return the path of the grid.
 
-    Sides of 0 are those that the base was trained at.
-    Raises UserError when the LoRA is not one for the base, when there is nothing to draw, or when a picture exists.
+    A width or height of 0 in `settings` means the resolution that the base was trained at.
+
+    Raises UserError if the LoRA does not belong to the base's family, there is no prompt, or a picture exists already.
     """
-    paths = _free_paths(folder, wanted)
+    paths = _picture_paths(folder, settings)
     checkpoint = open_checkpoint(base)
     checkpoint.check_encoders()
-    made_for = read_lora(lora).family
-    if made_for != checkpoint.family:
+    family = family_of(read_lora(lora))
+    if family != checkpoint.family:
         raise UserError(
-            f"{lora} is a LoRA for {made_for or 'no family that is known here'}, and {base.path} is "
+            f"{lora} is a LoRA for {family or 'no family that is known here'}, and {base.path} is "
             f"{checkpoint.family}: use a base of its family"
         )
-    side, dtype = checkpoint.resolution, dtype_of(base.dtype, device)
-    size = Size(wanted.height or side, wanted.width or side)
-    prompts = encode_prompts(checkpoint, wanted.prompts, wanted.seeds, size, device=device, dtype=dtype)
-    # In a function of its own, so that the network is out of memory before the autoencoder is loaded.
-    latents = _sample(lora, checkpoint.load(dtype, device), prompts, wanted)
+    side, dtype = checkpoint.resolution, resolve_dtype(base.dtype, device)
+    size = Size(settings.height or side, settings.width or side)
+    prompts = encode_prompts(checkpoint, settings.prompts, settings.seeds, size, device=device, dtype=dtype)
+    # A separate function, so that the network is freed before the autoencoder is loaded.
+    latents = _sample(lora, checkpoint.load(dtype, device), prompts, settings)
     autoencoder = checkpoint.load_autoencoder(device)
     rows = []
-    for steps, drawn in zip(wanted.steps, latents, strict=True):
-        pictures = [autoencoder.decode(latent)[0].cpu() for latent in drawn]
+    for steps, row_latents in zip(settings.steps, latents, strict=True):
+        pictures = [autoencoder.decode(latent)[0].cpu() for latent in row_latents]
         for pixels, path in zip(pictures, paths[steps], strict=True):
             save_picture(pixels, path)
         rows.append(Row(f"{steps} step{'s' if steps > 1 else ''}", torch.stack(pictures)))
-    title = f"{lora.name.encode('ascii', 'replace').decode()}, eta {wanted.eta:g}, cfg {wanted.cfg:g}"
-    with whole_file(folder / GRID) as unfinished:
+    title = f"{lora.name.encode('ascii', 'replace').decode()}, eta {settings.eta:g}, cfg {settings.cfg:g}"
+    with atomic_write(folder / GRID_NAME) as unfinished:
         grid = draw_grid(rows, prompts.captions, title, scale=min(2.0, _CELL_PX / max(size)))
         grid.save(unfinished, quality=92)
-    return folder / GRID
+    return folder / GRID_NAME
 
 
-def _free_paths(folder: Path, wanted: PreviewConfig) -> dict[int, list[Path]]:
-    """Where the pictures go, by the number of steps.
+def _picture_paths(folder: Path, settings: PreviewConfig) -> dict[int, list[Path]]:
+    """Return the path of each picture, by number of steps.
 
-    Raises UserError when there are none, and when one would be written over.
+    Raises UserError if there is no prompt, or if a picture or the grid exists already.
     """
-    if not wanted.prompts:
+    if not settings.prompts:
         raise UserError("there is nothing to draw: give --prompt")
-    names = picture_names(wanted.prompts, wanted.seeds)
-    paths = {steps: [folder / f"{name}-steps-{steps}.png" for name in names] for steps in wanted.steps}
-    for path in [folder / GRID, *(path for row in paths.values() for path in row)]:
+    names = picture_names(settings.prompts, settings.seeds)
+    paths = {steps: [folder / f"{name}-steps-{steps}.png" for name in names] for steps in settings.steps}
+    for path in [folder / GRID_NAME, *(path for row in paths.values() for path in row)]:
         if path.exists():
             raise UserError(f"{path} exists: choose another folder with --out, or remove it")
     return paths
 
 
-def _sample(lora: Path, model: Model, prompts: PreviewPrompts, wanted: PreviewConfig) -> list[list[Tensor]]:
-    """The latents of each number of steps."""
+def _sample(lora: Path, model: Model, prompts: PreviewPrompts, settings: PreviewConfig) -> list[list[Tensor]]:
+    """Return the normalized latents [1, C, ...] of each picture, for each number of steps."""
     model.adapter.add(FILE, load_weights(model, lora))
-    bar = tqdm(wanted.steps, desc="drawing", unit="row")
-    return [draw(model, prompts, steps=steps, gamma=wanted.eta, cfg=wanted.cfg) for steps in bar]
+    bar = tqdm(settings.steps, desc="drawing", unit="row")
+    return [sample_previews(model, prompts, steps=steps, gamma=settings.eta, cfg=settings.cfg) for steps in bar]

@@ -1,7 +1,6 @@
-"""What a run was like, step by step, in two CSV files that a run which goes on goes on with.
+"""Writes and reads the two CSV files of a run: log.csv, one row a step, and loss_by_time.csv, losses by t and t - s.
 
-Flows in: the record of each step.  Flows out: `log.csv`, a row to a step, and `loss_by_time.csv`, the losses of each
-step by t and by t - s; and both read back.
+A resumed run continues both files.
 """
 
 from __future__ import annotations
@@ -14,118 +13,116 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..atomic import whole_file
+from ..atomic import atomic_write
 from ..errors import RunError
 from ..training.loop import StepRecord
 
 LOG_NAME, BY_TIME_NAME = "log.csv", "loss_by_time.csv"
-BIN, BINS = 100, 10
-"""Training times to a bin of t, and of t - s, of which every clock has 1000, or 1001 with its clean end."""
+BIN_WIDTH, BIN_COUNT = 100, 10
+"""Timesteps in a bin of t or t - s, and number of bins. Training times are 0 ... 999, or 0 ... 1000 in flow models."""
 
 
 class LogRow(NamedTuple):
-    """One step in `log.csv`."""
+    """One row of log.csv."""
 
     step: int
-    """Number of steps that were done with this one."""
+    """Number of completed training steps, from 1."""
     loss: float
     lr: float
     norm: float
-    """Of the gradient, before clipping."""
+    """Norm of the gradient before clipping."""
     images_per_second: float
 
 
-class Cell(NamedTuple):
-    """The pictures of one step whose times are in one bin: a row of `loss_by_time.csv`."""
+class BinRow(NamedTuple):
+    """One row of loss_by_time.csv: the pictures of one step whose t and t - s are in the same two bins."""
 
     step: int
     t: int
-    """The lowest t of the bin, in timesteps."""
+    """The lowest t of the bin, in training timesteps."""
     gap: int
-    """The lowest t - s of the bin, in timesteps."""
+    """The lowest t - s of the bin, in training timesteps."""
     pictures: int
     loss: float
-    """Mean over them."""
+    """Mean loss of these pictures."""
 
 
 class History:
-    """An observer that keeps both files in a folder; rows of steps that a run which goes on does again are dropped."""
+    """An observer of the training loop that appends each step to both files.
+
+    When a run resumes, the rows of the steps that are repeated are removed first.
+    """
 
     def __init__(self, folder: Path) -> None:
-        """Keep the files in `folder`, which must be there when the first step is done."""
-        self.log = _Rows(folder / LOG_NAME, LogRow._fields)
-        self.by_time = _Rows(folder / BY_TIME_NAME, Cell._fields)
-        self.begun = False
+        """Write into `folder`, which must exist when the first step is complete."""
+        self.log = _CsvFile(folder / LOG_NAME, LogRow._fields)
+        self.by_time = _CsvFile(folder / BY_TIME_NAME, BinRow._fields)
+        self.started = False
 
     def __call__(self, record: StepRecord) -> None:
-        """Add a step to both files.
-
-        Raises RunError or OSError, both of which say what to do, when the disk does not take it.
-        """
-        if not self.begun:
+        """Append a step to both files; raises RunError or OSError, with advice, if a file cannot be written."""
+        if not self.started:
             self.log.drop_from(record.step)
             self.by_time.drop_from(record.step)
-            self.begun = True
+            self.started = True
         speed = record.images / record.seconds
         self.log.append([LogRow(record.step, record.loss, record.lr, record.norm, speed)])
-        self.by_time.append(cells(record))
+        self.by_time.append(loss_bins(record))
 
 
-def cells(record: StepRecord) -> list[Cell]:
-    """The mean losses of a step by the bins of t and of t - s that its pictures are in, in their order."""
+def loss_bins(record: StepRecord) -> list[BinRow]:
+    """Return the mean loss of a step in each bin of t and t - s that has a picture, in ascending order."""
     t, gap = record.t.cpu(), (record.t - record.s).cpu()
-    place = (t // BIN).clamp(max=BINS - 1) * BINS + (gap // BIN).clamp(max=BINS - 1)
-    found = []
-    for index in place.unique().tolist():
-        losses = record.losses.cpu()[place == index]
-        low_t, low_gap = index // BINS * BIN, index % BINS * BIN
-        found.append(Cell(record.step, low_t, low_gap, len(losses), losses.mean().item()))
-    return found
+    indices = (t // BIN_WIDTH).clamp(max=BIN_COUNT - 1) * BIN_COUNT + (gap // BIN_WIDTH).clamp(max=BIN_COUNT - 1)
+    rows = []
+    for index in indices.unique().tolist():
+        losses = record.losses.cpu()[indices == index]
+        low_t, low_gap = index // BIN_COUNT * BIN_WIDTH, index % BIN_COUNT * BIN_WIDTH
+        rows.append(BinRow(record.step, low_t, low_gap, len(losses), losses.mean().item()))
+    return rows
 
 
 def read_log(folder: Path) -> list[LogRow]:
-    """The rows of a run's `log.csv`; none when there is no such file."""
+    """Return the rows of the log.csv in a run's folder; an empty list if there is no such file."""
     return [LogRow(int(row[0]), *map(float, row[1:])) for row in _read(folder / LOG_NAME, LogRow._fields)]
 
 
 def read_loss_by_time(folder: Path, since: int = 0) -> tuple[Tensor, Tensor]:
-    """The mean loss and the number of pictures by bins of t and of t - s, float64 [BINS, BINS] each.
+    """Return the mean loss and the number of pictures in each bin of t (rows) and t - s (columns).
 
-    since: steps up to this one are left out.  Where there is no picture the loss is NaN.
+    Both are float64 [BIN_COUNT, BIN_COUNT]; the loss of a bin without pictures is NaN. since: only later steps count.
     """
-    total, count = torch.zeros(2, BINS, BINS, dtype=torch.float64)
-    for step, t, gap, pictures, loss in _read(folder / BY_TIME_NAME, Cell._fields):
+    total, count = torch.zeros(2, BIN_COUNT, BIN_COUNT, dtype=torch.float64)
+    for step, t, gap, pictures, loss in _read(folder / BY_TIME_NAME, BinRow._fields):
         if int(step) > since:
-            place = int(t) // BIN, int(gap) // BIN
-            total[place] += int(pictures) * float(loss)
-            count[place] += int(pictures)
+            index = int(t) // BIN_WIDTH, int(gap) // BIN_WIDTH
+            total[index] += int(pictures) * float(loss)
+            count[index] += int(pictures)
     return total / count, count
 
 
-class _Rows:
-    """A CSV file that grows; the first number of each row is the step."""
+class _CsvFile:
+    """A CSV file with a header, whose first column is the step."""
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         self.path, self.columns = path, columns
 
     def drop_from(self, step: int) -> None:
-        """Keep the rows before `step` alone, and begin the file if it is not there."""
+        """Remove the rows from `step` on; creates the file if there is none."""
         kept = [row for row in _read(self.path, self.columns) if int(row[0]) < step]
-        with whole_file(self.path) as unfinished:
+        with atomic_write(self.path) as unfinished:
             unfinished.write_text(_lines([self.columns, *kept]), encoding="utf-8")
 
     def append(self, rows: Iterable[Sequence[object]]) -> None:
-        """Add rows in one go, so that a run that is killed leaves at most one of them cut off, the last.
-
-        Raises RunError, which says what to do, when the disk does not take them.
-        """
+        """Append rows; raises RunError, with advice, if that fails."""
         try:
+            # One write for all rows, so that if the process is killed only the last row on disk can be incomplete.
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(_lines(rows))
         except OSError as error:
             raise RunError(
-                f"{self.path} could not be written: {error}; make room on the disk, then start the same command again: "
-                "it goes on from the last checkpoint"
+                f"{self.path} could not be written: {error}; make room on the disk, then run the same command again "
+                "to resume from the last checkpoint"
             ) from error
 
 
@@ -136,10 +133,10 @@ def _lines(rows: Iterable[Sequence[object]]) -> str:
 
 
 def _read(path: Path, columns: Sequence[str]) -> Iterator[list[str]]:
-    """The rows of a file that are whole, without the one of names."""
+    """Yield the complete rows of a file, without its header; a last line that was cut off is skipped."""
     if not path.exists():
         return
     with open(path, encoding="utf-8", newline="") as file:
-        whole = (line for line in file if line.endswith("\n"))
-        next(whole, None)
-        yield from (row for row in csv.reader(whole) if len(row) == len(columns))
+        complete = (line for line in file if line.endswith("\n"))
+        next(complete, None)
+        yield from (row for row in csv.reader(complete) if len(row) == len(columns))

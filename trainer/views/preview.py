@@ -1,7 +1,7 @@
-"""Pictures drawn while training, from the file that is exported then, beside the teacher's and those of the start.
+"""Previews during training: pictures, a LoRA file and a labeled grid at regular steps, in the run's previews folder.
 
-Flows in: a network in training, and encoded prompts.  Flows out: a folder of pictures, of LoRA
-files, and of a labeled grid for each time.  Nothing of it changes what is trained.
+Each preview is sampled from the LoRA file written at that step, next to pictures of the teacher and of the student
+before training. Previews do not change the result of the training.
 """
 
 from __future__ import annotations
@@ -14,64 +14,63 @@ from pathlib import Path
 
 import torch
 
-from ..atomic import whole_file
+from ..atomic import atomic_write
 from ..config.settings import Config
-from ..files.adapter_weights import file_in_use
-from ..files.export import write_lora
+from ..files.adapter_weights import using_file
+from ..files.write import write_lora
 from ..models.seam import Checkpoint, Model
 from ..training.loop import StepRecord
 from .grid import Row, draw_grid
-from .preview_prompts import PreviewPrompts, draw, load_picture, save_picture
+from .preview_prompts import PreviewPrompts, load_picture, sample_previews, save_picture
 
-FOLDER = "previews"
-TEACHER, TEACHER_STEPS = "teacher", 50
+PREVIEW_FOLDER = "previews"
+TEACHER_FOLDER, TEACHER_STEPS = "teacher", 50
 _SETTINGS = "settings.json"
-_CELL_PX = 256  # the longer side of a picture in the grid, where it is larger
+_CELL_PX = 256  # longer side of a picture in the grid; smaller pictures are enlarged, at most twofold
 log = logging.getLogger("trajectory-consistency")
 
 
 class Previews:
-    """An observer that draws every so many steps and after the last, and before the first (`start`)."""
+    """An observer that draws previews every `preview.every` steps and after the last; `start` draws those of step 0."""
 
     def __init__(
-        self, model: Model, checkpoint: Checkpoint, wanted: PreviewPrompts, config: Config, metadata: dict[str, str]
+        self, model: Model, checkpoint: Checkpoint, prompts: PreviewPrompts, config: Config, metadata: dict[str, str]
     ) -> None:
-        """Draw `wanted`, on the model's device, as `config.preview` says."""
-        self.model, self.checkpoint, self.wanted, self.config, self.metadata = (
-            model,
-            checkpoint,
-            wanted,
-            config,
-            metadata,
-        )
-        self.folder = config.output_folder / FOLDER
+        """Sample `prompts` on the model's device with the settings of config.preview; metadata: of the LoRA files."""
+        self.model, self.checkpoint = model, checkpoint
+        self.prompts, self.config, self.metadata = prompts, config, metadata
+        self.folder = config.output_folder / PREVIEW_FOLDER
 
     def start(self) -> None:
-        """Draw the teacher's pictures and those of the adapter before it is trained, but for those that are there."""
-        self._drop_others()
+        """Draw the pictures of the teacher and of the untrained student that do not exist yet."""
+        self._remove_outdated()
         with self.model.adapter.off():
-            self._draw(TEACHER, [TEACHER_STEPS], gamma=0.0, cfg=teacher_guidance(self.config), again=False)
-        self._draw_student(0, again=False)
+            self._draw(TEACHER_FOLDER, [TEACHER_STEPS], gamma=0.0, cfg=teacher_guidance(self.config), redraw=False)
+        self._draw_student(0, redraw=False)
 
     def __call__(self, record: StepRecord) -> None:
-        """Draw if it is time, from a LoRA file that is written first and stays, but for the last, which is the run's.
+        """Write a LoRA file and draw previews with it, if they are due after this step.
 
-        Raises ExportError when the file does not hold up.
+        The file of the last step is removed again, because the run writes its own. Raises VerificationError if the
+        file does not predict what the model in training predicts.
         """
         last = record.step == self.config.training.steps
         if record.step % self.config.preview.every and not last:
             return
-        path = self.folder / f"{self.config.output.name}-{step_name(record.step)}.safetensors"
+        path = self.folder / f"{self.config.output.name}-{step_label(record.step)}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_lora(path, self.model, self.config, self.metadata, self.wanted.cond[0])
-        with file_in_use(self.model, path):
+        write_lora(path, self.model, self.config, self.metadata, self.prompts.cond[0])
+        with using_file(self.model, path):
             self._draw_student(record.step)
         if last:
             path.unlink()
         log.info("step %d: look at %s", record.step, grid_path(self.folder, record.step))
 
-    def _drop_others(self) -> None:
-        """Remove pictures of the start that were drawn with settings which neither their names nor the folder tell."""
+    def _remove_outdated(self) -> None:
+        """Remove pictures of the teacher and of step 0 that were drawn with other settings than today's.
+
+        Compared are the settings that are not part of the file names; they are stored in the folder.
+        """
         config, path = self.config, self.folder / _SETTINGS
         settings = {
             "base": asdict(config.base),
@@ -79,76 +78,87 @@ class Previews:
             "adapter": asdict(config.adapter),
             "method": asdict(config.method),
             "seed": config.training.seed,
-            "latent": self.wanted.shape,
+            "latent": self.prompts.shape,
             "eta": config.preview.eta,
             "cfg": config.preview.cfg,
         }
         text = json.dumps(settings, indent=2)
         if path.is_file() and path.read_text(encoding="utf-8") == text:
             return
-        for when in (TEACHER, step_name(0)):
-            for picture in (self.folder / when).glob("*.png"):
+        for subfolder in (TEACHER_FOLDER, step_label(0)):
+            for picture in (self.folder / subfolder).glob("*.png"):
                 picture.unlink()
         self.folder.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as unfinished:
+        with atomic_write(path) as unfinished:
             unfinished.write_text(text, encoding="utf-8")
 
-    def _draw_student(self, step: int, *, again: bool = True) -> None:
-        """Draw the pictures and the grid of a step with the adapter that is active."""
+    def _draw_student(self, step: int, *, redraw: bool = True) -> None:
+        """Draw the pictures and the grid of a training step with the adapter weights in use."""
         preview = self.config.preview
-        self._draw(step_name(step), preview.steps, gamma=preview.eta, cfg=preview.cfg, again=again)
-        write_grid(self.folder, self.wanted, self.config, step)
+        self._draw(step_label(step), preview.steps, gamma=preview.eta, cfg=preview.cfg, redraw=redraw)
+        write_grid(self.folder, self.prompts, self.config, step)
 
-    def _draw(self, when: str, counts: Sequence[int], *, gamma: float, cfg: float, again: bool = True) -> None:
-        """Draw and save all pictures with each of these numbers of steps, or unless `again` where one is missing."""
-        wanted = [steps for steps in counts if again or not self._all_there(when, steps)]
-        if not wanted:
+    def _draw(
+        self, subfolder: str, step_counts: Sequence[int], *, gamma: float, cfg: float, redraw: bool = True
+    ) -> None:
+        """Draw and save all pictures with each number of sampling steps.
+
+        With redraw=False, a number of steps is skipped if all its pictures exist.
+        """
+        needed = [steps for steps in step_counts if redraw or not self._exist(subfolder, steps)]
+        if not needed:
             return
         autoencoder = self.checkpoint.load_autoencoder(self.model.device)  # in memory only while it is needed
-        for steps in wanted:
-            latents = draw(self.model, self.wanted, steps=steps, gamma=gamma, cfg=cfg)
-            for name, latent in zip(self.wanted.names, latents, strict=True):
-                save_picture(autoencoder.decode(latent)[0], picture_path(self.folder, when, name, steps))
+        for steps in needed:
+            latents = sample_previews(self.model, self.prompts, steps=steps, gamma=gamma, cfg=cfg)
+            for name, latent in zip(self.prompts.names, latents, strict=True):
+                save_picture(autoencoder.decode(latent)[0], picture_path(self.folder, subfolder, name, steps))
 
-    def _all_there(self, when: str, steps: int) -> bool:
-        return all(picture_path(self.folder, when, name, steps).is_file() for name in self.wanted.names)
+    def _exist(self, subfolder: str, steps: int) -> bool:
+        return all(picture_path(self.folder, subfolder, name, steps).is_file() for name in self.prompts.names)
 
 
 def teacher_guidance(config: Config) -> float:
-    """The scale of the teacher's guidance in its pictures: the middle of those that it is distilled with."""
+    """The guidance scale of the teacher's pictures: the middle of the range that is distilled."""
     return (config.method.guidance_min + config.method.guidance_max) / 2
 
 
-def step_name(step: int) -> str:
-    """What the files of a step are called."""
+def step_label(step: int) -> str:
+    """The name of a training step in file and folder names: "step-000250"."""
     return f"step-{step:06}"
 
 
-def picture_path(folder: Path, when: str, name: str, steps: int) -> Path:
-    """The path of a picture: `when` is the teacher or a step, `name` one of `PreviewPrompts.names`."""
-    return folder / when / f"{name}-steps-{steps}.png"
+def picture_path(folder: Path, subfolder: str, name: str, steps: int) -> Path:
+    """The path of a picture in the previews folder.
+
+    subfolder: TEACHER_FOLDER, or the `step_label` of a training step. name: one of `PreviewPrompts.names`.
+    steps: the number of sampling steps.
+    """
+    return folder / subfolder / f"{name}-steps-{steps}.png"
 
 
 def grid_path(folder: Path, step: int) -> Path:
-    """Where the grid of a step is."""
-    return folder / f"{step_name(step)}.jpg"
+    """The path of the grid of a training step in the previews folder."""
+    return folder / f"{step_label(step)}.jpg"
 
 
-def write_grid(folder: Path, wanted: PreviewPrompts, config: Config, step: int) -> None:
-    """Write the grid of a step from the pictures in `folder`: the teacher's, and for each number of sampling steps
-    those of the start and, below, of the step."""
+def write_grid(folder: Path, prompts: PreviewPrompts, config: Config, step: int) -> None:
+    """Write the grid of a training step from the pictures in `folder`.
 
-    def row(label: str, when: str, steps: int, *, apart: bool = False) -> Row:
-        pictures = [load_picture(picture_path(folder, when, name, steps)) for name in wanted.names]
-        return Row(label, torch.stack(pictures), apart=apart)
+    Its rows are the teacher and, for each number of sampling steps, the student before training and after `step`.
+    """
 
-    rows = [row(f"Teacher\n{TEACHER_STEPS} steps, cfg {teacher_guidance(config):g}", TEACHER, TEACHER_STEPS)]
+    def row(label: str, subfolder: str, steps: int, *, starts_group: bool = False) -> Row:
+        pictures = [load_picture(picture_path(folder, subfolder, name, steps)) for name in prompts.names]
+        return Row(label, torch.stack(pictures), starts_group=starts_group)
+
+    rows = [row(f"Teacher\n{TEACHER_STEPS} steps, cfg {teacher_guidance(config):g}", TEACHER_FOLDER, TEACHER_STEPS)]
     for steps in config.preview.steps:
         sampled = f"{steps} step{'s' if steps > 1 else ''}"
-        rows.append(row(f"{sampled}\nbefore training", step_name(0), steps, apart=True))
-        rows += [row(f"{sampled}\nafter {step}", step_name(step), steps)] if step else []
+        rows.append(row(f"{sampled}\nbefore training", step_label(0), steps, starts_group=True))
+        rows += [row(f"{sampled}\nafter {step}", step_label(step), steps)] if step else []
     scale = min(2.0, _CELL_PX / max(rows[0].pictures.shape[2:]))
     title = f"After {step} steps of training" if step else "Before training"
     title += f": eta {config.preview.eta:g}, cfg {config.preview.cfg:g}"
-    with whole_file(grid_path(folder, step)) as unfinished:
-        draw_grid(rows, wanted.captions, title, scale=scale).save(unfinished, quality=92)
+    with atomic_write(grid_path(folder, step)) as unfinished:
+        draw_grid(rows, prompts.captions, title, scale=scale).save(unfinished, quality=92)

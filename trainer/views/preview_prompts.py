@@ -1,4 +1,4 @@
-"""What previews draw: every prompt from every seed, encoded once, and sampled as ComfyUI would."""
+"""The prompts of previews and of `tcd-train sample`: encoded once, and sampled as ComfyUI would with the same seeds."""
 
 from __future__ import annotations
 
@@ -15,42 +15,42 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from ..atomic import whole_file
+from ..atomic import atomic_write
 from ..data.buckets import Fit, Size
 from ..models.conditioning import Conditioning
 from ..models.sampling import Guidance, initial_noise, sample_latents
 from ..models.seam import Checkpoint, Model
 
-_SHOWN = 90  # letters of a prompt in a grid
+_MAX_CAPTION = 90  # characters of a prompt in a grid
 
 
 @dataclass(frozen=True)
 class PreviewPrompts:
-    """Pictures to draw: every prompt from every seed, one size for all."""
+    """Encoded prompts and seeds. There is a picture for every prompt with every seed, all of the same size."""
 
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     cond: tuple[Conditioning, ...]
-    """One row to each prompt."""
+    """The conditioning of each prompt, one row each."""
     uncond: Conditioning
-    """The empty caption, one row."""
+    """The conditioning of the empty prompt, one row."""
     shape: tuple[int, ...]
-    """The shape of one latent, [1, C, ...]."""
+    """The shape [1, C, ...] of one latent."""
 
     @property
     def names(self) -> list[str]:
-        """A name for the file of each picture, in the order of `draw`."""
+        """The file name of each picture, without step count and extension, in the order of `sample_previews`."""
         return picture_names(self.prompts, self.seeds)
 
     @property
     def captions(self) -> list[str]:
-        """The caption above each picture in a grid, in letters that the grid's font has."""
-        shown = [_short(prompt.encode("ascii", "replace").decode()) for prompt in self.prompts]
-        return [f"{prompt} (seed {seed})" for prompt in shown for seed in self.seeds]
+        """The caption of each picture in a grid, in ASCII, which is all that the grid's font has."""
+        shortened = [_shortened(prompt.encode("ascii", "replace").decode()) for prompt in self.prompts]
+        return [f"{prompt} (seed {seed})" for prompt in shortened for seed in self.seeds]
 
 
 def picture_names(prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:
-    """A name for the file of each picture, every prompt from every seed."""
+    """Return the file name of each picture, without step count and extension: every prompt with every seed."""
     return [f"{_file_name(prompt)}-seed-{seed}" for prompt in prompts for seed in seeds]
 
 
@@ -63,7 +63,7 @@ def encode_prompts(
     device: torch.device,
     dtype: torch.dtype,
 ) -> PreviewPrompts:
-    """Encode `prompts` for pictures of `size` that were neither resized nor cropped.
+    """Encode `prompts`, and the empty one, for pictures of `size` that were neither resized nor cropped.
 
     Raises UserError if the text encoder is not complete.
     """
@@ -73,41 +73,44 @@ def encode_prompts(
     return PreviewPrompts(tuple(prompts), tuple(seeds), tuple(cond), uncond, (1, *checkpoint.latents.shape(*size)))
 
 
-def draw(model: Model, wanted: PreviewPrompts, *, steps: int, gamma: float, cfg: float) -> list[Tensor]:
-    """Sample each picture by itself, as ComfyUI would with its seed: normalized latents [1, C, ...]."""
+def sample_previews(model: Model, prompts: PreviewPrompts, *, steps: int, gamma: float, cfg: float) -> list[Tensor]:
+    """Sample each picture alone, as ComfyUI would with its seed; returns normalized latents [1, C, ...] each.
+
+    steps: the number of sampling steps. cfg: the guidance scale; 1 is none.
+    """
     return [
         sample_latents(
             model,
             cond,
             sigmas=model.schedule.sigmas_for(steps),
             gamma=gamma,
-            noise=initial_noise(seed, wanted.shape),
+            noise=initial_noise(seed, prompts.shape),
             seed=seed,
-            guidance=None if cfg == 1 else Guidance(wanted.uncond, cfg),
+            guidance=None if cfg == 1 else Guidance(prompts.uncond, cfg),
         )
-        for cond in wanted.cond
-        for seed in wanted.seeds
+        for cond in prompts.cond
+        for seed in prompts.seeds
     ]
 
 
 def save_picture(pixels: Tensor, path: Path) -> None:
-    """Write a picture, uint8 [3, H, W], and the folder that it is in."""
+    """Write a picture, uint8 [3, H, W], and create its folder if it does not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as unfinished:
+    with atomic_write(path) as unfinished:
         Image.fromarray(rearrange(pixels.cpu().numpy(), "c h w -> h w c")).save(unfinished)
 
 
 def load_picture(file: Path | io.BytesIO) -> Tensor:
-    """A picture that was saved, uint8 [3, H, W]."""
+    """Read a picture as uint8 [3, H, W]."""
     with Image.open(file) as image:
         return torch.from_numpy(rearrange(np.array(image.convert("RGB")), "h w c -> c h w"))
 
 
 def _file_name(prompt: str) -> str:
-    """The prompt as far as it can be in a file's name, and what tells it from those that begin alike."""
+    """Return a name from the prompt's first words, and a hash that distinguishes prompts with the same first words."""
     words = re.findall(r"[a-z0-9]+", prompt.lower())
     return "-".join([*words, ""])[:40] + hashlib.sha256(prompt.encode()).hexdigest()[:6]
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MAX_CAPTION else text[: _MAX_CAPTION - 3] + "..."

@@ -1,7 +1,4 @@
-"""One page that tells a run, without a network: numbers, pictures, settings, and how to use what came out.
-
-Flows in: the folder of a run, finished or not.  Flows out: `report.html` in it, with all that it shows inside.
-"""
+"""Writes report.html: the numbers, previews and settings of a run, finished or not, in one self-contained page."""
 
 from __future__ import annotations
 
@@ -14,26 +11,26 @@ from string import Template
 
 from PIL import Image
 
-from ..atomic import whole_file
+from ..atomic import atomic_write
 from ..config import settings as config
 from ..config.settings import Config
 from ..errors import UserError
 from ..models import TINY_NAME
 from .curves import color_map, curve
-from .history import BIN, BINS, LogRow, read_log, read_loss_by_time
-from .preview import FOLDER, TEACHER, TEACHER_STEPS, picture_path, step_name, teacher_guidance
+from .history import BIN_COUNT, BIN_WIDTH, LogRow, read_log, read_loss_by_time
+from .preview import PREVIEW_FOLDER, TEACHER_FOLDER, TEACHER_STEPS, picture_path, step_label, teacher_guidance
 from .preview_prompts import picture_names
 
-NAME = "report.html"
+REPORT_NAME = "report.html"
 _TEMPLATE = Path(__file__).with_name("report.html")
-_LONGEST_PX = 256  # of an embedded picture
-_COLUMNS = 8  # of moments in a strip
+_MAX_SIDE_PX = 256  # of an embedded picture
+_MAX_COLUMNS = 8  # training steps shown for each prompt and seed
 
 
 def write_report(folder: Path) -> Path:
     """Write the report of the run in `folder`, and return its path.
 
-    Raises UserError when there is no run there.
+    Raises UserError if the folder does not belong to a run.
     """
     settings = folder / config.FILE_NAME
     if not settings.is_file():
@@ -44,7 +41,7 @@ def write_report(folder: Path) -> Path:
         subtitle=escape(f"{run.base.path}, law {run.method.law}"),
         base=escape(_base_name(run)),
         facts=_facts(run, rows),
-        pictures=_pictures(run, folder / FOLDER),
+        pictures=_pictures(run, folder / PREVIEW_FOLDER),
         curves=_curves(rows),
         by_time=_by_time(folder, rows),
         file=escape(f"{run.output.name}.safetensors"),
@@ -53,14 +50,14 @@ def write_report(folder: Path) -> Path:
         cfg=f"{run.output.cfg:g}",
         settings=escape(run.to_toml()),
     )
-    path = folder / NAME
-    with whole_file(path) as unfinished:
+    path = folder / REPORT_NAME
+    with atomic_write(path) as unfinished:
         unfinished.write_text(page, encoding="utf-8")
     return path
 
 
 def _base_name(run: Config) -> str:
-    """The name of the base's file or folder."""
+    """The name of the base model's file or folder."""
     return TINY_NAME if run.base.path == "tiny" else Path(run.base.path).name
 
 
@@ -92,33 +89,33 @@ def _curves(rows: Sequence[LogRow]) -> str:
 
 
 def _by_time(folder: Path, rows: Sequence[LogRow]) -> str:
-    """A map of the loss over t and t - s, and a curve over each alone."""
+    """Draw the mean loss by t and t - s as a color map, and by each of the two alone as curves."""
     loss, count = read_loss_by_time(folder, since=rows[-1].step // 2 if rows else 0)
     if not count.sum():
         return '<p class="empty">nothing yet</p>'
-    labels = [f"{k * BIN}-{k * BIN + BIN - 1}" for k in range(BINS)]
-    middles = [(k + 0.5) * BIN for k in range(BINS)]
+    labels = [f"{k * BIN_WIDTH}-{k * BIN_WIDTH + BIN_WIDTH - 1}" for k in range(BIN_COUNT)]
+    middles = [(k + 0.5) * BIN_WIDTH for k in range(BIN_COUNT)]
     total = loss.nan_to_num(0.0) * count
     curves = [
         curve(
             f"mean loss by {name} (logarithmic)",
             middles,
-            (total.sum(other) / count.sum(other)).tolist(),
-            across=f"{name}, in timesteps",
+            (total.sum(dim) / count.sum(dim)).tolist(),
+            x_label=f"{name}, in timesteps",
             logarithmic=True,
             dots=True,
         )
-        for name, other in (("t", 1), ("t - s", 0))
+        for name, dim in (("t", 1), ("t - s", 0))
     ]
     return f"{color_map(loss.tolist(), labels, 't - s', 't')}<div>{''.join(curves)}</div>"
 
 
 def _pictures(run: Config, folder: Path) -> str:
-    """A strip to each prompt and seed: a row to each number of steps, a column to each time, and the teacher's."""
-    times = sorted(int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.jpg"))
-    if not times:
+    """Return a table of pictures for each prompt and seed."""
+    training_steps = sorted(int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.jpg"))
+    if not training_steps:
         return '<p class="sub">None were drawn: set preview.prompts for the next run.</p>'
-    shown, preview = _spread(times, _COLUMNS), run.preview
+    shown, preview = _evenly_spaced(training_steps, _MAX_COLUMNS), run.preview
     names = picture_names(preview.prompts, preview.seeds)
     prompts = [(prompt, seed) for prompt in preview.prompts for seed in preview.seeds]
     strips = [
@@ -134,16 +131,16 @@ def _pictures(run: Config, folder: Path) -> str:
     )
 
 
-def _strip(run: Config, folder: Path, name: str, times: Sequence[int]) -> str:
-    """The table of one prompt and seed."""
-    teacher = _image(picture_path(folder, TEACHER, name, TEACHER_STEPS), "the teacher")
-    heads = [*("start" if when == 0 else f"{when:,}" for when in times), "teacher"]
+def _strip(run: Config, folder: Path, name: str, training_steps: Sequence[int]) -> str:
+    """The table of one prompt and seed: a row for each number of sampling steps, a column for each training step."""
+    teacher = _image(picture_path(folder, TEACHER_FOLDER, name, TEACHER_STEPS), "the teacher")
+    heads = [*("start" if step == 0 else f"{step:,}" for step in training_steps), "teacher"]
     body = []
     for steps in run.preview.steps:
         sampled = f"{steps} step{'s' if steps > 1 else ''}"
         cells = [
-            _image(picture_path(folder, step_name(when), name, steps), f"{sampled}, after {when} steps of training")
-            for when in times
+            _image(picture_path(folder, step_label(step), name, steps), f"{sampled}, after {step} steps of training")
+            for step in training_steps
         ]
         columns = "".join(f"<td>{cell}</td>" for cell in cells)
         body.append(f'<tr><th>{sampled}</th>{columns}<td class="teacher">{teacher}</td></tr>')
@@ -151,22 +148,21 @@ def _strip(run: Config, folder: Path, name: str, times: Sequence[int]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 
 
-def _spread(times: Sequence[int], count: int) -> list[int]:
-    """At most `count` of the times, the first and the last among them, as evenly as can be."""
-    if len(times) <= count:
-        return list(times)
-    return [times[round(k * (len(times) - 1) / (count - 1))] for k in range(count)]
+def _evenly_spaced(values: Sequence[int], count: int) -> list[int]:
+    """Choose at most `count` values as evenly as possible, with the first and the last among them."""
+    if len(values) <= count:
+        return list(values)
+    return [values[round(k * (len(values) - 1) / (count - 1))] for k in range(count)]
 
 
-def _image(path: Path, what: str) -> str:
-    """The picture of a file within the page; nothing when prompts or steps were other ones then."""
+def _image(path: Path, description: str) -> str:
+    """Embed a picture in the page; empty if there is no such file because preview.prompts or steps were changed."""
     if not path.is_file():
         return ""
     with Image.open(path) as image:
         small = image.convert("RGB")
-    small.thumbnail((_LONGEST_PX, _LONGEST_PX), Image.Resampling.LANCZOS)
+    small.thumbnail((_MAX_SIDE_PX, _MAX_SIDE_PX), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=85)
-    return (
-        f'<img alt="{what}" title="{what}" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-    )
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{description}" title="{description}" src="data:image/jpeg;base64,{data}">'

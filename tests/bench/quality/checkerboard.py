@@ -23,9 +23,9 @@ from torch.nn import functional
 
 from trajectory_consistency.tcd import (
     DiscreteSchedule,
-    Level,
     TargetInput,
     TargetTime,
+    TimePoint,
     add_noise,
     from_x0,
     jump,
@@ -35,12 +35,12 @@ from trajectory_consistency.tcd import (
     sigma_to_alpha_bar,
     timestep_grid,
     to_x0,
-    vp_level,
 )
 from trajectory_consistency.tcd.objective import Follow, distance_of, first_order, tcd_loss, weights
 from trajectory_consistency.tcd.target_time import sinusoid
+from trajectory_consistency.tcd.times import Points as TimePoints
 from trajectory_consistency.tcd.times import sample_times
-from trajectory_consistency.trainer.atomic import whole_file
+from trajectory_consistency.trainer.atomic import atomic_write
 from trajectory_consistency.trainer.training.optimizer import lr_factor
 
 NAME = "checkerboard"
@@ -51,15 +51,14 @@ SPREAD = 0.05  # of each, where two centers are 1.41 apart
 SCALE = 1 / math.sqrt(1.25 + SPREAD**2)  # so that the coordinates have unit variance
 ITERATIONS, BATCH, WIDTH = 4000, 512, 128
 POINTS = 8192
-ALPHA_BAR = scaled_linear_alpha_bar().float()
 SCHEDULE = DiscreteSchedule.from_alpha_bar(scaled_linear_alpha_bar())
 
-Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x_t [B, 2, 1, 1], t [B], s [B]) -> x0 [B, 2, 1, 1]."""
+Denoiser = Callable[[Tensor, TimePoint, TimePoint], Tensor]
+"""(x_t [B, 2, 1, 1], t, s) -> x0 [B, 2, 1, 1]."""
 
 
-def level(timesteps: Tensor) -> Level:
-    return vp_level(ALPHA_BAR[timesteps].view(-1, 1, 1, 1))
+def point(timesteps: Tensor) -> TimePoint:
+    return SCHEDULE.point(timesteps, 4)
 
 
 def data(count: int, generator: torch.Generator) -> Tensor:
@@ -69,9 +68,9 @@ def data(count: int, generator: torch.Generator) -> Tensor:
     return (SCALE * points).view(-1, 2, 1, 1)
 
 
-def teacher(x_t: Tensor, t: Tensor, s: Tensor | None = None) -> Tensor:
+def teacher(x_t: Tensor, t: TimePoint, s: TimePoint | None = None) -> Tensor:
     """E[x0 | x_t], exactly."""
-    alpha, sigma = (part.view(-1, 1) for part in level(t))
+    alpha, sigma = (part.view(-1, 1) for part in t.level)
     x, centers, spread = x_t.flatten(1), SCALE * CENTERS, SCALE * SPREAD
     variance = alpha**2 * spread**2 + sigma**2
     away = x.unsqueeze(1) - alpha.unsqueeze(1) * centers
@@ -81,24 +80,24 @@ def teacher(x_t: Tensor, t: Tensor, s: Tensor | None = None) -> Tensor:
 
 
 class Student(nn.Module):
-    """An MLP with three hidden layers that predicts v, told t and perhaps s."""
+    """An MLP with three hidden layers that predicts v, and gets t and perhaps s."""
 
-    def __init__(self, told: TargetInput | None) -> None:
+    def __init__(self, target_input: TargetInput | None) -> None:
         super().__init__()
         self.time = nn.Sequential(nn.Linear(64, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
         sizes = (2, WIDTH, WIDTH, WIDTH)
         self.layers = nn.ModuleList(nn.Linear(*pair) for pair in zip(sizes, sizes[1:], strict=False))
         self.last = nn.Linear(WIDTH, 2)
-        self.told = TargetTime(64, WIDTH, target_input=told) if told else None
+        self.target_time = TargetTime(64, WIDTH, target_input=target_input) if target_input else None
 
-    def forward(self, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        emb = self.time(sinusoid(t, 64))
-        if self.told is not None:
-            emb = emb + self.told(t, s)
+    def forward(self, x_t: Tensor, t: TimePoint, s: TimePoint) -> Tensor:
+        emb = self.time(sinusoid(t.network_time, 64))
+        if self.target_time is not None:
+            emb = emb + self.target_time(t.network_time, s.network_time)
         hidden = x_t.flatten(1)
         for layer in self.layers:
             hidden = functional.silu(layer(hidden) + emb)
-        return to_x0(self.last(hidden).view_as(x_t), x_t, level(t), "v")
+        return to_x0(self.last(hidden).view_as(x_t), x_t, t.level, "v")
 
 
 def prepare(folder: Path) -> None:
@@ -111,7 +110,7 @@ def denoiser_of(seed: int, folder: Path) -> dict[str, Tensor]:
     """The weights of a student that knows what the teacher knows, by regression to v: where each method begins."""
     path = folder / f"denoiser-{seed}.safetensors"
     if not path.exists():
-        with whole_file(path) as unfinished:
+        with atomic_write(path) as unfinished:
             save_file(_learn_to_denoise(seed), unfinished)
     return load_file(path)
 
@@ -122,9 +121,9 @@ def _learn_to_denoise(seed: int) -> dict[str, Tensor]:
     optimizer = torch.optim.Adam(student.parameters(), lr=1e-3)
     for step in range(ITERATIONS):
         x0 = data(BATCH, generator)
-        t = torch.randint(1000, (BATCH,), generator=generator)
-        x_t = add_noise(x0, torch.randn(x0.shape, generator=generator), level(t))
-        wrong = from_x0(student(x_t, t, t), x_t, level(t), "v") - from_x0(teacher(x_t, t), x_t, level(t), "v")
+        t = point(torch.randint(1000, (BATCH,), generator=generator))
+        x_t = add_noise(x0, torch.randn(x0.shape, generator=generator), t.level)
+        wrong = from_x0(student(x_t, t, t), x_t, t.level, "v") - from_x0(teacher(x_t, t), x_t, t.level, "v")
         _descend(optimizer, wrong.square().mean(), step, 1e-3)
     return student.state_dict()
 
@@ -133,7 +132,7 @@ def distill(method: Method, lr: float, seed: int, folder: Path) -> Denoiser:
     """Train a student by a method, or have it as it was trained before."""
     path = folder / f"{method.name}-{lr:g}-{seed}.safetensors"
     if not path.exists():
-        with whole_file(path) as unfinished:
+        with atomic_write(path) as unfinished:
             save_file(_train(method, lr, seed, folder).state_dict(), unfinished)
     student = _student(method).eval().requires_grad_(False)
     student.load_state_dict(load_file(path))
@@ -152,29 +151,38 @@ def _train(method: Method, lr: float, seed: int, folder: Path) -> Student:
         x0 = data(BATCH, generator)
         eps = torch.randn(x0.shape, generator=generator)
         phases = settings.phases[step * len(settings.phases) // ITERATIONS]
-        times = sample_times(BATCH, law=settings.law, origin_steps=50, skip=20, phases=phases, generator=generator)
+        times = sample_times(
+            BATCH,
+            schedule=SCHEDULE,
+            law=settings.law,
+            origin_steps=50,
+            skip=20,
+            phases=phases,
+            generator=generator,
+        )
+        points = TimePoints(*(point(each) for each in times))
         loss = tcd_loss(
             _follow(student),
             _follow(average if settings.ema_decay else student),
-            lambda x_t, t, rows: teacher(x_t, t),
+            lambda x_t, t, s, rows: teacher(x_t, t),
             x0,
             eps,
-            times,
-            level=level,
+            points,
+            moved=times.moved,
             distance=distance_of(settings.distance, settings.huber_c),
         )
-        _descend(optimizer, (weights(times, level, settings.weighting) * loss).mean(), step, lr)
+        _descend(optimizer, (weights(points, settings.weighting) * loss).mean(), step, lr)
         for mean, parameter in zip(average.parameters(), student.parameters(), strict=True):
             mean.lerp_(parameter.detach(), 1 - settings.ema_decay)
     return student
 
 
 def _student(method: Method) -> Student:
-    return Student(method.config.told if method.config.target_time else None)
+    return Student(method.config.embedded)
 
 
 def _follow(student: Student) -> Follow:
-    return first_order(lambda x_t, t, s, rows: student(x_t, t, s), level)
+    return first_order(lambda x_t, t, s, rows: student(x_t, t, s))
 
 
 def _descend(optimizer: torch.optim.Optimizer, loss: Tensor, step: int, lr: float) -> None:
@@ -187,12 +195,11 @@ def _descend(optimizer: torch.optim.Optimizer, loss: Tensor, step: int, lr: floa
 @torch.no_grad()
 def sample(denoiser: Denoiser, steps: int, gamma: float, seed: int) -> Tensor:
     """Draw POINTS points [N, 2]."""
-    timesteps = torch.tensor(timestep_grid(steps))
-    sigmas = torch.cat([SCHEDULE.sigma(timesteps), torch.zeros(1, dtype=torch.float64)]).float()
+    sigmas = SCHEDULE.sigmas_for(steps).float()
     x = torch.randn((POINTS, 2, 1, 1), generator=torch.Generator().manual_seed(seed)) * (1 + sigmas[0] ** 2).sqrt()
 
     def denoise(x: Tensor, sigma: Tensor, sigma_s: Tensor) -> Tensor:
-        t, s = (SCHEDULE.timestep(each).expand(len(x)) for each in (sigma, sigma_s))
+        t, s = (SCHEDULE.point_at(each.expand(len(x)), x.ndim) for each in (sigma, sigma_s))
         return denoiser(x * sigma_to_alpha_bar(sigma).sqrt(), t, s)
 
     # One stream for all points: to seed each by itself takes longer than the network does.
@@ -213,7 +220,7 @@ def solve(steps: int, seed: int) -> Tensor:
     scheduler.set_timesteps(timesteps=timestep_grid(steps))
     x = torch.randn((POINTS, 2, 1, 1), generator=torch.Generator().manual_seed(seed))
     for t in scheduler.timesteps:
-        x = scheduler.step(teacher(x, t.expand(len(x))), t, x).prev_sample
+        x = scheduler.step(teacher(x, point(t.expand(len(x)))), t, x).prev_sample
     return x.flatten(1)
 
 
@@ -242,10 +249,10 @@ def trajectories(seed: int) -> list[Trajectory]:
     grid, found = timestep_grid(4), []
     for t in grid:
         x0 = data(1024, generator)
-        x_t = x = add_noise(x0, torch.randn(x0.shape, generator=generator), level(torch.tensor([t])))
+        x_t = x = add_noise(x0, torch.randn(x0.shape, generator=generator), point(torch.tensor([t])).level)
         for now in range(t, 0, -1):
-            here, there = torch.tensor([now]), torch.tensor([now - 1])
-            x = jump(x, teacher(x, here.expand(len(x))), level(here), level(there))
+            here, there = (point(torch.full((len(x),), time)) for time in (now, now - 1))
+            x = jump(x, teacher(x, here), here.level, there.level)
             if now - 1 in (*grid, 0):
                 found.append(Trajectory(x_t, t, now - 1, x))
     return found
@@ -256,8 +263,8 @@ def trajectory_errors(denoiser: Denoiser, seed: int) -> dict[str, float]:
     """The root mean square of f(x_t, t -> s) minus where the teacher's trajectory leads, by "t s"."""
     errors = {}
     for x_t, t, s, x_s in trajectories(seed):
-        start, end = torch.full((len(x_t),), t), torch.full((len(x_t),), s)
-        found = jump(x_t, denoiser(x_t, start, end), level(start), level(end))
+        start, end = (point(torch.full((len(x_t),), time)) for time in (t, s))
+        found = jump(x_t, denoiser(x_t, start, end), start.level, end.level)
         errors[f"{t} {s}"] = (found - x_s).square().mean().sqrt().item()
     return errors
 

@@ -75,7 +75,7 @@ PLAIN = _by_name(*(_changed(name, "plain", ema_decay=0.0) for name in ("LCM", "T
 """The target is the student itself, with a learning rate found for that."""
 VARIATIONS = _by_name(
     _changed("TCD", "weighting x0", weighting="x0"),
-    _changed("TCD S+", "told t - s", told="t-s"),
+    _changed("TCD S+", "told t - s", target_input="t-s"),
     _changed("TCD S+", "weighting gap", weighting="gap"),
     _changed("TCD S+", "weighting x0", weighting="x0"),
     _changed("TCD S+", "Huber, c = 0.001", huber_c=0.001),

@@ -18,15 +18,15 @@ from methods import METHODS, SEEDS, STEPS, TUNED_AT, VARIATIONS, Method, cells
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trajectory_consistency.tcd import add_noise, jump, timestep_grid
-from trajectory_consistency.trainer.atomic import whole_file
+from trajectory_consistency.tcd import TimePoint, add_noise, jump, timestep_grid
+from trajectory_consistency.tcd.adapter import FILE
+from trajectory_consistency.trainer.atomic import atomic_write
 from trajectory_consistency.trainer.config import settings as config
 from trajectory_consistency.trainer.demo import methods as demo
 from trajectory_consistency.trainer.demo.classifier import Classifier, train_classifier, world_sample
 from trajectory_consistency.trainer.demo.metrics import caption_accuracy
-from trajectory_consistency.trainer.models.sampling import decode
+from trajectory_consistency.trainer.files.adapter_weights import load_weights
 from trajectory_consistency.trainer.models.solver import dpm_solver_sample
-from trajectory_consistency.trainer.models.unet.adapter import load_adapter
 from trajectory_consistency.trainer.run import run
 from trajectory_consistency.trainer.tiny import world
 from trajectory_consistency.trainer.views.grid import Row, draw_grid
@@ -53,7 +53,7 @@ class Measured(NamedTuple):
     teacher: Points
 
 
-def prepare(folder: Path) -> None:
+def load_or_encode(folder: Path) -> None:
     """Make what all runs share: the pictures, the classifier, the teacher's pictures and trajectories."""
     if not (folder / "pictures").exists():
         world.write_folder(folder / "pictures.unfinished", 1024, seed=0)
@@ -105,7 +105,7 @@ def teacher_features(folder: Path) -> Tensor:
     if not path.exists():
         row = demo.Method("teacher", None, 50, 0.0)
         drawn = demo.DemoSampler({}, CAPTIONS * TEACHERS).pictures(row, PICTURES * TEACHERS, 40_000)
-        with whole_file(path) as unfinished:
+        with atomic_write(path) as unfinished:
             save_file({"features": classifier(folder).features(drawn)}, unfinished)
     return load_file(path)["features"]
 
@@ -159,14 +159,14 @@ def measure_references(seed: int, folder: Path) -> dict[str, dict[str, float]]:
         if steps > TUNED_AT[-1]:
             continue  # where it is DDIM's own distance
         latents = dpm_solver_sample(
-            sampler.network,
+            sampler.model,
             sampler.cond,
             sampler.guidance.uncond,
             demo.noise_for(start, PICTURES),
             steps=steps,
             guidance=sampler.guidance.scale,
         )
-        found[f"DPM-Solver++(2M) {steps}"] = measure_pictures(decode(sampler.vae, latents), folder)
+        found[f"DPM-Solver++(2M) {steps}"] = measure_pictures(sampler.autoencoder.decode(latents), folder)
     return found
 
 
@@ -174,10 +174,11 @@ def _followed() -> tuple[demo.DemoSampler, Tensor]:
     """What trajectories are followed of: captions, encoded, and the latents of pictures of them."""
     pictures, scenes = world_sample(FOLLOWED, purpose="trajectories", seed=0)
     sampler = demo.DemoSampler({}, [scene.caption for scene in scenes])
-    signal = pictures.float() / 127.5 - 1
-    with torch.no_grad():
-        latents = sampler.vae.encode(signal).latent_dist.mean * sampler.vae.config.scaling_factor
-    return sampler, latents
+    return sampler, sampler.autoencoder.encode(pictures).mean
+
+
+def _point(sampler: demo.DemoSampler, timestep: int) -> TimePoint:
+    return sampler.model.schedule.point(torch.full((FOLLOWED,), timestep), 4)
 
 
 @torch.no_grad()
@@ -186,18 +187,18 @@ def trajectories(folder: Path) -> dict[str, Tensor]:
     path = folder / "trajectories.safetensors"
     if not path.exists():
         sampler, x0 = _followed()
-        network, grid, found = sampler.network, timestep_grid(4), {}
+        grid, found = timestep_grid(4), {}
         scale = torch.full((FOLLOWED,), sampler.guidance.scale)
         for t in grid:
             eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(t))
-            x = found[f"{t} {t}"] = add_noise(x0, eps, network.level(torch.tensor([t])))
+            x = found[f"{t} {t}"] = add_noise(x0, eps, _point(sampler, t).level)
             for now in range(t, 0, -1):
-                here, there = (torch.full((FOLLOWED,), time) for time in (now, now - 1))
-                clean = network.guided_x0(x, here, sampler.cond, sampler.guidance.uncond, scale)
-                x = jump(x, clean, network.level(here), network.level(there))
+                here, there = _point(sampler, now), _point(sampler, now - 1)
+                clean = sampler.model.guided_x0(x, here, sampler.cond, sampler.guidance.uncond, scale)
+                x = jump(x, clean, here.level, there.level)
                 if now - 1 in (*grid, 0):
                     found[f"{t} {now - 1}"] = x
-        with whole_file(path) as unfinished:
+        with atomic_write(path) as unfinished:
             save_file({key: x.contiguous() for key, x in found.items()}, unfinished)
     return load_file(path)
 
@@ -209,18 +210,18 @@ def trajectory_errors(lora: Path | None, folder: Path) -> dict[str, float]:
     Without a LoRA, of the teacher's own jump, which is one step of DDIM.
     """
     sampler, _ = _followed()
-    network, found, errors = sampler.network, trajectories(folder), {}
+    model, found, errors = sampler.model, trajectories(folder), {}
     scale = torch.full((FOLLOWED,), 1.0 if lora else sampler.guidance.scale)  # a student has learned the guidance
     if lora:
-        load_adapter(network.unet, lora, "student")
+        model.adapter.add(FILE, load_weights(model, lora))
     for key in sorted(found, key=lambda key: [-int(time) for time in key.split()]):
-        t, s = (torch.full((FOLLOWED,), int(time)) for time in key.split())
-        if t[0] == s[0]:
+        start, end = key.split()
+        if start == end:
             continue
-        x_t = found[f"{t[0]} {t[0]}"]
-        clean = network.guided_x0(x_t, t, sampler.cond, sampler.guidance.uncond, scale, s)
-        end = jump(x_t, clean, network.level(t), network.level(s))
-        errors[key] = (end - found[key]).square().mean().sqrt().item()
+        x_t, t, s = found[f"{start} {start}"], _point(sampler, int(start)), _point(sampler, int(end))
+        clean = model.guided_x0(x_t, t, sampler.cond, sampler.guidance.uncond, scale, s)
+        x_s = jump(x_t, clean, t.level, s.level)
+        errors[key] = (x_s - found[key]).square().mean().sqrt().item()
     return errors
 
 
@@ -245,7 +246,7 @@ def draw(lr: Mapping[str, float], folder: Path, path: Path) -> None:
 def classifier(folder: Path) -> Classifier:
     path = folder / "classifier.safetensors"
     if not path.exists():
-        with whole_file(path) as unfinished:
+        with atomic_write(path) as unfinished:
             save_file(train_classifier(0).state_dict(), unfinished)
     made = Classifier().eval().requires_grad_(False)
     made.load_state_dict(load_file(path))

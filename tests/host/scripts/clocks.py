@@ -1,7 +1,7 @@
-"""Run by the host's interpreter, in the host's folder: nodes/host against every kind of model that the host has.
+"""Measures nodes/host on every kind of model that the host has.
 
-Argument: the pack's folder. Prints a JSON object of measurements. The models are all that the host can put together, by
-kinds.py, their networks analytic, and the sampler runs inside the host's own KSAMPLER.
+Run by the host's interpreter in the host's folder. Argument: the pack's folder. Prints a JSON object of measurements.
+kinds.py lists the models, the networks are analytic, and the sampler runs inside the host's own KSAMPLER.
 """
 
 import importlib
@@ -25,12 +25,12 @@ torch.set_num_threads(1)
 GAMMAS = (0.0, 0.3, 1.0)
 STEPS = (1, 2, 4)
 SEED = 3
-MEAN, STD = 0.7, 0.4  # of the data, where it is a Gaussian
-POINT = 0.75  # the data, where it is one point
+MEAN, STD = 0.7, 0.4  # of Gaussian data
+POINT = 0.75  # data that is a single point
 
 
 class Guider:
-    """What KSAMPLER is given: a guider around a model, of which x0(x, sigma) is the network."""
+    """The guider that KSAMPLER is called with, around a model whose network is x0(x, sigma)."""
 
     def __init__(self, model_sampling: Any, x0: Callable[[Tensor, Tensor], Tensor]) -> None:
         self.inner_model = SimpleNamespace(model_sampling=model_sampling, scale_latent_inpaint=None)
@@ -41,30 +41,30 @@ class Guider:
         self.sigmas: list[Tensor] = []
 
     def __call__(self, x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
-        assert sigma.shape == (len(x),), "one sigma an image"
+        assert sigma.shape == (len(x),), "one sigma per image"
         self.seen.append(x)
         self.sigmas.append(sigma[0])
         return self.x0(x, sigma[0])
 
 
 def level(model_sampling: Any, sigma: Tensor) -> tuple[float, float]:
-    """Return by how much the host itself scales an image and noise at this sigma."""
+    """Return the host's own factors (alpha, sigma) of image and noise at this sigma."""
     zero, one = torch.zeros(1), torch.ones(1)
     return float(model_sampling.noise_scaling(sigma, zero, one)), float(model_sampling.noise_scaling(sigma, one, zero))
 
 
 def point(x: Tensor, sigma: Tensor) -> Tensor:
-    """The estimate of data that is POINT everywhere."""
+    """Return the exact estimate of x0 for data that is POINT everywhere."""
     return torch.full_like(x, POINT)
 
 
 def smooth(x: Tensor, sigma: Tensor) -> Tensor:
-    """An estimate with no meaning, which tells any two x apart."""
+    """Return an arbitrary smooth estimate that differs for any two x."""
     return torch.tanh(x / (1 + sigma)) + 0.1 * torch.sin(3 * x / (1 + sigma))
 
 
 def gaussian(model_sampling: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    """The exact estimate, the mean of what may be under the noise, for data ~ N(MEAN, STD^2)."""
+    """Return the exact estimate E[x0 | x] for data ~ N(MEAN, STD^2)."""
 
     def x0(x: Tensor, sigma: Tensor) -> Tensor:
         alpha, spread = level(model_sampling, sigma)
@@ -95,11 +95,11 @@ def refusal(call: Callable[[], Any]) -> str:
     return "nothing was refused"
 
 
-# What is measured of each model
+# Measurements of each model
 
 
 def grids(host: Any, model_sampling: Any) -> dict[str, Any]:
-    """Where N steps are, by TCDSigmas and by the scheduler, and where their strategic targets."""
+    """Return the sigmas of TCDSigmas and of the scheduler, their strategic targets, and the refusals of bad input."""
     schedule = host.schedule_of(model_sampling)
     inner = sigmas_of(host, model_sampling)[1:4]
     by_hand: list[float] = []
@@ -125,8 +125,8 @@ def grids(host: Any, model_sampling: Any) -> dict[str, Any]:
     return found
 
 
-def walls(host: Any, model_sampling: Any, gamma: float, sigmas: Tensor) -> dict[str, Any]:
-    """How wrong the result is for data that is one point, and how noisy x was at each call, in the host's own scale."""
+def point_mass(host: Any, model_sampling: Any, gamma: float, sigmas: Tensor) -> dict[str, Any]:
+    """Return the error of the result for data that is one point, and the noise std of x at each call over its sigma."""
     guider = Guider(model_sampling, point)
     out = run(host.tcd_sampler(gamma), guider, sigmas)
     seen = []
@@ -137,7 +137,7 @@ def walls(host: Any, model_sampling: Any, gamma: float, sigmas: Tensor) -> dict[
 
 
 def moments(host: Any, model_sampling: Any, gamma: float, sigmas: Tensor) -> dict[str, Any]:
-    """Mean and standard deviation of x at each call and of the result, for data that is a Gaussian, and the levels."""
+    """Return mean and std of x at each call and of the result for Gaussian data, and the host's levels."""
     guider = Guider(model_sampling, gaussian(model_sampling))
     data = MEAN + STD * torch.randn(4, 4, 32, 32, generator=torch.Generator().manual_seed(7))
     out = run(host.tcd_sampler(gamma), guider, sigmas, latent=data)
@@ -149,7 +149,7 @@ def moments(host: Any, model_sampling: Any, gamma: float, sigmas: Tensor) -> dic
 
 
 def difference(host: Any, model_sampling: Any, gamma: float, theirs: Any, sigmas: Tensor) -> float:
-    """How far, of its size, the result is from that of a sampler of the host."""
+    """Return the relative difference between our result and that of a sampler of the host."""
     options = {"latent": 0.5, "shape": (2, 4, 8, 8)}
     ours = run(host.tcd_sampler(gamma), Guider(model_sampling, smooth), sigmas, **options)
     expected = run(theirs, Guider(model_sampling, smooth), sigmas, **options)
@@ -157,7 +157,7 @@ def difference(host: Any, model_sampling: Any, gamma: float, theirs: Any, sigmas
 
 
 def lcm(host: Any) -> Any:
-    """The host's sampler of multistep consistency models, which is TCD at gamma = 1 if s = 0 is sigma = 0."""
+    """Return the host's sampler for multistep consistency; TCD at gamma = 1 equals it if s = 0 means sigma = 0."""
     draw = importlib.import_module("some_pack.tcd").seeded_noise(SEED)
     like = torch.empty(2, 4, 8, 8)
     return comfy.samplers.ksampler("lcm", {"noise_sampler": lambda sigma, sigma_next: draw(sigma_next, like)})
@@ -170,23 +170,23 @@ def measure(host: Any, model_sampling: Any) -> dict[str, Any]:
         difference(host, model_sampling, 0.0, comfy.samplers.ksampler("euler"), each) for each in sigmas.values()
     ]
     if found["schedule"] == "BridgeSchedule":
-        found["gamma"] = refusal(lambda: walls(host, model_sampling, 0.3, sigmas[2]))
+        found["gamma"] = refusal(lambda: point_mass(host, model_sampling, 0.3, sigmas[2]))
         found["one step"] = float((run(host.tcd_sampler(0.3), Guider(model_sampling, point), sigmas[1]) - POINT).std())
         return found
     grid = {(gamma, steps): each for gamma in GAMMAS for steps, each in sigmas.items()}
     found["lcm"] = [difference(host, model_sampling, 1.0, lcm(host), each) for each in sigmas.values()]
-    found["walls"] = [walls(host, model_sampling, gamma, each) for (gamma, _), each in grid.items()]
+    found["point mass"] = [point_mass(host, model_sampling, gamma, each) for (gamma, _), each in grid.items()]
     found["moments"] = [
         {"gamma": gamma} | moments(host, model_sampling, gamma, each) for (gamma, _), each in grid.items()
     ]
     return found
 
 
-# And of the sampler as such
+# Measurements of the sampler by itself
 
 
 class Bare:
-    """What a sampler function is given: KSAMPLER's wrapping of a guider, which passes its arguments on."""
+    """The model that a sampler function is called with: KSAMPLER's wrapper of a guider, which only forwards."""
 
     def __init__(self, guider: Guider) -> None:
         self.inner_model = guider
@@ -196,7 +196,7 @@ class Bare:
 
 
 def half_precision(host: Any, model_sampling: Any, dtype: torch.dtype) -> dict[str, Any]:
-    """The dtype that comes of x in half precision, and how far a run from such noise is from a run in float32."""
+    """Return the dtype of the result for x in half precision, and the relative error against a run in float32."""
     sigmas, guider = sigmas_of(host, model_sampling), Guider(model_sampling, smooth)
     x = torch.ones(1, 4, 8, 8, dtype=dtype)
     half, single = (run(host.tcd_sampler(0.3), guider, sigmas, dtype=each).float() for each in (dtype, torch.float32))
@@ -216,7 +216,7 @@ def details(host: Any, models: dict[str, Any]) -> dict[str, Any]:
     unseeded = [run(host.tcd_sampler(1.0), Guider(discrete, point), sigmas[:3], seed=None) for _ in range(2)]
     one = Guider(discrete, point)
     run(sampler, one, sigmas[:1])
-    barely = host.sample_with_tcd(
+    without_options = host.sample_with_tcd(
         Bare(Guider(discrete, point)), torch.ones(1, 4, 8, 8), sigmas, disable=True, gamma=0.3
     )
     return {
@@ -228,7 +228,7 @@ def details(host: Any, models: dict[str, Any]) -> dict[str, Any]:
             for dtype in (torch.float16, torch.bfloat16)
         },
         "calls_for_one_sigma": len(one.seen),
-        "called_barely": float((barely - POINT).abs().max()),
+        "without_options": float((without_options - POINT).abs().max()),
     }
 
 

@@ -1,7 +1,7 @@
-"""Every model_sampling that the host can put together, found in the host itself and not in a list of ours.
+"""Every model_sampling that the host can build, found by inspecting the host.
 
-From each ModelType, from each node that exchanges a model's sampling, with each of its choices, and from each class of
-a clock that neither of them uses.
+The sources are each ModelType, each node that replaces a model's sampling with every combination of its options, and
+each sampling class that neither of them uses.
 """
 
 import importlib
@@ -16,14 +16,14 @@ import comfy.model_base
 import comfy.model_sampling as ms
 import torch
 
-_EXCHANGE = 'add_object_patch("model_sampling"'  # what a node does that gives a model another sampling
+_REPLACES_SAMPLING = 'add_object_patch("model_sampling"'  # in the source of a node that replaces a model's sampling
 
 
 def models_of_the_host() -> dict[str, Any]:
-    """Return each model_sampling by a name that says where it is from."""
+    """Return each model_sampling under a name that says where it comes from."""
     found = {f"ModelType {kind.name}": comfy.model_base.model_sampling(_config(), kind) for kind in _types()}
     for file in sorted(Path("comfy_extras").glob("*.py")):
-        if _EXCHANGE in file.read_text(encoding="utf-8"):
+        if _REPLACES_SAMPLING in file.read_text(encoding="utf-8"):
             found |= _of_nodes(importlib.import_module(f"comfy_extras.{file.stem}"))
     used = {cls for model_sampling in found.values() for cls in type(model_sampling).__mro__}
     for cls in vars(ms).values():
@@ -41,7 +41,7 @@ def _config() -> SimpleNamespace:
 
 
 class _Patcher:
-    """A MODEL for a node to patch: a flow model, at noise scale 2 where the host knows that."""
+    """A MODEL for a node to patch: a flow model, with noise scale 2 if the host supports it."""
 
     def __init__(self, made: list[Any]) -> None:
         self.model = SimpleNamespace(model_config=_config())
@@ -63,12 +63,13 @@ class _Patcher:
 
 
 def _of_nodes(module: ModuleType) -> dict[str, Any]:
-    """Run each node of a module that exchanges the sampling, once for each combination of its choices."""
+    """Run each node of a module that replaces the sampling, once for each combination of its options."""
     found = {}
     for name, node in vars(module).items():
         if not (inspect.isclass(node) and node.__module__ == module.__name__ and hasattr(node, "INPUT_TYPES")):
             continue
-        if not any(_EXCHANGE in inspect.getsource(cls) for cls in node.__mro__ if cls.__module__ == module.__name__):
+        own_classes = [cls for cls in node.__mro__ if cls.__module__ == module.__name__]
+        if not any(_REPLACES_SAMPLING in inspect.getsource(cls) for cls in own_classes):
             continue
         for chosen in _choices(node.INPUT_TYPES()["required"]):
             made: list[Any] = []
@@ -80,7 +81,7 @@ def _of_nodes(module: ModuleType) -> dict[str, Any]:
 
 
 def _choices(inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield values for a node's inputs: each option of a list, both of a switch, and else the default."""
+    """Yield input values for a node: every option of a list, both values of a boolean, and the default of the rest."""
     names, values = [], []
     for name, (kind, *rest) in inputs.items():
         if kind == "MODEL":

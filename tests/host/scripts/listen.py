@@ -1,6 +1,6 @@
-"""Run by the host's interpreter: queue the prompt on stdin, and print what the host says of it over its websocket.
+"""Queues the prompt on stdin, and prints the messages that the host sends about it over its websocket.
 
-Arguments: the host's url, and the step from whose progress message on to interrupt (0: not at all).
+Run by the host's interpreter. Arguments: the host's URL, and the step after which to interrupt the run (0: never).
 """
 
 import asyncio

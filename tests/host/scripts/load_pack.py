@@ -1,4 +1,4 @@
-"""What the scripts that the host's interpreter runs here have in common."""
+"""Code shared by the scripts of this folder, which the host's interpreter runs."""
 
 import importlib.util
 import sys
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def load_host(pack: str) -> Any:
-    """Import nodes/host as part of a package of another name than the folder's, as the host does."""
+    """Import nodes/host under a package name that differs from the folder's, as the host does."""
     spec = importlib.util.spec_from_file_location("some_pack", f"{pack}/__init__.py", submodule_search_locations=[pack])
     assert spec and spec.loader
     sys.modules["some_pack"] = importlib.util.module_from_spec(spec)

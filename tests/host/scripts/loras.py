@@ -1,8 +1,8 @@
-"""Run by the host's interpreter, in the host's folder: LoRA files on models of full size that have no numbers.
+"""Applies LoRA files to full-size models whose weights are on the meta device.
 
-Arguments: the pack's folder, the folder of the LoRAs, and a JSON list of cases {"model", "lora", "partial"}. Prints
-JSON: of each case the patches that the host's own patcher holds, or the error, and how many tensors of files were read
-for it; and what is kept of a file in memory.
+Run by the host's interpreter in the host's folder. Arguments: the pack's folder, the folder of the LoRAs, and a JSON
+list of cases {"model", "lora", "partial"}. Prints JSON: for each case the patches in the host's patcher or the error,
+and the number of tensors read; and observations of the cache of tensors.
 """
 
 import dataclasses
@@ -90,7 +90,7 @@ FLUX = {
     "guidance_embed": True,
     "txt_ids_dims": [],
 }
-KNOWN_TO_FLUX = {field.name for field in dataclasses.fields(flux.FluxParams)}  # not each host knows each of them
+KNOWN_TO_FLUX = {field.name for field in dataclasses.fields(flux.FluxParams)}  # older hosts have fewer fields
 FLUX = {name: value for name, value in FLUX.items() if name in KNOWN_TO_FLUX}
 NETWORKS = {
     "SD15": (UNetModel, SD15, comfy.model_base.BaseModel),
@@ -101,7 +101,7 @@ NETWORKS = {
 
 
 class CountingFile:
-    """safetensors' safe_open, which counts the tensors that it reads; of a slice it lets no more than the shape out."""
+    """safetensors' safe_open, but it counts the tensors that are read, and a slice has only its shape."""
 
     read = 0
     _open = staticmethod(safetensors.safe_open)
@@ -132,7 +132,7 @@ class CountingFile:
 
 @cache
 def patcher(name: str) -> Any:
-    """Return the host's patcher on a model of a kind, its weights on the meta device."""
+    """Return the host's patcher of a model with weights on the meta device."""
     network, settings, kind = NETWORKS[name]
     model = kind.__new__(kind)
     torch.nn.Module.__init__(model)
@@ -151,14 +151,14 @@ def import_pack(folder: str) -> Any:
 
 
 def numbers(part: Any) -> Any:
-    """Return a tensor's shape and some of its numbers; anything else as it is."""
+    """Return [shape, first number, sum] of a tensor; any other value is returned unchanged."""
     if not isinstance(part, torch.Tensor):
         return part
     return [list(part.shape), part.flatten()[0].item(), part.double().sum().item()]
 
 
 def patches(model: Any) -> dict[str, Any]:
-    """Return {weight: [strength, rows, whether it is rearranged, up, down, alpha, core, DoRA scale]} of a patcher."""
+    """Return {weight + rows: [strength, whether it is rearranged, up, down, alpha, core, DoRA scale]} of a patcher."""
     return {
         f"{weight}{'' if rows is None else tuple(rows)}": [
             strength,
@@ -171,9 +171,9 @@ def patches(model: Any) -> dict[str, Any]:
 
 
 def outcome(host: Any, case: dict[str, Any]) -> dict[str, Any]:
-    said: list[str] = []
+    messages: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())
+    handler.emit = lambda record: messages.append(record.getMessage())
     logging.getLogger("trajectory-consistency").addHandler(handler)
     model = patcher(case["model"])
     before = CountingFile.read
@@ -186,11 +186,11 @@ def outcome(host: Any, case: dict[str, Any]) -> dict[str, Any]:
     finally:
         logging.getLogger("trajectory-consistency").removeHandler(handler)
     read = CountingFile.read - before
-    return {"patches": patches(patched), "log": said, "left alone": not model.patches, "tensors read": read}
+    return {"patches": patches(patched), "log": messages, "left alone": not model.patches, "tensors read": read}
 
 
-def memory(name: str) -> dict[str, bool]:
-    """Read a file's tensors twice, and once more when the file has been written over in place, or by a shorter one."""
+def observe_cache(name: str) -> dict[str, bool]:
+    """Read a file's tensors twice, after it was overwritten in place, and after a shorter file replaced it."""
     files = importlib.import_module("pack.nodes.host.lora_files")
     path, lora = Path(files.lora_stamp(name).path), files.read_lora(name)
     first = files.read_tensors(lora)
@@ -203,13 +203,15 @@ def memory(name: str) -> dict[str, bool]:
     other = files.read_tensors(files.read_lora(name))
     kept = dict(list(numbers.items())[: len(numbers) // 2])
     safetensors.torch.save_file(kept, path)
-    os.utime(path, ns=(0, 0))  # as unpacking and copying do, which keep the time of another file
+    os.utime(path, ns=(0, 0))  # the same time as before: unpacking and copying keep the time of the source
     shorter = files.read_tensors(files.read_lora(name))
     return {
-        "the same while the file is": all(again[key] is tensor for key, tensor in first.items()),
-        "others when the file is another": any(not torch.equal(other[key], tensor) for key, tensor in numbers.items()),
-        "others when the file is shorter and of the same time": other.keys() != shorter.keys() == kept.keys(),
-        "apart from the file": all(torch.equal(first[key], tensor) for key, tensor in numbers.items()),
+        "reused while the file is unchanged": all(again[key] is tensor for key, tensor in first.items()),
+        "read again after the file was overwritten": any(
+            not torch.equal(other[key], tensor) for key, tensor in numbers.items()
+        ),
+        "read again if the size differs at the same time": other.keys() != shorter.keys() == kept.keys(),
+        "not changed by overwriting the file": all(torch.equal(first[key], tensor) for key, tensor in numbers.items()),
     }
 
 
@@ -218,4 +220,4 @@ if __name__ == "__main__":
     safetensors.safe_open = safetensors.torch.safe_open = CountingFile
     host = import_pack(sys.argv[1])
     found = [outcome(host, case) for case in json.loads(sys.argv[3])]
-    json.dump({"cases": found, "memory": memory("memory.safetensors")}, sys.stdout)
+    json.dump({"cases": found, "cache": observe_cache("memory.safetensors")}, sys.stdout)

@@ -1,12 +1,12 @@
-"""A ComfyUI pack that the tests lend to the host: values go in, and come out, that its stock nodes have no way for."""
+"""A ComfyUI pack for the tests: nodes that pass values in and out of the host where its stock nodes cannot."""
 
 import torch
 
 
 class TestConditioning:
-    """A CONDITIONING of seeded noise, for checkpoints without a text encoder; another salt makes the host run again.
+    """A CONDITIONING of seeded noise, for checkpoints without a text encoder; a new salt avoids the host's cache.
 
-    `width` numbers a token, and, where the model wants one, a pooled vector of `pooled` numbers.
+    width: numbers per token. pooled: size of the pooled vector, 0 for none.
     """
 
     RETURN_TYPES = ("CONDITIONING",)
@@ -28,7 +28,7 @@ class TestConditioning:
 
 
 class TestShow:
-    """Numbers of what is linked, shown as this output node's `values` and their `shape`; another salt as above."""
+    """An output node whose `values` and `shape` are those of the linked value; a new salt avoids the host's cache."""
 
     RETURN_TYPES = ()
     FUNCTION = "show"
@@ -51,7 +51,7 @@ class TestShow:
 
 
 class TestFloat:
-    """A FLOAT of the text, "nan" among them, so that it comes by a link."""
+    """A FLOAT parsed from a text such as "nan", for linking to an input."""
 
     RETURN_TYPES = ("FLOAT",)
     FUNCTION = "make"
@@ -66,7 +66,7 @@ class TestFloat:
 
 
 class TestInt(TestFloat):
-    """An INT of the text, likewise."""
+    """An INT parsed from a text, for linking to an input."""
 
     RETURN_TYPES = ("INT",)
 
@@ -75,7 +75,7 @@ class TestInt(TestFloat):
 
 
 class TestCastLatent:
-    """The LATENT in another dtype, such as float16."""
+    """The LATENT converted to a dtype, such as float16."""
 
     RETURN_TYPES = ("LATENT",)
     FUNCTION = "cast"

@@ -2,21 +2,30 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from tiny_base import write_base
+from trajectory_consistency.trainer.config.settings import BaseConfig
 from trajectory_consistency.trainer.errors import UserError
 from trajectory_consistency.trainer.models.unet import families as bases
 from trajectory_consistency.trainer.models.unet import ldm
-from trajectory_consistency.trainer.models.unet.teacher import identify, load_base, load_encoders
+from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_base(tmp_path_factory.mktemp("base") / "base.safetensors")
+
+
+CPU, FLOAT = torch.device("cpu"), torch.float32
+
+
+def opened(path: Path, **base: Any) -> UNetCheckpoint:
+    return UNetCheckpoint(BaseConfig(path=str(path), **base))
 
 
 def originals() -> tuple[torch.nn.Module, torch.nn.Module, torch.nn.Module]:
@@ -26,18 +35,19 @@ def originals() -> tuple[torch.nn.Module, torch.nn.Module, torch.nn.Module]:
 
 
 def test_a_single_file_gives_back_every_weight(checkpoint: Path) -> None:
-    base, encoders = load_base(str(checkpoint)), load_encoders(str(checkpoint))
-    for loaded, original in zip((base.unet, encoders.vae, encoders.text_encoder[0]), originals(), strict=True):
+    base = opened(checkpoint)
+    models = (base.load(FLOAT, CPU).network, base.load_autoencoder(CPU).vae, base.load_text_encoder(FLOAT, CPU)[0])
+    for loaded, original in zip(models, originals(), strict=True):
         ours, theirs = loaded.state_dict(), original.state_dict()
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key].half().float()) for key in theirs)
-    assert (base.family, base.prediction, len(base.alpha_bar)) == ("tiny", "eps", 1000)
+    assert (base.family, base.prediction, len(base.schedule.alpha_bar)) == ("tiny", "eps", 1000)
 
 
 def test_a_loaded_base_is_frozen_and_in_evaluation(checkpoint: Path) -> None:
-    unet = load_base(str(checkpoint), dtype=torch.bfloat16).unet
-    encoders = load_encoders(str(checkpoint), dtype=torch.bfloat16)
-    models = (unet, encoders.text_encoder[0], encoders.vae)
+    base = opened(checkpoint)
+    unet = base.load(torch.bfloat16, CPU).network
+    models = (unet, base.load_text_encoder(torch.bfloat16, CPU)[0], base.load_autoencoder(CPU).vae)
     for model in models:
         assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
     assert [model.dtype for model in models] == [torch.bfloat16, torch.bfloat16, torch.float32]
@@ -46,8 +56,8 @@ def test_a_loaded_base_is_frozen_and_in_evaluation(checkpoint: Path) -> None:
 def test_what_the_unet_predicts_is_read_or_set(checkpoint: Path, tmp_path: Path) -> None:
     marked = {**load_file(checkpoint), "v_pred": torch.zeros(0)}
     save_file(marked, tmp_path / "v.safetensors")
-    assert load_base(str(tmp_path / "v.safetensors")).prediction == "v"
-    assert load_base(str(checkpoint), prediction="v").prediction == "v"
+    for base in (opened(tmp_path / "v.safetensors"), opened(checkpoint, prediction="v")):
+        assert base.prediction == base.load(FLOAT, CPU).prediction == "v"
 
 
 @pytest.mark.parametrize("family", ["sd15", "tiny"])
@@ -61,17 +71,16 @@ def test_every_weight_of_a_family_has_one_name_in_the_file(family: bases.Family)
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    for call in (identify, load_base, load_encoders):
-        with pytest.raises(UserError, match="there is no model at"):
-            call(str(tmp_path / "none.safetensors"))
+    with pytest.raises(UserError, match="there is no model at"):
+        opened(tmp_path / "none.safetensors")
 
 
 @pytest.mark.parametrize("size", [0, 5, 1000, -1000])
 def test_a_truncated_file(checkpoint: Path, tmp_path: Path, size: int) -> None:
     path = tmp_path / "cut.safetensors"
     path.write_bytes(checkpoint.read_bytes()[:size])
-    with pytest.raises(UserError, match="is not a whole safetensors file"):
-        identify(str(path))
+    with pytest.raises(UserError, match="is not a complete safetensors file"):
+        opened(path)
 
 
 CONV_IN, LABEL = "input_blocks.0.0.weight", "label_emb.0.0.weight"
@@ -109,13 +118,13 @@ def test_a_file_of_another_kind_is_named(tmp_path: Path, shapes: dict[str, tuple
     path = tmp_path / "other.safetensors"
     save_file({key: torch.zeros(shape) for key, shape in shapes.items()}, path)
     with pytest.raises(UserError, match=f"is {name}.*SD1.5, SD2.x and SDXL models"):
-        identify(str(path))
+        opened(path)
 
 
 def test_a_file_of_another_format(tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "old.ckpt")
     with pytest.raises(UserError, match="or of another format"):
-        identify(str(tmp_path / "old.ckpt"))
+        opened(tmp_path / "old.ckpt")
 
 
 @pytest.mark.parametrize(
@@ -136,10 +145,11 @@ def test_a_checkpoint_that_lacks_a_part(checkpoint: Path, tmp_path: Path, droppe
     save_file({key: value for key, value in load_file(checkpoint).items() if not key.startswith(dropped)}, path)
     if "whole" not in message:  # a part that is missing altogether is missed at once
         with pytest.raises(UserError, match=message):
-            identify(str(path))
+            opened(path).check_encoders()
     with pytest.raises(UserError, match=message):
-        load_base(str(path))
-        load_encoders(str(path))
+        opened(path).load(FLOAT, CPU)
+        opened(path).load_autoencoder(CPU)
+        opened(path).load_text_encoder(FLOAT, CPU)
 
 
 SDXL_FOLDER = {"in_channels": 4, "block_out_channels": [320], "cross_attention_dim": 2048}
@@ -173,4 +183,4 @@ def test_a_folder_of_another_kind_is_named(tmp_path: Path, files: dict[str, dict
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(UserError, match=message):
-        identify(str(tmp_path))
+        opened(tmp_path).check_encoders()

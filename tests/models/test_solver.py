@@ -7,17 +7,26 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
-from tiny_base import network, write_base
-from trajectory_consistency.tcd import Level, jump, scaled_linear_alpha_bar, timestep_grid, vp_level, zero_terminal_snr
+from tiny_base import context, model_of, write_base
+from trajectory_consistency.tcd import (
+    DiscreteSchedule,
+    Level,
+    TimePoint,
+    jump,
+    scaled_linear_alpha_bar,
+    timestep_grid,
+    vp_level,
+    zero_terminal_snr,
+)
 from trajectory_consistency.trainer.config import settings as config
 from trajectory_consistency.trainer.data import encode
 from trajectory_consistency.trainer.data.cache import open_cached
 from trajectory_consistency.trainer.data.dataset import Dataset
 from trajectory_consistency.trainer.data.store import digest
-from trajectory_consistency.trainer.models.conditioning import Conditioning
+from trajectory_consistency.trainer.models.seam import Model
 from trajectory_consistency.trainer.models.solver import dpm_solver_sample
-from trajectory_consistency.trainer.models.unet.network import Network
-from trajectory_consistency.trainer.models.unet.teacher import load_encoders
+from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint
+from trajectory_consistency.trainer.models.unet.model import UNetModel
 from trajectory_consistency.trainer.randomness import generator
 
 CPU, FLOAT = torch.device("cpu"), torch.float32
@@ -34,10 +43,10 @@ def noise(count: int = 2) -> torch.Tensor:
 
 @pytest.mark.parametrize(("prediction", "steps"), [("eps", 1), ("eps", 3), ("v", 2), ("v", 6)])
 def test_it_is_diffusers_dpm_solver(checkpoint: Path, prediction: str, steps: int) -> None:
-    net = network(checkpoint)
-    net = Network(net.unet, net.alpha_bar, prediction)  # type: ignore[arg-type]
+    net = model_of(checkpoint)
+    net = UNetModel(net.network, net.schedule, prediction)  # type: ignore[arg-type]
     draw = torch.Generator().manual_seed(1)
-    cond, uncond = (Conditioning(torch.randn((2, 77, 32), generator=draw)) for _ in range(2))
+    cond, uncond = (context(torch.randn((2, 77, 32), generator=draw)) for _ in range(2))
     scheduler = DPMSolverMultistepScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -49,7 +58,7 @@ def test_it_is_diffusers_dpm_solver(checkpoint: Path, prediction: str, steps: in
     x = noise()
     with torch.no_grad():
         for t in scheduler.timesteps:
-            free, given = (net.unet(x, t, each.context).sample for each in (uncond, cond))
+            free, given = (net.network(x, t, each.tensors["context"]).sample for each in (uncond, cond))
             x = scheduler.step(free + 3.0 * (given - free), t, x).prev_sample
     found = dpm_solver_sample(net, cond, uncond, noise(), steps=steps, guidance=3.0)
     assert ((found - x).norm() / x.norm()).item() < 1e-4
@@ -61,19 +70,22 @@ class Gaussian:
     mean, deviation = 0.7, 0.4
 
     def __init__(self, alpha_bar: torch.Tensor) -> None:
-        self.alpha_bar = alpha_bar
+        self.alpha_bar, self.schedule = alpha_bar, DiscreteSchedule.from_alpha_bar(alpha_bar)
 
-    def level(self, timesteps: torch.Tensor) -> Level:
-        return vp_level(self.alpha_bar[timesteps].view(-1, 1, 1, 1))
+    def level(self, timestep: int) -> Level:
+        return vp_level(self.alpha_bar[timestep].view(1, 1, 1, 1))
 
-    def guided_x0(self, x_t: torch.Tensor, timesteps: torch.Tensor, *_: Any) -> torch.Tensor:
-        alpha, sigma = self.level(timesteps)
+    def guided_x0(self, x_t: torch.Tensor, t: TimePoint, *_: Any) -> torch.Tensor:
+        return self.x0(x_t, t.level)
+
+    def x0(self, x_t: torch.Tensor, level: Level) -> torch.Tensor:
+        alpha, sigma = level
         gain = alpha * self.deviation**2 / (alpha**2 * self.deviation**2 + sigma**2)
         return self.mean + gain * (x_t - alpha * self.mean)
 
     def follow(self, x: torch.Tensor, t: int, s: int) -> torch.Tensor:
         """The exact trajectory: the standardized value stays."""
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = (self.level(torch.tensor([each])) for each in (t, s))
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = (self.level(each) for each in (t, s))
         spread_t, spread_s = (
             (a**2 * self.deviation**2 + b**2) ** 0.5 for a, b in ((alpha_t, sigma_t), (alpha_s, sigma_s))
         )
@@ -84,19 +96,18 @@ class Gaussian:
 def test_it_ends_nearer_to_the_exact_trajectory_than_ddim(terminal: str) -> None:
     alpha_bar = scaled_linear_alpha_bar()
     exact = Gaussian(zero_terminal_snr(alpha_bar) if terminal == "zero" else alpha_bar)
-    x, nothing = noise().double(), Conditioning(torch.zeros(2, 1, 1))
+    x, nothing = noise().double(), context(torch.zeros(2, 1, 1))
     errors = {}
     for steps in (10, 25):
         grid = timestep_grid(steps)
-        last = torch.tensor([grid[-1]])
-        wanted = exact.guided_x0(exact.follow(x, grid[0], grid[-1]), last)
-        found = dpm_solver_sample(cast(Network, exact), nothing, nothing, x, steps=steps, guidance=1.0)
+        last = exact.level(grid[-1])
+        wanted = exact.x0(exact.follow(x, grid[0], grid[-1]), last)
+        found = dpm_solver_sample(cast(Model, exact), nothing, nothing, x, steps=steps, guidance=1.0)
         ddim = x
         for t, s in zip(grid, grid[1:], strict=False):
-            here, there = torch.tensor([t]), torch.tensor([s])
-            ddim = jump(ddim, exact.guided_x0(ddim, here), exact.level(here), exact.level(there))
+            ddim = jump(ddim, exact.x0(ddim, exact.level(t)), exact.level(t), exact.level(s))
         errors[steps] = (found - wanted).abs().max().item()
-        assert errors[steps] < 0.3 * (exact.guided_x0(ddim, last) - wanted).abs().max().item()
+        assert errors[steps] < 0.3 * (exact.x0(ddim, last) - wanted).abs().max().item()
     assert errors[25] < 0.4 * errors[10] < 0.05
 
 
@@ -108,7 +119,7 @@ def prompts(checkpoint: Path, folder: Path, text: str, **draw: object) -> config
 
 
 def drawn(settings: config.Config) -> list[torch.Tensor]:
-    dataset = encode.prepare(settings, CPU, FLOAT)
+    dataset = encode.load_or_encode(settings, CPU, FLOAT)
     return [table.latents[shard]["mean"][row] for table in dataset.tables for shard, row, *_ in table.index.tolist()]
 
 
@@ -122,7 +133,8 @@ def test_prompts_alone_are_enough_and_what_is_drawn_is_kept(
     assert cached is not None and isinstance(cached.dataset, Dataset)
     batch = cached.dataset.batch(0, 4, seed=0, caption_dropout=0.0)
     assert sorted(map(str, batch.latents.half().tolist())) == sorted(str(each.tolist()) for each in first)
-    monkeypatch.setattr(encode, "load_encoders", None)
+    for name in ("load_autoencoder", "load_text_encoder", "load"):
+        monkeypatch.setattr(UNetCheckpoint, name, None)
     monkeypatch.setattr(encode, "dpm_solver_sample", None)
     again = drawn(settings)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -134,8 +146,12 @@ def test_a_drawing_is_a_function_of_its_prompt_and_number(checkpoint: Path, tmp_
     (found,) = drawn(prompts(checkpoint, tmp_path / "a", "a red square\n", guidance=4.0))
     key = digest(b"0 a red square")
     start = torch.randn((1, 4, 8, 8), generator=generator(0, f"drawing {key.hex()}"))
-    cond, uncond = (load_encoders(str(checkpoint)).encode([text]) for text in ("a red square", ""))
-    expected = dpm_solver_sample(network(checkpoint), cond, uncond, start, steps=2, guidance=4.0)
+    cond, uncond = (
+        UNetCheckpoint(config.BaseConfig(path=str(checkpoint)))
+        .load_text_encoder(FLOAT, CPU)
+        .encode(["a red square", ""])
+    )
+    expected = dpm_solver_sample(model_of(checkpoint), cond, uncond, start, steps=2, guidance=4.0)
     torch.testing.assert_close(found.float(), expected[0], rtol=2e-2, atol=2e-2)
 
 

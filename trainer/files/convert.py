@@ -1,0 +1,50 @@
+"""Writes a LoRA file again with different tensor names or in a different dtype."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ...tcd import PEFT_CONFIG_KEY
+from ...tcd.lora_keys import ALPHA, DOWN, UP
+from ...tcd.target_time import PREFIX
+from .family import check_family, layer_paths
+from .lora_file import LoraFile, check_plain_lora, module_scale, read_lora, refuse_target_time
+from .verified_file import check_target, write_verified
+
+Naming = Literal["kohya", "peft"]
+
+
+def convert(source: Path, target: Path, *, naming: Naming, dtype: torch.dtype) -> None:
+    """Write the LoRA in `source` to `target` with the names of `naming`, its weights in `dtype`, its metadata kept.
+
+    Raises UserError if `target` exists, or if the names cannot express what `source` contains (PEFT's have no
+    target-time embedding and no DoRA), and RunError if the written file differs from what was meant.
+    """
+    check_target(target)
+    lora = read_lora(source)
+    tensors = _kohya_tensors(lora) if naming == "kohya" else _peft_tensors(lora, source)
+    cast = {name: tensor if name.endswith(ALPHA) else tensor.to(dtype) for name, tensor in tensors.items()}
+    # The tensors include the alphas now; a reader would apply those of the PEFT config a second time.
+    metadata = {key: value for key, value in lora.metadata.items() if key != PEFT_CONFIG_KEY}
+    write_verified(target, cast, metadata)
+
+
+def _kohya_tensors(lora: LoraFile) -> dict[str, Tensor]:
+    embedding = {} if lora.target_time is None else lora.target_time.state_dict()
+    return {**lora.tensors, **{f"{PREFIX}{name}": tensor for name, tensor in embedding.items()}}
+
+
+def _peft_tensors(lora: LoraFile, source: Path) -> dict[str, Tensor]:
+    """PEFT's names have no alpha, so alpha / rank is multiplied into the up half."""
+    refuse_target_time(lora, source, "PEFT's names have none")
+    paths = layer_paths(lora, check_family(lora, source))
+    tensors: dict[str, Tensor] = {}
+    for name, module in lora.modules.items():
+        check_plain_lora(name, module.tensors)
+        tensors[f"unet.{paths[name]}.lora_A.weight"] = module.tensors[DOWN]
+        tensors[f"unet.{paths[name]}.lora_B.weight"] = module.tensors[UP].float() * module_scale(module)
+    return tensors

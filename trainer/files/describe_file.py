@@ -1,0 +1,36 @@
+"""Describes a LoRA file in words, for `tcd-train inspect`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from .family import family_of
+from .lora_file import module_scale, read_lora
+
+_MAX_METADATA_LENGTH = 200  # longer values, such as embedded images, are left out
+
+
+def describe_file(path: Path) -> str:
+    """Return the family, modules, ranks, scales, dtypes and metadata of a LoRA file, one fact a line.
+
+    Raises UserError if it is not a LoRA.
+    """
+    lora = read_lora(path)
+    modules = lora.modules.values()
+    lines = [
+        f"{path}: a LoRA for {family_of(lora) or 'a UNet of no family that is known here'}",
+        f"modules   {len(modules)}, such as {next(iter(lora.modules))}",
+        f"rank      {_format_counts(Counter(module.rank for module in modules))}",
+        f"scale     {_format_counts(Counter(round(module_scale(module), 6) for module in modules))} (alpha / rank)",
+        f"dtype     {', '.join(str(dtype).removeprefix('torch.') for dtype in lora.dtypes)}",
+    ]
+    if lora.target_time is not None:
+        lines.append(f"target    the network gets the target time, as {lora.target_time.target_input}")
+    short = {key: value for key, value in lora.metadata.items() if len(value) <= _MAX_METADATA_LENGTH}
+    return "\n".join([*lines, *(f"{key} = {value}" for key, value in sorted(short.items()))])
+
+
+def _format_counts(modules_by_value: Counter[Any]) -> str:
+    return ", ".join(f"{value:g} ({count} modules)" for value, count in modules_by_value.most_common())

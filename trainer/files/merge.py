@@ -1,0 +1,63 @@
+"""Merges a LoRA into the UNet of a single-file checkpoint."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...tcd import LoraModule
+from ...tcd.lora_keys import DOWN, UP
+from ..errors import UserError
+from ..models.unet import families, ldm
+from ..safetensors_file import read_safetensors
+from .family import check_family, layer_paths
+from .lora_file import check_plain_lora, module_scale, read_lora, refuse_target_time
+from .verified_file import check_target, write_verified
+
+
+def merge(
+    source: Path, checkpoint: Path, target: Path, *, strength: float = 1.0, dtype: torch.dtype | None = None
+) -> None:
+    """Write `checkpoint` to `target` with the LoRA in `source` added to its UNet, strength * (alpha / rank) up @ down.
+
+    dtype: converts all floating-point weights; None keeps the dtype of each.
+
+    Raises UserError if `target` exists, the LoRA does not fit the checkpoint, `strength` is not finite, or a weight
+    would not be finite; and RunError if the written file differs from what was meant.
+    """
+    if not math.isfinite(strength):
+        raise UserError(f"the strength is {strength}, and every weight would be no number: use one such as 1")
+    check_target(target)
+    lora = read_lora(source)
+    refuse_target_time(lora, source, "a checkpoint has none")
+    family = check_family(lora, source)
+    keys = _checkpoint_keys(layer_paths(lora, family), family)
+    tensors, metadata = read_safetensors(checkpoint)
+    for name, module in lora.modules.items():
+        check_plain_lora(name, module.tensors)
+        key = keys[name]
+        if key not in tensors:
+            raise UserError(f"{checkpoint} has no {key}: it is not a {family} checkpoint, for which {source} is")
+        weight = tensors[key]
+        update = _update(module, strength)
+        if update.numel() != weight.numel():
+            raise UserError(f"{checkpoint} has {key} in the shape {list(weight.shape)}, which does not fit {source}")
+        tensors[key] = (weight.float() + update.view(weight.shape)).to(weight.dtype)
+    if dtype is not None:
+        tensors = {key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()}
+    write_verified(target, tensors, metadata)
+
+
+def _update(module: LoraModule, strength: float) -> Tensor:
+    """strength * (alpha / rank) up @ down, float32 [out, in * kernel]."""
+    down, up = module.tensors[DOWN].float(), module.tensors[UP].float()
+    return strength * module_scale(module) * up.flatten(1) @ down.flatten(1)
+
+
+def _checkpoint_keys(paths: dict[str, str], family: families.Family) -> dict[str, str]:
+    """The key of each module's weight in a single-file checkpoint, by the module's kohya name."""
+    placeholders = {f"{path}.weight": torch.empty(0) for path in paths.values()}
+    return dict(zip(paths, ldm.unet_to_ldm(placeholders, families.config(family, "unet")), strict=True))

@@ -1,0 +1,48 @@
+"""The metadata that the trainer writes into a LoRA file."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+from importlib.metadata import version
+
+from ...tcd.lora_metadata import CFG_KEY, ETA_KEY, STEPS_KEY, TARGET_TIME_KEY
+from ..config.settings import Config
+from ..models.seam import Checkpoint
+
+CONFIG_DIGEST_KEY = "tcd.config_sha256"
+"""The metadata key of `config_digest`."""
+
+_METHODS = {"uniform": "tcd", "zero": "lcm", "segment": "tscd", "phase": "pcm", "target": "tdd"}
+
+
+def lora_metadata(config: Config, checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the metadata of a run's LoRA: modelspec.* and ss_* for other tools, tcd.* for the settings of TCD."""
+    method, output = config.method, config.output
+    return {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.title": output.name,
+        "modelspec.date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **checkpoint.lora_metadata(),
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(config.adapter.rank),
+        "ss_network_alpha": str(config.adapter.alpha),
+        "tcd.version": version("trajectory-consistency"),
+        "tcd.method": _METHODS[method.law],
+        "tcd.law": method.law,
+        "tcd.grid": str(method.origin_steps),
+        "tcd.skip": str(method.skip),
+        "tcd.guidance_min": str(method.guidance_min),
+        "tcd.guidance_max": str(method.guidance_max),
+        "tcd.prediction_type": checkpoint.prediction,
+        TARGET_TIME_KEY: method.target_input if method.target_time else "none",
+        STEPS_KEY: str(output.steps),
+        ETA_KEY: str(output.eta),
+        CFG_KEY: str(output.cfg),
+        CONFIG_DIGEST_KEY: config_digest(config),
+    }
+
+
+def config_digest(config: Config) -> str:
+    """Return the SHA-256 of the resolved configuration, as written to config.toml."""
+    return hashlib.sha256(config.to_toml().encode()).hexdigest()

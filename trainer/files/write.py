@@ -1,0 +1,97 @@
+"""Writes the LoRA file of a run, and checks it against the model in training before the file gets its name."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ...tcd.adapter import STUDENT
+from ..atomic import atomic_write
+from ..config.settings import Config
+from ..errors import RunError
+from ..models.conditioning import Conditioning
+from ..models.seam import Model
+from .adapter_weights import file_tensors, using_file
+
+log = logging.getLogger("trajectory-consistency")
+TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 1e-2}
+"""The relative error of a prediction that rounding to each dtype may cause."""
+_PROBE_CELLS = 16  # height and width of the compared latent; a larger one would detect no more
+_PROBE_T, _PROBE_S = 499, 259  # timesteps of the compared prediction
+
+
+class VerificationError(RunError):
+    """The written file does not predict what the model in training predicts, or changes nothing; it was removed."""
+
+
+def write_lora(
+    path: Path, model: Model, config: Config, metadata: dict[str, str], cond: Conditioning, *, final: bool = False
+) -> None:
+    """Write the student's weights to `path`, atomically, after reading them back and comparing one prediction.
+
+    cond: one row, any caption, for that prediction. final: the file is the run's result; an earlier file may change
+    nothing yet, for instance after a few small steps, and only causes a warning then.
+
+    Raises VerificationError if the file's prediction differs from the trained one by more than rounding or, if `final`,
+    does not differ from the base's at all.
+    """
+    dtype = getattr(torch, config.output.dtype)
+    tensors = file_tensors(model, model.adapter.weights[STUDENT])
+    tensors = {key: value.to("cpu", dtype).contiguous() for key, value in tensors.items()}
+    with atomic_write(path) as unfinished:
+        save_file(tensors, unfinished, metadata=metadata)
+        effect = _verified_effect(unfinished, model, cond, max(TOLERANCE[dtype], _rounding_error(model, cond)))
+        if effect == 0 and final:
+            raise VerificationError(
+                "the written LoRA changes nothing: its prediction is the base model's; use a larger training.lr, or "
+                "more training.steps"
+            )
+    if effect == 0:
+        log.warning("%s changes nothing yet: its prediction is the base model's", path)
+
+
+@torch.no_grad()
+def _verified_effect(path: Path, model: Model, cond: Conditioning, tolerance: float) -> float:
+    """Compare predictions with the file's weights, with the trained weights, and without an adapter.
+
+    Returns the relative change that the file makes to the base's prediction. Raises VerificationError if the file's
+    prediction differs from the trained one by more than `tolerance`, relative to the trained one, or is NaN.
+    """
+    trained = _predict(model, cond)
+    with model.adapter.off():
+        base = _predict(model, cond)
+    with using_file(model, path):
+        written = _predict(model, cond)
+    error = ((written - trained).norm() / trained.norm()).item()
+    effect: float = ((written - base).norm() / base.norm()).item()
+    if not error <= tolerance:
+        raise VerificationError(
+            f"the written LoRA predicts {error:.2e} away from the trained one (allowed: {tolerance:.0e})"
+        )
+    return effect
+
+
+@torch.no_grad()
+def _rounding_error(model: Model, cond: Conditioning) -> float:
+    """Return the relative change of a prediction that rounding may cause in the base's dtype; 0 for float32.
+
+    In half precision, the smallest change of the adapter or of x_t changes the prediction by as much as the rounding of
+    all layers together, which grows with the depth of the network. It is measured here by scaling x_t a little.
+    """
+    if model.dtype not in TOLERANCE:
+        return 0.0
+    plain, nudged = _predict(model, cond), _predict(model, cond, scale=1 + torch.finfo(model.dtype).eps / 8)
+    return max(TOLERANCE[model.dtype], 2 * ((nudged - plain).norm() / plain.norm()).item())
+
+
+def _predict(model: Model, cond: Conditioning, scale: float = 1.0) -> Tensor:
+    """Predict x0 from `scale` times the same noise, at the same t and s, in every call."""
+    side = _PROBE_CELLS * model.latents.stride
+    noise = torch.randn((1, *model.latents.shape(side, side)), generator=torch.Generator().manual_seed(0))
+    x_t = scale * noise.to(model.device)
+    t, s = (model.schedule.point(torch.tensor([time], device=model.device), x_t.ndim) for time in (_PROBE_T, _PROBE_S))
+    return model.x0(x_t, t, cond, s)
