@@ -28,7 +28,7 @@ from trajectory_consistency.trainer.models import open_checkpoint
 from trajectory_consistency.trainer.models.conditioning import Conditioning
 from trajectory_consistency.trainer.models.seam import Autoencoder, Checkpoint, TextEncoder
 from trajectory_consistency.trainer.run import load_student
-from trajectory_consistency.trainer.training.examples import draw
+from trajectory_consistency.trainer.training.examples import draw_times_and_guidance
 from trajectory_consistency.trainer.training.loop import Training
 
 CAPTIONS = (
@@ -89,9 +89,9 @@ class Separate:
         student, teacher, schedule = self.student, self.teacher, self.student.schedule
         latents = latents_of(self.autoencoder, self.config)
         cond = encode(self.checkpoint, self.text_encoder, captions(len(latents)), self.config)
-        draws = draw(self.config, schedule.to("cpu"), self.done)
-        t, t_next, s = (schedule.point(time.to(self.device), latents.ndim) for time in draws.times)
-        w = draws.guidance.to(self.device).view(-1, 1, 1, 1)
+        drawn = draw_times_and_guidance(self.config, schedule.to("cpu"), self.done)
+        t, t_next, s = (schedule.point(time.to(self.device), latents.ndim) for time in drawn.times)
+        w = drawn.guidance.to(self.device).view(-1, 1, 1, 1)
         eps = torch.randn(latents.shape, generator=self.noise).to(self.device)
         x_t = add_noise(latents, eps, t.level)
         predicted = jump(x_t, student.x0(x_t, t, cond), t.level, s.level)

@@ -75,10 +75,11 @@ def step_of(folder: Path, base: str) -> Callable[[], float]:
         sys.path.insert(0, str(folder))
         training = training_before(base)
     assert Path(sys.modules[type(training).__module__].__file__ or "").resolve().is_relative_to(folder)
+    train_step = getattr(training, "train_step", None) or training.advance  # earlier versions call it advance
 
     def step() -> float:
         began = time.perf_counter()
-        training.train_step()
+        train_step()
         return time.perf_counter() - began
 
     return step

@@ -40,7 +40,6 @@ def sample_latents(
 ) -> Tensor:
     """Sample normalized latents [B, C, ...] by TCD, with the adapter in its current state.
 
-
     cond: B rows; sigmas: [N + 1] in the sampling scale, from model.schedule.sigmas_for or sigmas_at; gamma: amount of
     fresh noise per step, where 0 is DDIM; noise: initial unit noise [B, C, ...]; seed: of the fresh noise.
     """

@@ -20,7 +20,6 @@ def dpm_solver_sample(
     steps: number of calls of the teacher, 1 to 50, at timesteps of the distillation grid; the last one returns x0.
     guidance: scale of all rows; 1 is no guidance. Raises ValueError for other numbers of steps.
 
-
     Each step from t to s is a jump along the trajectory, with x0 extrapolated to the middle of the step:
     D = x0 + (x0 - x0_previous) h / (2 h_previous), where h is the length of a step in half-log-SNR.
     """
