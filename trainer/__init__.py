@@ -2,5 +2,6 @@
 
 import logging
 
-# peft imports bitsandbytes where that is installed, which then warns of a kernel for weights of 4 bits: none are here.
+# diffusers imports peft, which imports bitsandbytes, if they are installed; that warns about a missing kernel for
+# 4-bit weights, which are not used here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
