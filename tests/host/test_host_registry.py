@@ -13,7 +13,7 @@ import pytest
 from trajectory_consistency.trainer.demo.comfy_server import PACK, PACK_NAME, PACK_PARTS, ComfyServer, Host
 
 FORBIDDEN = ("S102", "S307", "E702")  # ruff's codes for exec, eval, and statements separated by a semicolon
-READ_BY_PEOPLE = {"CHANGELOG.md", "LICENSE", "README.md"}
+READ_BY_PEOPLE = {"CHANGELOG.md", "LICENSE", "README.md", "SECURITY.md"}
 PROGRAM = """
 import json, sys, warnings
 warnings.simplefilter("error")
