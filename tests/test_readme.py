@@ -25,12 +25,12 @@ KILLED = """
 import os, signal, sys, torch
 from trajectory_consistency.trainer.training import loop
 from trajectory_consistency.trainer import cli
-advance = loop.Training.advance
+train_step = loop.Training.train_step
 def dying(training, *arguments):
     if training.step == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-    return advance(training, *arguments)
-loop.Training.advance = dying
+    return train_step(training, *arguments)
+loop.Training.train_step = dying
 torch.set_num_threads(1)
 cli.main(sys.argv[1:])
 """
