@@ -108,6 +108,8 @@ class Prefetcher:
     """This process's rows of a step's batch, for each micro-batch."""
     pin: bool = False
     """Whether to read into page-locked memory, for asynchronous copies to a GPU."""
+    ahead: bool = True
+    """Whether to read ahead; on a CPU the thread would only take the cores that train."""
 
     def __post_init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
@@ -122,7 +124,7 @@ class Prefetcher:
             examples = self._read(step, index)
         following = (step, index + 1) if index + 1 < len(self.micro_batches) else (step + 1, 0)
         self._next = None
-        if following[0] < self.config.training.steps:
+        if self.ahead and following[0] < self.config.training.steps:
             self._next = (following, self._thread.submit(self._read, *following))
         return examples
 

@@ -124,8 +124,9 @@ class Training:
         embedding = [] if student.target_time is None else list(student.target_time.parameters())
         self.optimizer = make_optimizer(self.parameters, config.training, embedding)
         self.micro_batches = processes.micro_batches(config.training.batch, config.training.accumulate)
+        kind = model.device.type
         self.prefetcher = Prefetcher(
-            config, dataset, model.schedule, self.micro_batches, pin=model.device.type == "cuda"
+            config, dataset, model.schedule, self.micro_batches, pin=kind == "cuda", ahead=kind != "cpu"
         )
         self.scale = FLOAT16_SCALE if model.dtype == torch.float16 else 1.0
         if config.method.ema_decay:
