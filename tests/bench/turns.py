@@ -6,6 +6,7 @@ Nothing of the project is imported here: a process chooses its own version of it
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -17,8 +18,14 @@ class Loop:
 
     def __init__(self, *command: object) -> None:
         """Start this interpreter with a script and its arguments, and wait until it is ready."""
+        # Threads that wait for work by spinning would slow the other loop down, and one another where cores are few.
+        environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
         self._process = subprocess.Popen(
-            [sys.executable, *map(str, command)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, *map(str, command)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
         )
         self._answer()
 

@@ -1,6 +1,6 @@
 """Benchmark of a training step of this version beside that of another one.
 
-python tests/bench/versions.py --other FOLDER [--base tiny|sd15] [--steps N]
+python tests/bench/versions.py --other FOLDER [--base tiny|sd15] [--steps N] [--cpu]
 
 FOLDER is another checkout of the repository: one with trainer/models/seam.py, or an older one in which trainer and tcd
 are packages by themselves, such as 9d6a3c4. Both train a network of random weights in float32 on the CPU, on pictures
@@ -28,10 +28,9 @@ PICTURES = 64
 
 
 class Size(NamedTuple):
-    """What is trained on a base."""
+    """What is trained on a base; side: of the pictures, in pixels."""
 
     side: int
-    """Of the pictures, in pixels."""
     batch: int
     rank: int
 
@@ -44,15 +43,15 @@ def main() -> None:
     parser.add_argument("--other", type=Path, required=True, help="a checkout of the repository")
     parser.add_argument("--base", choices=SIZES, default="tiny")
     parser.add_argument("--steps", type=int, default=30, help="timed pairs of steps, after one to warm up")
+    parser.add_argument("--cpu", action="store_true", help="count CPU time, for a busy machine")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        serve(step=step_of(options.other.resolve(), options.base))
+        clock = time.process_time if options.cpu else time.perf_counter
+        serve(step=step_of(options.other.resolve(), options.base, clock))
         return
     folders = {"this": HERE.parents[1], "other": options.other}
-    loops = {
-        name: Loop(__file__, "--serve", "--other", folder, "--base", options.base) for name, folder in folders.items()
-    }
+    loops = {name: Loop(__file__, *sys.argv[1:], "--serve", "--other", folder) for name, folder in folders.items()}
     times = in_turns(loops, options.steps)
     for loop in loops.values():
         loop.close()
@@ -64,7 +63,7 @@ def main() -> None:
     )
 
 
-def step_of(folder: Path, base: str) -> Callable[[], float]:
+def step_of(folder: Path, base: str, clock: Callable[[], float]) -> Callable[[], float]:
     """Load the version in a folder; return what trains a step and says how many seconds that took."""
     if (folder / "trainer" / "models" / "seam.py").exists():
         spec: Any = spec_from_file_location("trajectory_consistency", folder / "__init__.py")
@@ -78,9 +77,9 @@ def step_of(folder: Path, base: str) -> Callable[[], float]:
     train_step = getattr(training, "train_step", None) or training.advance  # earlier versions call it advance
 
     def step() -> float:
-        began = time.perf_counter()
+        began = clock()
         train_step()
-        return time.perf_counter() - began
+        return clock() - began
 
     return step
 
