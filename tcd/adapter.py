@@ -232,6 +232,12 @@ def layer_shape(layer: Any) -> tuple[int, ...] | None:
     return None
 
 
+def layer_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the weight shape [out, in, ...] of each layer that can have a LoRA, by its path in the network."""
+    shapes = {path: layer_shape(module) for path, module in network.named_modules()}
+    return {path: shape for path, shape in shapes.items() if shape is not None}
+
+
 def _new_lora(path: str, layer: Any, rank: int, alpha: float, generator: torch.Generator) -> Lora:
     shape = layer_shape(layer)
     if shape is None:

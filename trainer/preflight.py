@@ -13,7 +13,7 @@ from .config.settings import FILE_NAME, Config, changes, load
 from .data.cache import input_fingerprints, open_cached
 from .data.survey import Survey, survey
 from .errors import UserError
-from .files.adapter_weights import start_from
+from .files.adapter_weights import initial_weights
 from .files.metadata import CONFIG_DIGEST_KEY, config_digest
 from .models import open_checkpoint
 from .models.seam import Checkpoint
@@ -131,7 +131,7 @@ def _check_settings(config: Config, processes: Processes) -> Checkpoint:
     check_installed(config.log)
     checkpoint = open_checkpoint(config.base)
     checkpoint.check_encoders()
-    _check_adapter(config, checkpoint)
+    initial_weights(checkpoint.load(torch.float32, torch.device("meta")), config)  # raises if they could not be made
     return checkpoint
 
 
@@ -160,20 +160,6 @@ def _check_writable(key: str, folder: Path) -> None:
             f"{key} is {folder}, but nothing can be written into {existing} ({error.strerror}): choose another, or "
             "make it writable"
         ) from error
-
-
-def _check_adapter(config: Config, checkpoint: Checkpoint) -> None:
-    """Raise UserError for unknown adapter.targets, or if the LoRA of adapter.start_from does not fit the adapter."""
-    adapter = config.adapter
-    weights = checkpoint.load(torch.float32, torch.device("meta")).new_weights(
-        rank=adapter.rank, alpha=adapter.alpha, seed=0, targets=adapter.targets, target_input=config.method.embedded
-    )
-    if not adapter.start_from:
-        return
-    path = Path(adapter.start_from).expanduser()
-    if not path.is_file():
-        raise UserError(f"adapter.start_from is {path}, where there is no file")
-    start_from(weights, path)
 
 
 def _check_learning_rates(config: Config) -> None:

@@ -14,7 +14,7 @@ from .config.memory_advice import loading_advice, memory_advice, preview_advice
 from .config.settings import FILE_NAME, Config
 from .data.buckets import Size
 from .data.encode import load_or_encode
-from .files.adapter_weights import start_from
+from .files.adapter_weights import initial_weights
 from .files.metadata import lora_metadata
 from .files.write import write_lora
 from .models import open_checkpoint
@@ -82,17 +82,8 @@ def load_student(config: Config, checkpoint: Checkpoint, device: torch.device, d
     """Load the base and add a student with initial weights: new ones, or those of adapter.start_from."""
     with memory_advice(loading_advice(dtype)):
         model = checkpoint.load(dtype, device)
-    adapter = config.adapter
-    weights = model.new_weights(
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        seed=config.training.seed,
-        targets=adapter.targets,
-        target_input=config.method.embedded,
-    )
-    if adapter.start_from:
-        start_from(weights, Path(adapter.start_from).expanduser())
-    if adapter.freeze:
+    weights = initial_weights(model, config)
+    if config.adapter.freeze:
         weights.loras.requires_grad_(False)
     model.adapter.add(STUDENT, weights)
     return model

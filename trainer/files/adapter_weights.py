@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ...tcd import AdapterWeights, Lora, LoraModule, coverage, kohya_name
-from ...tcd.adapter import FILE, layer_shape
+from ...tcd.adapter import FILE, layer_shapes
 from ...tcd.lora_keys import ALPHA, DOWN, UP
 from ...tcd.target_time import PREFIX
+from ..config.settings import Config
 from ..errors import UserError
 from ..models.seam import Model
 from .lora_file import LoraFile, check_plain_lora, read_lora
@@ -24,7 +25,7 @@ def load_weights(model: Model, path: Path) -> AdapterWeights:
     Raises UserError if the file is not a plain LoRA, or a module of it does not fit this model.
     """
     file = read_lora(path)
-    by_layer = layer_shapes(model)
+    by_layer = layer_shapes(model.network)
     layers = {kohya_name(layer): layer for layer in by_layer}
     shapes = {name: by_layer[layer] for name, layer in layers.items()}
     try:
@@ -50,6 +51,28 @@ def using_file(model: Model, path: Path) -> Iterator[None]:
     finally:
         model.adapter.remove(FILE)
         model.adapter.state = before
+
+
+def initial_weights(model: Model, config: Config) -> AdapterWeights:
+    """Return the student's weights as training begins: new ones, or those of adapter.start_from.
+
+    For a model on the meta device they have no data, and the file is only checked. Raises UserError if adapter.targets
+    has unknown names, or the file of adapter.start_from is missing or does not fit the adapter.
+    """
+    adapter = config.adapter
+    weights = model.new_weights(
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        seed=config.training.seed,
+        targets=adapter.targets,
+        target_input=config.method.embedded,
+    )
+    if adapter.start_from:
+        path = Path(adapter.start_from).expanduser()
+        if not path.is_file():
+            raise UserError(f"adapter.start_from is {path}, where there is no file")
+        start_from(weights, path)
+    return weights
 
 
 @torch.no_grad()
@@ -84,12 +107,6 @@ def file_tensors(model: Model, weights: AdapterWeights) -> dict[str, Tensor]:
     if weights.target_time is not None:
         tensors |= {f"{PREFIX}{name}": tensor for name, tensor in weights.target_time.state_dict().items()}
     return tensors
-
-
-def layer_shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    """Return the weight shape [out, in, ...] of each layer that can have a LoRA, by its path in the network."""
-    found = {path: layer_shape(module) for path, module in model.network.named_modules()}
-    return {path: shape for path, shape in found.items() if shape is not None}
 
 
 def _lora(path: Path, module: LoraModule, shape: tuple[int, ...]) -> Lora:

@@ -24,22 +24,18 @@ class Conditioning:
         return len(next(iter(self.tensors.values())))
 
     def __getitem__(self, rows: Tensor | slice) -> Conditioning:
-        return self._map(lambda tensor: tensor[rows])
+        return self.map(lambda tensor: tensor[rows])
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Conditioning:
+    def to(self, device: torch.device | str) -> Conditioning:
         """Return the conditioning on a device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin(self) -> Conditioning:
-        """Return the conditioning in page-locked memory, for asynchronous copies to a GPU."""
-        return self._map(Tensor.pin_memory)
+        return self.map(lambda tensor: tensor.to(device))
 
     def expand(self, count: int) -> Conditioning:
         """Return a single row repeated to `count` rows, without a copy; unchanged if there are `count` rows already.
 
         Raises RuntimeError for any other number of rows.
         """
-        return self._map(lambda tensor: tensor.expand(count, *tensor.shape[1:]))
+        return self.map(lambda tensor: tensor.expand(count, *tensor.shape[1:]))
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
@@ -58,7 +54,8 @@ class Conditioning:
                 raise ValueError(f"rows of {name} have different shapes, {shapes}: join them by their model")
         return Conditioning({name: torch.cat(tensors) for name, tensors in names.items()})
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
+    def map(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
+        """Return the conditioning with a function applied to each tensor."""
         return Conditioning({name: change(tensor) for name, tensor in self.tensors.items()})
 
 

@@ -1,4 +1,4 @@
-"""Training examples: latents, captions and everything random in a micro-batch, read one micro-batch ahead.
+"""Training examples: latents, captions and everything random in a micro-batch; for a GPU, read one ahead.
 
 Every random number is a function of (seed, step, row). It does not depend on how the rows are divided over processes,
 and a checkpoint needs no generator state.
@@ -6,7 +6,7 @@ and a checkpoint needs no generator state.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -51,20 +51,22 @@ class Examples(NamedTuple):
 
     def to(self, device: torch.device) -> Examples:
         """Return the examples on a device; from page-locked memory the copy does not block the CPU."""
-        cond, uncond = (each.to(device, non_blocking=True) for each in (self.cond, self.uncond))
-        latents, eps, moved, guidance = (
-            each.to(device, non_blocking=True) for each in (self.latents, self.eps, self.moved, self.guidance)
-        )
-        times = Times(*(time.to(device, non_blocking=True) for time in self.times))
-        return Examples(latents, eps, cond, uncond, times, moved, guidance)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self) -> Examples:
         """Return the examples in page-locked memory."""
-        latents, eps, moved, guidance = (
-            each.pin_memory() for each in (self.latents, self.eps, self.moved, self.guidance)
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Examples:
+        return Examples(
+            change(self.latents),
+            change(self.eps),
+            self.cond.map(change),
+            self.uncond.map(change),
+            Times(*map(change, self.times)),
+            change(self.moved),
+            change(self.guidance),
         )
-        times = Times(*(time.pin_memory() for time in self.times))
-        return Examples(latents, eps, self.cond.pin(), self.uncond.pin(), times, moved, guidance)
 
 
 def draw_times_and_guidance(config: Config, schedule: Schedule, step: int) -> TimesAndGuidance:
@@ -99,7 +101,7 @@ def read_examples(config: Config, dataset: Dataset, schedule: Schedule, step: in
 
 @dataclass
 class Prefetcher:
-    """Reads micro-batches in a thread: the next one while the current one is trained on."""
+    """Reads micro-batches; with `ahead`, the next one in a thread while the current one is trained on."""
 
     config: Config
     dataset: Dataset
@@ -109,7 +111,7 @@ class Prefetcher:
     pin: bool = False
     """Whether to read into page-locked memory, for asynchronous copies to a GPU."""
     ahead: bool = True
-    """Whether to read ahead; on a CPU the thread would only take the cores that train."""
+    """Whether to read the next micro-batch in advance; on a CPU the thread would slow the training down."""
 
     def __post_init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
@@ -117,7 +119,7 @@ class Prefetcher:
         """((step, index), examples) of the micro-batch that is being read."""
 
     def get(self, step: int, index: int) -> Examples:
-        """Return micro-batch `index` of a step and start reading the next one; raises what reading it raised."""
+        """Return micro-batch `index` of a step; with `ahead`, start reading the next. Raises what reading raised."""
         if self._next is not None and self._next[0] == (step, index):
             examples = self._next[1].result()
         else:

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
 
-from .....tcd.adapter import layer_shape
+from .....tcd import adapter
 from ....errors import UserError
 
 Family = Literal["sd15", "sd2", "sdxl", "tiny"]
@@ -79,9 +79,7 @@ def empty_unet(family: Family) -> UNet2DConditionModel:
 def layer_shapes(family: Family) -> dict[str, tuple[int, ...]]:
     """Return the weight shape [out, in, ...], by path, of each layer of a family's UNet that can have a LoRA."""
     with torch.device("meta"):
-        unet = empty_unet(family)
-    shapes = {path: layer_shape(module) for path, module in unet.named_modules()}
-    return {path: shape for path, shape in shapes.items() if shape is not None}
+        return adapter.layer_shapes(empty_unet(family))
 
 
 def empty_vae(family: Family) -> AutoencoderKL:
