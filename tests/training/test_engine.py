@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 
-from tiny_base import context, model_of, random_dataset, small_config, with_adapter, write_base, write_inputs
+from tiny_base import context, model_of, random_dataset, small_config, with_adapter, write_inputs
 from trajectory_consistency.tcd import DiscreteSchedule, scaled_linear_alpha_bar
 from trajectory_consistency.tcd.adapter import AVERAGE, STUDENT
 from trajectory_consistency.trainer.config.memory_advice import (
@@ -39,11 +39,6 @@ Values = dict[str, dict[str, object]]
 @pytest.fixture(scope="module")
 def values(tmp_path_factory: pytest.TempPathFactory) -> Values:
     return write_inputs(tmp_path_factory.mktemp("inputs"), pictures=1)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_base(tmp_path_factory.mktemp("base") / "base.safetensors")
 
 
 def adapted(checkpoint: Path, dtype: torch.dtype = torch.float32) -> tuple[UNetModel, list[torch.nn.Parameter]]:

@@ -7,27 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tiny_base import context, model_of, random_dataset, small_config, with_adapter, write_base, write_inputs
+from tiny_base import context, model_of, random_dataset, small_config, with_adapter
 from trajectory_consistency.tcd.adapter import AVERAGE, OFF, STUDENT
 from trajectory_consistency.tcd.times import Times, sample_times
 from trajectory_consistency.trainer.models.unet.model import UNetModel
 from trajectory_consistency.trainer.training import examples, loop
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_base(tmp_path_factory.mktemp("base") / "base.safetensors")
-
-
-@pytest.fixture
-def net(checkpoint: Path) -> UNetModel:
-    return model_of(checkpoint)
-
-
-@pytest.fixture
-def values(tmp_path: Path) -> dict[str, dict[str, object]]:
-    return write_inputs(tmp_path)
-
 
 METHODS = {
     "tcd": {},

@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tiny_base import context, model_of, random_dataset, small_config, with_adapter, write_base, write_inputs
+from tiny_base import context, model_of, random_dataset, small_config, with_adapter
 from trajectory_consistency.tcd import (
     DiscreteSchedule,
     TimePoint,
@@ -34,21 +34,6 @@ from trajectory_consistency.trainer.training.optimizer import lr_factor
 COND = context(torch.randn((3, 77, 32), generator=torch.Generator().manual_seed(5)))
 UNCOND = context(torch.zeros(1, 77, 32))
 SCHEDULE = DiscreteSchedule.from_alpha_bar(scaled_linear_alpha_bar())
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_base(tmp_path_factory.mktemp("base") / "base.safetensors")
-
-
-@pytest.fixture
-def net(checkpoint: Path) -> UNetModel:
-    return model_of(checkpoint)
-
-
-@pytest.fixture
-def values(tmp_path: Path) -> dict[str, dict[str, object]]:
-    return write_inputs(tmp_path)
 
 
 def noisy(seed: int = 0) -> tuple[torch.Tensor, TimePoint]:
