@@ -5,7 +5,7 @@ What the trainer trains is what the nodes sample, because both call the function
 """
 
 from .adapter import Adapter, AdapterWeights, Lora
-from .flow_time import ContinuousSchedule, FlowSchedule
+from .continuous_schedules import ContinuousSchedule, FlowSchedule
 from .levels import alpha_bar_to_sigma, scaled_linear_alpha_bar, sigma_to_alpha_bar, vp_level, zero_terminal_snr
 from .lora_alpha import PEFT_CONFIG_KEY, parse_peft_config, peft_alpha
 from .lora_coverage import Coverage, ShapeMismatch, coverage

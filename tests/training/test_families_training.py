@@ -25,7 +25,7 @@ from trajectory_consistency.trainer.config.settings import Config, from_mapping
 from trajectory_consistency.trainer.data.encode import load_or_encode
 from trajectory_consistency.trainer.models.conditioning import Conditioning
 from trajectory_consistency.trainer.models.sampling import Guidance, initial_noise, sample_latents
-from trajectory_consistency.trainer.models.solver import dpm_solver_sample
+from trajectory_consistency.trainer.models.teacher_sampling import dpm_solver_sample
 from trajectory_consistency.trainer.models.unet.families import Family
 from trajectory_consistency.trainer.models.unet.model import UNetModel
 from trajectory_consistency.trainer.run import run

@@ -19,7 +19,7 @@ from ...tcd.lora_metadata import DEFAULT_CFG, DEFAULT_ETA, DEFAULT_STEPS
 from ...tcd.objective import DistanceName, Weighting
 from ...tcd.times import Law
 from ..errors import UserError
-from .consistency import check_together
+from .cross_checks import check_together
 from .schema import FREE, build, differences, override
 from .schema import number as _number
 

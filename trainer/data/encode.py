@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..models import open_checkpoint
 from ..models.conditioning import Conditioning
 from ..models.seam import Autoencoder, Checkpoint, Model, TextEncoder
-from ..models.solver import dpm_solver_sample
+from ..models.teacher_sampling import dpm_solver_sample
 from ..randomness import generator
 from .buckets import Fit, Size
 from .cache import Index, IndexEntry, cache_paths, merge_parts, open_cached

@@ -26,7 +26,7 @@ from trajectory_consistency.trainer.demo import methods as demo
 from trajectory_consistency.trainer.demo.classifier import Classifier, train_classifier, world_sample
 from trajectory_consistency.trainer.demo.metrics import caption_accuracy
 from trajectory_consistency.trainer.files.adapter_weights import load_weights
-from trajectory_consistency.trainer.models.solver import dpm_solver_sample
+from trajectory_consistency.trainer.models.teacher_sampling import dpm_solver_sample
 from trajectory_consistency.trainer.run import run
 from trajectory_consistency.trainer.tiny import world
 from trajectory_consistency.trainer.views.grid import Row, draw_grid

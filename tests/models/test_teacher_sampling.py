@@ -24,7 +24,7 @@ from trajectory_consistency.trainer.data.cache import open_cached
 from trajectory_consistency.trainer.data.dataset import Dataset
 from trajectory_consistency.trainer.data.store import digest
 from trajectory_consistency.trainer.models.seam import Model
-from trajectory_consistency.trainer.models.solver import dpm_solver_sample
+from trajectory_consistency.trainer.models.teacher_sampling import dpm_solver_sample
 from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint
 from trajectory_consistency.trainer.models.unet.model import UNetModel
 from trajectory_consistency.trainer.randomness import generator
