@@ -2,7 +2,7 @@
 
 A time is on one of these clocks, and every function here says which it takes:
   training time   a whole number on every clock, so that two of them are equal or not; 0 is the clean end. Of a model
-                  with a table, the timestep 0 .. T - 1; else thousandths, 0 .. 1000, of what tcd/continuous_schedules.py says
+                  with a table, the timestep 0 .. T - 1; else thousandths, 0 .. 1000 (tcd/continuous_schedules.py)
   timestep        the integer training timestep, 0 .. 999
   flow time       in [0, 1]; of a rectified flow it equals sigma
   sigma           the noise level in the sampling scale: of a rectified flow, x = (1 - sigma) x0 + sigma eps; else the
