@@ -1,5 +1,8 @@
 """SD1.5, SD2.x and SDXL from files and folders, against diffusers' own readers and pipelines."""
 
+import os
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
+from safetensors.torch import load_file
 from torch import Tensor
 
 from small_bases import Parts, random_parts, save_folder, shrink, to_state, write
@@ -194,6 +198,73 @@ def test_a_folder_that_has_its_weights_in_half_precision_alone(tmp_path: Path) -
         model.save_pretrained(folder / part, variant="fp16")
     parts.text_encoder[1].save_pretrained(folder / "text_encoder_2", variant="fp16")
     assert all(same(a.state_dict(), b.state_dict()) for a, b in zip(load(folder), parts, strict=True))
+
+
+class MakesFolder:
+    """Unpickled by a reader that runs what a pickle asks for, it makes a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+def damaged_weights(path: Path, _: Path) -> None:
+    path.write_bytes(b"no weights")
+
+
+def no_weights(path: Path, _: Path) -> None:
+    path.touch()
+
+
+def pickled_code(path: Path, made: Path) -> None:
+    path.write_bytes(pickle.dumps({"weight": MakesFolder(made)}, protocol=2))
+
+
+def zipped_code(path: Path, made: Path) -> None:
+    torch.save({"weight": MakesFolder(made)}, path)
+
+
+# A part of a diffusers folder -> the name of its pickled weights.
+BINS = {
+    "unet": "diffusion_pytorch_model.bin",
+    "vae": "diffusion_pytorch_model.bin",
+    "text_encoder": "pytorch_model.bin",
+    "text_encoder_2": "pytorch_model.bin",
+}
+
+
+def test_pickled_weights_that_are_tensors_alone_are_read(tmp_path: Path) -> None:
+    parts = random_parts("sdxl")
+    folder = save_folder(parts, tmp_path / "folder")
+    for part, name in BINS.items():
+        (weights,) = (folder / part).glob("*.safetensors")
+        torch.save(load_file(weights), folder / part / name)
+        weights.unlink()
+    assert all(same(a.state_dict(), b.state_dict()) for a, b in zip(load(folder), parts, strict=True))
+
+
+@pytest.mark.parametrize("write_bin", [damaged_weights, no_weights, pickled_code, zipped_code])
+@pytest.mark.parametrize("part", BINS)
+def test_pickled_weights_that_are_anything_else_are_refused(
+    part: str, write_bin: Callable[[Path, Path], None], tmp_path: Path
+) -> None:
+    folder, made = save_folder(random_parts("sdxl"), tmp_path / "folder"), tmp_path / "made"
+    (weights,) = (folder / part).glob("*.safetensors")
+    weights.unlink()
+    write_bin(folder / part / BINS[part], made)
+    base = opened(folder)
+    loads = {"unet": lambda: base.load(FLOAT, CPU), "vae": lambda: base.load_autoencoder(CPU)}
+    with pytest.raises(UserError, match=rf"not a complete diffusers folder: .*{part}"):
+        loads.get(part, lambda: base.load_text_encoder(FLOAT, CPU))()
+    assert not made.exists()
+
+
+def test_the_code_runs_where_nothing_refuses_it(tmp_path: Path) -> None:
+    zipped_code(tmp_path / "a.bin", tmp_path / "made")
+    torch.load(tmp_path / "a.bin", weights_only=False)
+    assert (tmp_path / "made").is_dir()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -106,6 +107,13 @@ class DiffusersFolder:
             model, info = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{self.path} is not a complete diffusers folder: {error}") from error
+        except (UnpicklingError, EOFError, KeyError) as error:
+            # From torch.load, of a .bin file: diffusers turns it into an OSError, transformers does not. Its own
+            # message is left out, because it recommends to load the file in a way that runs the code in it.
+            raise UserError(
+                f"{self.path} is not a complete diffusers folder: unable to load weights from a .bin file in {folder}, "
+                "which is damaged or has more in it than tensors; use .safetensors files"
+            ) from error
         missing = sorted(info["missing_keys"])
         if missing:
             raise UserError(f"{folder} is not complete: {len(missing)} tensors are missing, such as {missing[0]}")
