@@ -19,6 +19,10 @@ GITHUB = ROOT / ".github"
 WORKFLOWS = {path.stem: path for path in sorted((GITHUB / "workflows").glob("*.yml"))}
 ACTIONS = sorted((GITHUB / "actions").glob("*/action.yml"))
 PINNED = re.compile(r"[\w.-]+/[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+")
+PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
+EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
+NODES_PYTHON, TRAINER_PYTHONS = "3.10", ["3.11", "3.12", "3.13"]  # the oldest that ComfyUI runs on; the tested ones
 TOKEN = "secrets.REGISTRY_ACCESS_TOKEN"
 
 each_workflow = pytest.mark.parametrize("name", WORKFLOWS)
@@ -91,7 +95,7 @@ def test_all_kinds_of_tests_run() -> None:
     assert lines.keys() == {"lint", "quick", "host", "wheel"}
     assert lines["lint"] == ["make lint"] and lines["host"][-1] == "make test"
     assert any("tcd-train --help" in line for line in lines["wheel"])
-    assert jobs("test")["quick"]["strategy"]["matrix"] == {"python": ["3.11", "3.12", "3.13"]}
+    assert jobs("test")["quick"]["strategy"]["matrix"] == {"python": TRAINER_PYTHONS}
     (quick,) = lines["quick"]
     recipe = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert quick.removeprefix(".venv/bin/") in recipe, "the quick part is the one of make test"
@@ -135,9 +139,13 @@ def test_what_publishes_is_pinned_to_the_file() -> None:
     assert all(re.fullmatch(r"[a-z0-9-]+==[\w.]+ --hash=sha256:[0-9a-f]{64}", line) for line in lines)
 
 
-EXTRAS: dict[str, list[str]] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
-    "optional-dependencies"
-]
+def test_the_package_names_the_pythons_on_which_it_is_tested_and_the_oldest_of_the_nodes() -> None:
+    named = [line.rpartition(" ")[2] for line in PROJECT["classifiers"] if "Python :: 3." in line]
+    assert named == [NODES_PYTHON, *TRAINER_PYTHONS]
+    assert PROJECT["requires-python"] == f">={NODES_PYTHON}"
+    lint = PYPROJECT["tool"]["ruff"]
+    assert lint["target-version"] == f"py{NODES_PYTHON.replace('.', '')}"
+    assert lint["per-file-target-version"]["trainer/**"] == f"py{TRAINER_PYTHONS[0].replace('.', '')}"
 
 
 @pytest.mark.parametrize("extra", EXTRAS)

@@ -1,5 +1,6 @@
 """The command line as a person meets it: one clear message, the right exit code, nothing left behind."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -275,3 +276,26 @@ def test_the_help_names_the_settings_that_a_lora_without_recommendations_gets(
     said = " ".join(capsys.readouterr().out.split())
     for option, default in (("--steps", DEFAULT_STEPS), ("--eta", DEFAULT_ETA), ("--cfg", DEFAULT_CFG)):
         assert re.search(rf"{option} \w[^-]* \(default: recommended by the LoRA, or {default:g}\)", said), said
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("module", ["trainer", "trainer.cli", "trainer.demo", "trainer.tiny.teach"])
+def test_an_older_python_is_refused_in_one_line(module: str, tmp_path: Path) -> None:
+    program = f"""
+import runpy, sys
+sys.version_info, sys.version = (3, 10, 13), "3.10.13 (main, Aug 24 2023)"
+runpy.run_module("trajectory_consistency.{module}", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == "error: the trainer needs Python 3.11 or newer, and this is Python 3.10.13\n"
+
+
+@pytest.mark.parametrize("file", ["__init__.py", "trainer/__init__.py"])
+def test_an_older_python_reads_what_comes_before_the_refusal(file: str) -> None:
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"), feature_version=(3, 10))
+    before = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {alias.name for node in before for alias in node.names}
+    assert names <= {"logging", "sys", "TYPE_CHECKING"}, "modules that every Python has"
