@@ -55,7 +55,7 @@ def allowed(module: Path) -> set[str]:
     if module.parts[0] == "tcd":
         return {"torch"}
     if module.parts[:2] == ("nodes", "host"):
-        return {"safetensors", "torch", "tqdm", "tcd", "comfy_api"} | HOST_MODULES
+        return {"einops", "safetensors", "torch", "tqdm", "tcd", "comfy_api"} | HOST_MODULES
     return {"torch", "tcd", "comfy_api"}
 
 

@@ -3,6 +3,7 @@
 import logging
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 _MAX_NUMBERS = 2**26  # search limit, about half a second: up to index 1023 at 1024 x 1024, or 255 for SD3's 16 channels
@@ -42,5 +43,5 @@ def _draw(like: Tensor, generator: torch.Generator) -> Tensor:
 
 def _matches(drawn: Tensor, noise: Tensor) -> Tensor:
     """Whether each image, [B], equals the drawn one up to rounding to the latent's dtype (bfloat16 at worst)."""
-    drawn, noise = (images.flatten(1)[:, :_COMPARED] for images in (drawn, noise))
+    drawn, noise = (rearrange(images, "b ... -> b (...)")[:, :_COMPARED] for images in (drawn, noise))
     return drawn.isclose(noise, rtol=0.01, atol=1e-6).all(1)

@@ -7,6 +7,7 @@ import logging
 from typing import Any
 
 import torch
+from einops import repeat
 from torch import Tensor
 
 from ...tcd import DiscreteSchedule, Schedule, TargetTime
@@ -30,7 +31,7 @@ class TargetTimePatch:
         times = transformer_options.get(_TIMES_OPTION)
         if times is None:
             times = self._times_of_other_sampler(transformer_options)
-        t, s = (time.to(emb.device).repeat(len(emb) // len(time)) for time in times)
+        t, s = (repeat(time.to(emb.device), "b -> (k b)", k=len(emb) // len(time)) for time in times)
         return emb + (self.strength * self.embedding(t, s)).to(emb)
 
     def to(self, target: Any) -> "TargetTimePatch":

@@ -58,7 +58,7 @@ class _MaxAndGridPool(nn.Module):
     """Maps [B, C, H, W] -> [B, F]: global maxima, which do not depend on position, and means over 2 x 2 cells."""
 
     def forward(self, maps: Tensor) -> Tensor:
-        return torch.cat([maps.amax((2, 3)), F.avg_pool2d(maps, 2).flatten(1)], dim=1)
+        return torch.cat([maps.amax((2, 3)), rearrange(F.avg_pool2d(maps, 2), "b c h w -> b (c h w)")], dim=1)
 
 
 def _convolution(channels_in: int, channels_out: int, *, stride: int) -> nn.Module:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 UNET_PREFIX = "model.diffusion_model."
@@ -72,7 +73,7 @@ class TensorLocation(NamedTuple):
         """
         part = tensor if self.qkv_index is None else tensor.chunk(3)[self.qkv_index]
         part = part.T if self.transposed else part
-        part = part.flatten(1) if self.convolution and part.ndim > 1 else part
+        part = rearrange(part, "o ... -> o (...)") if self.convolution and part.ndim > 1 else part
         if part.shape != torch.Size(shape):
             raise ValueError(f"{self.name} has the shape {list(tensor.shape)}, which gives no {list(shape)}")
         return part
@@ -87,7 +88,7 @@ def to_ldm(state: Mapping[str, Tensor], locations: Mapping[str, TensorLocation])
         if location.qkv_index is not None:
             qkv.setdefault(location.name, {})[location.qkv_index] = value
         elif location.convolution and value.ndim == 2:
-            out[location.name] = value[:, :, None, None]
+            out[location.name] = rearrange(value, "o i -> o i 1 1")
         else:
             out[location.name] = value.T if location.transposed else value
     return out | {name: torch.cat([parts[i] for i in range(3)]) for name, parts in qkv.items()}
