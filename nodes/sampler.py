@@ -2,8 +2,8 @@
 
 from comfy_api.latest import io
 
-from . import host
 from .eta import eta_input
+from .host.sampling import tcd_sampler
 from .ranges import check_range
 
 
@@ -29,4 +29,4 @@ class TCDSampler(io.ComfyNode):
     def execute(cls, eta: float) -> io.NodeOutput:
         """Return the SAMPLER."""
         check_range("eta", eta, 0.0, 1.0)
-        return io.NodeOutput(host.tcd_sampler(gamma=eta))
+        return io.NodeOutput(tcd_sampler(gamma=eta))

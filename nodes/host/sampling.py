@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...tcd import Noise, sample_tcd, seeded_noise
+from ...tcd.sampling import Noise, sample_tcd, seeded_noise
 from .batch_index import batch_indices
 from .clock import schedule_of
 from .target_time import with_target_time
