@@ -14,6 +14,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from test_wheel import SHORT_DEMO, STAYS_OUTSIDE
+
 ROOT = Path(__file__).resolve().parents[1]
 GITHUB = ROOT / ".github"
 WORKFLOWS = {path.stem: path for path in sorted((GITHUB / "workflows").glob("*.yml"))}
@@ -94,11 +96,18 @@ def test_all_kinds_of_tests_run() -> None:
     }
     assert lines.keys() == {"lint", "quick", "host", "wheel"}
     assert lines["lint"] == ["make lint"] and lines["host"][-1] == "make test"
-    assert any("tcd-train --help" in line for line in lines["wheel"])
     assert jobs("test")["quick"]["strategy"]["matrix"] == {"python": TRAINER_PYTHONS}
     (quick,) = lines["quick"]
     recipe = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert quick.removeprefix(".venv/bin/") in recipe, "the quick part is the one of make test"
+
+
+def test_the_wheel_is_used_as_its_own_test_uses_it() -> None:
+    *_, use, look = (step["run"] for step in jobs("test")["wheel"]["steps"] if "run" in step)
+    assert "clean/bin/tcd-train --help\n" in use
+    assert f"clean/bin/python -m trajectory_consistency.trainer.demo {' '.join(SHORT_DEMO)}\n" in use
+    assert "clean/bin/tcd-train run sd15-12gb base.path=tiny data.folder=pictures " in use
+    assert f"for name in {' '.join(STAYS_OUTSIDE)}; do\n" in look
 
 
 def test_the_tests_in_comfyui_are_not_skipped_for_want_of_one() -> None:

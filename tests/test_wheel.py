@@ -1,6 +1,7 @@
 """What is installed by those who have no clone: one package with every file of it, and a command that works."""
 
 import ast
+import json
 import os
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from PIL import Image, ImageDraw
 from safetensors import safe_open
 
 from trajectory_consistency.trainer.commands import COMMANDS
+from trajectory_consistency.trainer.demo.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "trajectory_consistency"
@@ -25,6 +27,8 @@ PARTS = ("nodes", "tcd", "trainer")
 OF_THE_HOST = PurePosixPath("nodes/web")
 HOST_PACK = PurePosixPath("trainer/demo/tiny_pack")  # a pack of the host's, which loads its folder: data, not a package
 STAYS_OUTSIDE = ("nodes", "tcd", "trainer", "tests", "workflows")  # `nodes` is a module of the host's
+# As few steps as show that every part of the demo runs; .github/workflows/test.yml runs the same.
+SHORT_DEMO = ("--out", "demo-out", "--steps", "2", "--samples", "8")
 KINDS = {".html", ".json", ".py", ".safetensors", ".toml", ".txt", ".typed", ".yaml"}
 
 
@@ -58,9 +62,13 @@ class Installed:
     work: Path
 
     def run(self, program: str, *arguments: str) -> str:
-        """Run a program of the environment in the empty folder, with nothing else on its path; return what it says."""
-        ours = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
+        """Run a program of the environment in the empty folder, with nothing else on its path; return what it says.
+
+        It finds no ComfyUI, whether this machine has one or not.
+        """
+        ours = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "COMFYUI_PYTHON"}
         environment = {name: value for name, value in os.environ.items() if name not in ours}
+        environment["COMFYUI_PATH"] = str(self.work / "no-comfyui")
         command = [str(self.programs / program), *arguments]
         done = subprocess.run(command, cwd=self.work, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -134,7 +142,6 @@ def test_what_is_installed_tells_its_commands(installed: Installed) -> None:
     ):
         assert "usage: tcd-train" in told
         assert all(f"\n    {command} " in told for command in COMMANDS)
-    assert "--samples" in installed.run("python", "-m", f"{PACKAGE}.trainer.demo", "--help")
 
 
 def test_what_is_installed_trains_the_embedded_model_by_a_recipe(installed: Installed) -> None:
@@ -149,6 +156,19 @@ def test_what_is_installed_trains_the_embedded_model_by_a_recipe(installed: Inst
         metadata = file.metadata()
     assert metadata["tcd.target_time"] == "s", "as in the recipe"
     assert "1 of 1" in (made / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_what_is_installed_runs_the_demo(installed: Installed) -> None:
+    installed.run("python", "-m", f"{PACKAGE}.trainer.demo", *SHORT_DEMO)
+    made = installed.work / "demo-out"
+    metrics = json.loads((made / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics.keys() == {"Fresh data", *(method.label for method in METHODS)}
+    assert {measured["samples"] for measured in metrics.values()} == {8}
+    with Image.open(made / "grid.png") as grid:
+        assert grid.height > len(metrics) * 64, "a row of pictures for each"
+    told = installed.run("tcd-train", "inspect", "demo-out/tcd-lora.safetensors")
+    assert "a LoRA for tiny" in told and "2 of 2" in (made / "target-time" / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_packages_that_are_named_are_the_folders_with_code() -> None:
