@@ -46,6 +46,15 @@ class LatentDistribution(NamedTuple):
     """[B, *LatentFormat.shape]; None if the autoencoder is deterministic."""
 
 
+class Fingerprints(NamedTuple):
+    """Content hashes of a model's files; what was computed with one of them is invalid once its hash changes."""
+
+    base: str
+    """Of the network and the text encoders, and of the autoencoder unless that has files of its own."""
+    autoencoder: str | None = None
+    """Of the autoencoder, if it has files of its own, as with base.vae."""
+
+
 class TextEncoder(Protocol):
     """Captions -> conditioning."""
 
@@ -213,8 +222,8 @@ class Checkpoint(Protocol):
         """Return conditioning of the usual shape with arbitrary content, for measuring memory."""
         ...
 
-    def fingerprints(self) -> Mapping[str, str]:
-        """Return a content hash of each part that affects training, by the part's name."""
+    def fingerprints(self) -> Fingerprints:
+        """Return content hashes of the files that affect training."""
         ...
 
     def lora_metadata(self) -> Mapping[str, str]:
