@@ -5,8 +5,8 @@
     TextEncoder   captions -> conditioning
     Autoencoder   pictures -> latents, and latents -> pictures
 
-An engine implements all four for one kind of network, in a folder beside this file; `unet` is the only one.
-`open_checkpoint` in __init__.py chooses the engine.
+An engine implements all four for one kind of network, in a folder beside this file; `unet` is the only one. It also
+says how LoRA files for its networks are laid out. `open_checkpoint` and `lora_layouts` in __init__.py ask the engines.
 """
 
 from __future__ import annotations
@@ -44,6 +44,19 @@ class LatentDistribution(NamedTuple):
     """[B, *LatentFormat.shape]."""
     std: Tensor | None
     """[B, *LatentFormat.shape]; None if the autoencoder is deterministic."""
+
+
+class LoraLayout(NamedTuple):
+    """The layers of a model family that can have a LoRA, by kohya name, and how files name and shape them."""
+
+    family: str
+    """As Checkpoint.family."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """The shape of the layer's weight, [out, in, ...]."""
+    peft_names: Mapping[str, str]
+    """The name in PEFT's format without `.lora_A.weight`, such as unet.mid_block.resnets.0.conv1."""
+    checkpoint_keys: Mapping[str, str]
+    """The key of the layer's weight in a single-file checkpoint."""
 
 
 class Fingerprints(NamedTuple):
