@@ -11,6 +11,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("tcd", "trainer", "nodes")
 HOST_PACK = ROOT / "trainer" / "demo" / "tiny_pack"  # lent to the host as a pack of its own, and run by it alone
+ENGINE = Path("trainer", "models", "unet")
+ENGINE_LIBRARIES = {"diffusers", "peft", "transformers"}
+MADE_WITH_THE_ENGINE = (ENGINE, Path("trainer", "tiny"), Path("trainer", "demo"))
+CHOOSES_THE_ENGINE = Path("trainer", "models", "__init__.py")
 HOST_MODULES = {"comfy", "comfy_extras", "comfy_execution", "execution", "folder_paths", "latent_preview", "server"}
 MODULES = [
     path.relative_to(ROOT)
@@ -97,6 +101,17 @@ def test_rooms_of_the_trainer_import_only_those_before_them(module: Path) -> Non
     used = {room(tuple(name.split("."))) for name in imports_of(module)} - {None}
     later = used - set(ROOMS[: ROOMS.index(here) + 1])
     assert not later, f"{here} comes before {', '.join(map(str, later))}"
+
+
+@each_module
+def test_only_an_engine_knows_its_networks(module: Path) -> None:
+    """So that the rest of the trainer trains any `Model`, also where the libraries of this one are missing."""
+    if any(folder in module.parents for folder in MADE_WITH_THE_ENGINE):
+        return
+    assert not roots(module) & ENGINE_LIBRARIES
+    engine = ".".join(ENGINE.parts)
+    if module != CHOOSES_THE_ENGINE:
+        assert not {name for name in imports_of(module) if f"{name}.".startswith(f"{engine}.")}
 
 
 def test_the_entry_point_imports_only_the_nodes() -> None:

@@ -129,6 +129,7 @@ def _check_settings(config: Config, processes: Processes) -> Checkpoint:
             "use preview.prompts=[], or gpus.yaml instead of fsdp.yaml"
         )
     check_installed(config.log)
+    config.to_toml()  # raises if it could not be written
     checkpoint = open_checkpoint(config.base)
     checkpoint.check_encoders()
     initial_weights(checkpoint.load(torch.float32, torch.device("meta")), config)  # raises if they could not be made

@@ -21,7 +21,7 @@ from trajectory_consistency.trainer.cli import main
 from trajectory_consistency.trainer.config import settings as config
 from trajectory_consistency.trainer.data import encode, store
 from trajectory_consistency.trainer.data.buckets import Buckets, Size
-from trajectory_consistency.trainer.data.cache import merge_parts, open_cached
+from trajectory_consistency.trainer.data.cache import cache_paths, input_fingerprints, merge_parts, open_cached
 from trajectory_consistency.trainer.data.dataset import Dataset
 from trajectory_consistency.trainer.data.pictures import decode, pixels, size_of
 from trajectory_consistency.trainer.errors import UserError
@@ -270,6 +270,23 @@ def test_another_model_has_other_rows(checkpoint: Path, pictures: Path, tmp_path
     assert open_cached(configured(other, tmp_path, folder=str(pictures)), FLOAT) is None
     copy = shutil.copy(checkpoint, tmp_path / "copy.safetensors")
     assert open_cached(configured(Path(copy), tmp_path, folder=str(pictures)), FLOAT) is not None
+
+
+def test_another_autoencoder_has_other_latents_and_the_same_captions(
+    checkpoint: Path, pictures: Path, tmp_path: Path
+) -> None:
+    given = values(checkpoint, tmp_path, folder=str(pictures))
+    vae = write_base(tmp_path / "vae.safetensors", seed=1)
+    paths, prints = [], []
+    for more in ({}, {"vae": str(vae)}, {"vae": str(shutil.copy(checkpoint, tmp_path / "copy.safetensors"))}):
+        settings = config.from_mapping({**given, "base": {**given["base"], **more}})
+        paths.append(cache_paths(settings, UNetCheckpoint(settings.base), FLOAT))
+        prints.append(input_fingerprints(settings, FLOAT))
+    own, other, copy = paths
+    assert own.rows_folder("latents") == copy.rows_folder("latents") != other.rows_folder("latents")
+    assert own.rows_folder("captions") == other.rows_folder("captions")
+    assert prints[0].keys() == {"the base", "the base's dtype"} and prints[1].keys() == prints[0].keys() | {"the VAE"}
+    assert prints[1]["the base"] == prints[0]["the base"] == prints[2]["the VAE"] != prints[1]["the VAE"]
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "empty", "garbage"])

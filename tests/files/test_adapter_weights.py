@@ -75,11 +75,11 @@ def test_a_file_is_in_use_within_its_block_alone(
     [
         (
             {"lora_unet_none.lora_down.weight": (4, 8), "lora_unet_none.lora_up.weight": (8, 4)},
-            "115 of 116 LoRA modules fit the model; not in the model: lora_unet_none$",
+            "115 of 116 LoRA modules fit the model; not in the model: lora_unet_none",
         ),
         (
             {f"{kohya_name(LINEAR)}.lora_down.weight": (4, 7)},
-            r"114 of 115 LoRA modules fit the model; wrong shape: lora_unet_mid_.*_to_q is 64 x 7, but .* 64 x 64$",
+            r"114 of 115 LoRA modules fit the model; wrong shape: lora_unet_mid_.*_to_q is 64 x 7, but .* 64 x 64",
         ),
     ],
     ids=["a layer too many", "a shape of another"],
@@ -93,7 +93,9 @@ def test_a_lora_that_does_not_fit_is_refused_and_what_fits_is_said(
 ) -> None:
     more = {name: torch.zeros(shape) for name, shape in changed.items()}
     path = saved(tmp_path / "lora.safetensors", tensors | more)
-    with pytest.raises(UserError, match=f"lora.safetensors is not a LoRA for this model: {message}"):
+    with pytest.raises(
+        UserError, match=f"lora.safetensors is not a LoRA for this model: {message}; use a base of its family"
+    ):
         load_weights(model, path)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from small_bases import Parts, random_parts, save_folder, shrink, to_state, write
 from trajectory_consistency.trainer.config.settings import BaseConfig
 from trajectory_consistency.trainer.errors import UserError
+from trajectory_consistency.trainer.models import lora_layouts
 from trajectory_consistency.trainer.models.conditioning import Conditioning
 from trajectory_consistency.trainer.models.unet import families as bases
 from trajectory_consistency.trainer.models.unet import ldm
@@ -139,7 +140,20 @@ def test_a_lora_trains_all_kinds_of_layer_wherever_they_are(family: Family, tmp_
     assert set(map(model.layer_kind, layers)) == set(TARGETS) and layers == model.layers(TARGETS)
     assert len({model.lora_key(layer) for layer in layers}) == len(layers)
     assert not set(model.layers(("attention",))) & set(model.layers(("convolution", "feed_forward")))
-    assert bases.layer_shapes(family).keys() >= set(layers)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_layout_names_each_layer_in_every_format(family: Family, tmp_path: Path) -> None:
+    state = to_state(random_parts(family))
+    model = opened(write(tmp_path / "a.safetensors", state)).load(FLOAT, CPU)
+    layout = next(each for each in lora_layouts() if each.family == family)
+    assert layout.shapes.keys() >= set(map(model.lora_key, model.layers(("all",))))
+    assert layout.shapes.keys() == layout.peft_names.keys() == layout.checkpoint_keys.keys()
+    for name, shape in layout.shapes.items():
+        path = layout.peft_names[name].removeprefix("unet.")
+        weight = model.network.get_submodule(path).weight
+        assert name == model.lora_key(path) and weight.shape == shape
+        assert torch.equal(state[layout.checkpoint_keys[name]], weight)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -95,7 +95,13 @@ def test_files_that_cannot_be_used_are_said(done: Config, tmp_path: Path, capsys
     save_file({f"other_{key}": value for key, value in tensors.items()}, tmp_path / "other.safetensors")
     (tmp_path / "torn.safetensors").write_bytes(done.lora_path.read_bytes()[:-10])
     base = "--base", done.base.path
-    assert "for no family that is known here" in refused("other.safetensors", *base)
+    assert "other.safetensors is not a LoRA for this model: 0 of " in (said := refused("other.safetensors", *base))
+    assert "use a base of its family" in said
+    shorter = {
+        key: value[:, 1:].contiguous() for key, value in tensors.items() if key.endswith("to_q.lora_down.weight")
+    }
+    save_file(tensors | shorter, tmp_path / "smaller.safetensors")
+    assert "wrong shape: " in refused("smaller.safetensors", *base) and not (tmp_path / "out").exists()
     assert "is not a complete safetensors file" in refused("torn.safetensors", *base)
     save_file(tensors, tmp_path / "wrong.safetensors", metadata={"tcd.steps": "few"})
     assert "tcd.steps in the metadata is 'few', but must be a whole number: give --steps" in refused(

@@ -2,6 +2,7 @@
 
 import csv
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ from trajectory_consistency.trainer.training.loop import StepRecord
 from trajectory_consistency.trainer.views import trackers
 from trajectory_consistency.trainer.views.history import (
     BIN_COUNT,
-    BIN_WIDTH,
     History,
+    LossByTime,
+    bin_edges,
     loss_bins,
     read_log,
     read_loss_by_time,
@@ -26,7 +28,13 @@ def record(step: int, loss: float = 1.0) -> StepRecord:
     """Four pictures of which two are in one bin of t and of t - s."""
     t, s = torch.tensor([999, 979, 499, 19]), torch.tensor([0, 19, 399, 0])
     losses = torch.tensor([1.0, 3.0, 5.0, 7.0]) * loss
-    return StepRecord(step, loss, 1e-4 / step, 0.5, t, s, losses, 4, 2.0)
+    return StepRecord(step, loss, 1e-4 / step, 0.5, t, s, 1000, losses, 4, 2.0)
+
+
+def losses_by_time(folder: Path, since: int = 0) -> LossByTime:
+    losses = read_loss_by_time(folder, since)
+    assert losses is not None
+    return losses
 
 
 def test_each_step_is_a_row_with_every_number(tmp_path: Path) -> None:
@@ -51,7 +59,7 @@ def test_rows_of_steps_that_are_done_again_are_dropped(tmp_path: Path) -> None:
     for step in (4, 5):
         again(record(step, loss=1.0))
     assert [(row.step, row.loss) for row in read_log(tmp_path)] == [(1, 9), (2, 9), (3, 9), (4, 1), (5, 1)]
-    loss, count = read_loss_by_time(tmp_path)
+    loss, count, _ = losses_by_time(tmp_path)
     assert count.sum() == 5 * 4 and loss[4, 1] == pytest.approx(5 * (3 * 9 + 2 * 1) / 5)
 
 
@@ -70,21 +78,44 @@ def test_losses_are_means_by_t_and_by_the_length_of_the_jump(tmp_path: Path) -> 
     history = History(tmp_path)
     history(record(1))
     history(record(2, loss=3.0))
-    loss, count = read_loss_by_time(tmp_path)
+    loss, count, edges = losses_by_time(tmp_path)
+    assert edges == list(range(0, 1001, 100))
     assert loss.shape == count.shape == (BIN_COUNT, BIN_COUNT)
     found = {tuple(place): (loss[*place].item(), count[*place].item()) for place in count.nonzero().tolist()}
     assert found == {(9, 9): (4.0, 4.0), (4, 1): (10.0, 2.0), (0, 0): (14.0, 2.0)}
-    late, _ = read_loss_by_time(tmp_path, since=1)
+    late, _, _ = losses_by_time(tmp_path, since=1)
     assert late[9, 9] == 6.0 and late[1, 1].isnan()
     assert [(row.t, row.gap, row.pictures) for row in loss_bins(record(1))] == [
         (0, 0, 1),
         (400, 100, 1),
         (900, 900, 2),
     ]
+    assert read_loss_by_time(tmp_path, since=2) is None
+
+
+@pytest.mark.parametrize("num_times", [1000, 1001, 100, 4096])
+def test_the_bins_are_tenths_of_any_clock(tmp_path: Path, num_times: int) -> None:
+    every = torch.arange(num_times)
+    steps = [
+        record(1)._replace(t=every, s=s, num_times=num_times, losses=every.double())
+        for s in (torch.zeros_like(every), every)
+    ]
+    edges = bin_edges(num_times)
+    assert edges[0] == 0 and edges[-1] == num_times and len(edges) == BIN_COUNT + 1
+    sizes = [end - low for low, end in pairwise(edges)]
+    assert max(sizes) - min(sizes) <= 1
+    history = History(tmp_path)
+    for step in steps:
+        history(step)
+    loss, count, read = losses_by_time(tmp_path)
+    assert read == edges and count.diagonal()[1:].tolist() == count[1:, 0].tolist() == sizes[1:]
+    assert count[0, 0] == 2 * sizes[0] and count.sum() == 2 * num_times
+    for k, (low, end) in enumerate(pairwise(edges)):
+        assert loss[k, k] == loss[k, 0] == pytest.approx((low + end - 1) / 2)
 
 
 def test_a_folder_without_files_has_no_rows(tmp_path: Path) -> None:
-    assert read_log(tmp_path) == [] and read_loss_by_time(tmp_path)[1].sum() == 0
+    assert read_log(tmp_path) == [] and read_loss_by_time(tmp_path) is None
 
 
 def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
@@ -96,8 +127,8 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
     board.writer.close()
     events = reader.EventAccumulator(str(config.output_folder / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 0.5)]
-    named = {f"loss by t/{low:03}-{low + BIN_WIDTH - 1}" for low in (0, 400, 900)}
-    named |= {f"loss by t - s/{low:03}-{low + BIN_WIDTH - 1}" for low in (0, 100, 900)}
+    named = {f"loss by t/{low:03}-{low + 99}" for low in (0, 400, 900)}
+    named |= {f"loss by t - s/{low:03}-{low + 99}" for low in (0, 100, 900)}
     assert set(events.Tags()["scalars"]) == named | {"loss", "learning rate", "gradient norm", "images per second"}
 
 

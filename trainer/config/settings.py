@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import tomli_w
-
 from ...tcd import TargetInput
 from ...tcd.lora_metadata import DEFAULT_CFG, DEFAULT_ETA, DEFAULT_STEPS
 from ...tcd.objective import DistanceName, Weighting
@@ -192,7 +190,7 @@ class TrainingConfig:
     gradient_checkpointing: bool = field(default=False, metadata=FREE)
     """Keep few activations for the gradient, and compute the others again: less memory, more time."""
     compile: bool = field(default=False, metadata=FREE)
-    """Run the UNet through `torch.compile`, which takes minutes at the start."""
+    """Run the network through `torch.compile`, which takes minutes at the start."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """`adamw8bit` keeps its moments in 8 bits, a quarter of the memory; it needs bitsandbytes."""
     lr: float = _number(1e-4, 0.0)
@@ -305,7 +303,14 @@ class Config:
         return self.output_folder / f"{self.output.name}.safetensors"
 
     def to_toml(self) -> str:
-        """The resolved configuration, as a file that `load` reads back to an equal value."""
+        """The resolved configuration, as a file that `load` reads back to an equal value.
+
+        Raises UserError if tomli-w is not installed.
+        """
+        try:
+            import tomli_w
+        except ImportError as error:
+            raise UserError(f"writing config.toml needs tomli-w ({error}): pip install tomli-w") from error
         return tomli_w.dumps(asdict(self))
 
 

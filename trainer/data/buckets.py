@@ -41,7 +41,7 @@ class Fit(NamedTuple):
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """SDXL's size conditioning: original height and width, crop top and left, target height and width."""
+        """Sizes as conditioning: original height and width, crop top and left, target height and width, in pixels."""
         return (*self.original, self.top, self.left, *self.bucket)
 
 

@@ -60,8 +60,8 @@ class CachePaths:
 def cache_paths(config: Config, checkpoint: Checkpoint, dtype: torch.dtype) -> CachePaths:
     """Return the cache paths of a configuration, with text encoders and network in `dtype`."""
     base, data, prints = config.base, config.data, checkpoint.fingerprints()
-    autoencoder = {"version": VERSION, "model": prints.get("the VAE", prints["the base"])}
-    model = {"version": VERSION, "model": prints["the base"], "dtype": str(dtype)}
+    autoencoder = {"version": VERSION, "model": prints.autoencoder or prints.base}
+    model = {"version": VERSION, "model": prints.base, "dtype": str(dtype)}
     buckets = {key: getattr(data, key) for key in ("resolution", "bucket_step", "buckets", "upscale")}
     teacher = {**model, "prediction": base.prediction, "zero_snr": base.zero_snr}
     draw = {**asdict(data.draw), "per_prompt": None}  # with more drawings of a prompt, the earlier ones stay valid
@@ -219,10 +219,13 @@ def open_cached(config: Config, dtype: torch.dtype) -> CachedData | None:
 def input_fingerprints(config: Config, dtype: torch.dtype) -> dict[str, str]:
     """Return fingerprints of a run's inputs (base, its dtype, VAE and data), each of which changes with its input.
 
-    The data entry is absent until the cache is complete.
+    The VAE entry is absent if the base contains it, and the data entry until the cache is complete.
     """
     checkpoint = open_checkpoint(config.base)
-    prints = {**checkpoint.fingerprints(), "the base's dtype": str(dtype)}
+    model = checkpoint.fingerprints()
+    prints = {"the base": model.base, "the base's dtype": str(dtype)}
+    if model.autoencoder is not None:
+        prints["the VAE"] = model.autoencoder
     try:
         index = Index.read(cache_paths(config, checkpoint, dtype).index_file(config))
     except (SafetensorError, OSError):

@@ -33,7 +33,7 @@ def load_weights(model: Model, path: Path) -> AdapterWeights:
     except ValueError as error:
         raise UserError(f"{path} is not a LoRA for this model: {error}") from error
     if not fit.complete:
-        raise UserError(f"{path} is not a LoRA for this model: {fit.describe()}")
+        raise UserError(f"{path} is not a LoRA for this model: {fit.describe()}; use a base of its family")
     loras = {layers[name]: _lora(path, module, shapes[name]) for name, module in file.modules.items()}
     return AdapterWeights(loras, file.target_time).requires_grad_(False)
 

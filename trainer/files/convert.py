@@ -11,7 +11,7 @@ from torch import Tensor
 from ...tcd import PEFT_CONFIG_KEY
 from ...tcd.lora_keys import ALPHA, DOWN, UP
 from ...tcd.target_time import PREFIX
-from .family import check_family, layer_paths
+from .layout import check_layout
 from .lora_file import LoraFile, check_plain_lora, module_scale, read_lora, refuse_target_time
 from .verified_file import check_target, write_verified
 
@@ -41,10 +41,10 @@ def _kohya_tensors(lora: LoraFile) -> dict[str, Tensor]:
 def _peft_tensors(lora: LoraFile, source: Path) -> dict[str, Tensor]:
     """PEFT's names have no alpha, so alpha / rank is multiplied into the up half."""
     refuse_target_time(lora, source, "PEFT's names have none")
-    paths = layer_paths(lora, check_family(lora, source))
+    names = check_layout(lora, source).peft_names
     tensors: dict[str, Tensor] = {}
     for name, module in lora.modules.items():
         check_plain_lora(name, module.tensors)
-        tensors[f"unet.{paths[name]}.lora_A.weight"] = module.tensors[DOWN]
-        tensors[f"unet.{paths[name]}.lora_B.weight"] = module.tensors[UP].float() * module_scale(module)
+        tensors[f"{names[name]}.lora_A.weight"] = module.tensors[DOWN]
+        tensors[f"{names[name]}.lora_B.weight"] = module.tensors[UP].float() * module_scale(module)
     return tensors

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from .family import family_of
+from .layout import layout_of
 from .lora_file import module_scale, read_lora
 
 _MAX_METADATA_LENGTH = 200  # longer values, such as embedded images, are left out
@@ -18,9 +18,9 @@ def describe_file(path: Path) -> str:
     Raises UserError if it is not a LoRA.
     """
     lora = read_lora(path)
-    modules = lora.modules.values()
+    layout, modules = layout_of(lora), lora.modules.values()
     lines = [
-        f"{path}: a LoRA for {family_of(lora) or 'a UNet of no family that is known here'}",
+        f"{path}: a LoRA for {layout.family if layout else 'no family that is known here'}",
         f"modules   {len(modules)}, such as {next(iter(lora.modules))}",
         f"rank      {_format_counts(Counter(module.rank for module in modules))}",
         f"scale     {_format_counts(Counter(round(module_scale(module), 6) for module in modules))} (alpha / rank)",

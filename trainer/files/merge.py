@@ -1,4 +1,4 @@
-"""Merges a LoRA into the UNet of a single-file checkpoint."""
+"""Merges a LoRA into the network of a single-file checkpoint."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from torch import Tensor
 from ...tcd import LoraModule
 from ...tcd.lora_keys import DOWN, UP
 from ..errors import UserError
-from ..models.unet import families, ldm
 from ..safetensors_file import read_safetensors
-from .family import check_family, layer_paths
+from .layout import check_layout
 from .lora_file import check_plain_lora, module_scale, read_lora, refuse_target_time
 from .verified_file import check_target, write_verified
 
@@ -21,9 +20,10 @@ from .verified_file import check_target, write_verified
 def merge(
     source: Path, checkpoint: Path, target: Path, *, strength: float = 1.0, dtype: torch.dtype | None = None
 ) -> None:
-    """Write `checkpoint` to `target` with the LoRA in `source` added to its UNet, strength * (alpha / rank) up @ down.
+    """Write `checkpoint` to `target` with the LoRA in `source` added to its network.
 
-    dtype: converts all floating-point weights; None keeps the dtype of each.
+    Each weight changes by strength * (alpha / rank) up @ down. dtype: converts all floating-point weights; None keeps
+    the dtype of each.
 
     Raises UserError if `target` exists, the LoRA does not fit the checkpoint, `strength` is not finite, or a weight
     would not be finite; and RunError if the written file differs from what was meant.
@@ -33,14 +33,13 @@ def merge(
     check_target(target)
     lora = read_lora(source)
     refuse_target_time(lora, source, "a checkpoint has none")
-    family = check_family(lora, source)
-    keys = _checkpoint_keys(layer_paths(lora, family), family)
+    layout = check_layout(lora, source)
     tensors, metadata = read_safetensors(checkpoint)
     for name, module in lora.modules.items():
         check_plain_lora(name, module.tensors)
-        key = keys[name]
+        key = layout.checkpoint_keys[name]
         if key not in tensors:
-            raise UserError(f"{checkpoint} has no {key}: it is not a {family} checkpoint, for which {source} is")
+            raise UserError(f"{checkpoint} has no {key}: it is not a {layout.family} checkpoint, for which {source} is")
         weight = tensors[key]
         update = _update(module, strength)
         if update.numel() != weight.numel():
@@ -55,9 +54,3 @@ def _update(module: LoraModule, strength: float) -> Tensor:
     """strength * (alpha / rank) up @ down, float32 [out, in * kernel]."""
     down, up = module.tensors[DOWN].float(), module.tensors[UP].float()
     return strength * module_scale(module) * up.flatten(1) @ down.flatten(1)
-
-
-def _checkpoint_keys(paths: dict[str, str], family: families.Family) -> dict[str, str]:
-    """The key of each module's weight in a single-file checkpoint, by the module's kohya name."""
-    placeholders = {f"{path}.weight": torch.empty(0) for path in paths.values()}
-    return dict(zip(paths, ldm.unet_to_ldm(placeholders, families.config(family, "unet")), strict=True))

@@ -1,7 +1,11 @@
-"""Models to distill: the interface that the trainer uses (seam.py), and the engines that implement it."""
+"""Models to distill: the interface that the trainer uses (seam.py), and the engines that implement it.
+
+Only this module imports engines, and only when they are needed: importing diffusers takes seconds.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..config.settings import BaseConfig
@@ -10,7 +14,7 @@ TINY_NAME = "tiny-sd.safetensors"
 """File name of the embedded model, in trainer/tiny."""
 
 if TYPE_CHECKING:
-    from .seam import Checkpoint
+    from .seam import Checkpoint, LoraLayout
 
 
 def open_checkpoint(base: BaseConfig) -> Checkpoint:
@@ -18,6 +22,13 @@ def open_checkpoint(base: BaseConfig) -> Checkpoint:
 
     Raises UserError if there is no model, the file is damaged, or it is not supported; the message says what it is.
     """
-    from .unet.checkpoint import UNetCheckpoint  # imported here because diffusers takes seconds to import
+    from .unet.checkpoint import UNetCheckpoint
 
     return UNetCheckpoint(base)
+
+
+def lora_layouts() -> Iterator[LoraLayout]:
+    """Yield how LoRA files are laid out, for each model family of each engine."""
+    from .unet.lora_layouts import lora_layouts as unet_layouts
+
+    yield from unet_layouts()

@@ -5,8 +5,8 @@
     TextEncoder   captions -> conditioning
     Autoencoder   pictures -> latents, and latents -> pictures
 
-An engine implements all four for one kind of network, in a folder beside this file; `unet` is the only one.
-`open_checkpoint` in __init__.py chooses the engine.
+An engine implements all four for one kind of network, in a folder beside this file; `unet` is the only one. It also
+says how LoRA files for its networks are laid out. `open_checkpoint` and `lora_layouts` in __init__.py ask the engines.
 """
 
 from __future__ import annotations
@@ -44,6 +44,28 @@ class LatentDistribution(NamedTuple):
     """[B, *LatentFormat.shape]."""
     std: Tensor | None
     """[B, *LatentFormat.shape]; None if the autoencoder is deterministic."""
+
+
+class LoraLayout(NamedTuple):
+    """The layers of a model family that can have a LoRA, by kohya name, and how files name and shape them."""
+
+    family: str
+    """As Checkpoint.family."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """The shape of the layer's weight, [out, in, ...]."""
+    peft_names: Mapping[str, str]
+    """The name in PEFT's format without `.lora_A.weight`, such as unet.mid_block.resnets.0.conv1."""
+    checkpoint_keys: Mapping[str, str]
+    """The key of the layer's weight in a single-file checkpoint."""
+
+
+class Fingerprints(NamedTuple):
+    """Content hashes of a model's files; what was computed with one of them is invalid once its hash changes."""
+
+    base: str
+    """Of the network and the text encoders, and of the autoencoder unless that has files of its own."""
+    autoencoder: str | None = None
+    """Of the autoencoder, if it has files of its own, as with base.vae."""
 
 
 class TextEncoder(Protocol):
@@ -213,8 +235,8 @@ class Checkpoint(Protocol):
         """Return conditioning of the usual shape with arbitrary content, for measuring memory."""
         ...
 
-    def fingerprints(self) -> Mapping[str, str]:
-        """Return a content hash of each part that affects training, by the part's name."""
+    def fingerprints(self) -> Fingerprints:
+        """Return content hashes of the files that affect training."""
         ...
 
     def lora_metadata(self) -> Mapping[str, str]:

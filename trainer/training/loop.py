@@ -48,6 +48,8 @@ class StepRecord(NamedTuple):
     """Training times, int64 [B], on the CPU."""
     s: Tensor
     """Target times, int64 [B], on the CPU."""
+    num_times: int
+    """How many training times the schedule has: t and s are in 0 .. num_times - 1."""
     losses: Tensor
     """Weighted loss of each example, float32 [B], on the CPU."""
     images: int
@@ -185,10 +187,13 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         if self.config.method.ema_decay:
             self._update_average()
-        times = draw_times_and_guidance(self.config, self.model.schedule, self.step).times
+        schedule = self.model.schedule
+        times = draw_times_and_guidance(self.config, schedule, self.step).times
         self.losses.append(loss)
         seconds = time.perf_counter() - started
-        record = StepRecord(self.step, loss, lr, norm, times.t, times.s, results[:-2], training.batch, seconds)
+        record = StepRecord(
+            self.step, loss, lr, norm, times.t, times.s, schedule.num_times, results[:-2], training.batch, seconds
+        )
         return record, bool(results[-1])
 
     def state_dict(self) -> dict[str, Tensor]:

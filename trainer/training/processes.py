@@ -8,14 +8,13 @@ step.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, distributed
 
 from ..errors import RunError, UserError
@@ -24,6 +23,8 @@ T = TypeVar("T")
 _BUCKET_BYTES = 32 * 2**20  # gradients per all-reduce; this much memory is needed for a copy of them
 # A process may wait this long for the others: one may have much more to encode, or previews to draw.
 _TIMEOUT = timedelta(days=1)
+# Set by `accelerate launch`, torchrun and MPI in each of the processes that they start.
+_LAUNCHER_VARIABLES = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Processes:
                 result = [function()]
             except (UserError, RunError, OSError) as error:
                 result = [error]
-        broadcast_object_list(result)
+        distributed.broadcast_object_list(result)
         if isinstance(result[0], Exception):
             raise result[0]
         returned: T = result[0]
@@ -87,6 +88,8 @@ class Processes:
     def barrier(self) -> None:
         """Wait until every process has called this."""
         if self.count > 1:
+            from accelerate import PartialState  # not at the top, as a single process needs no accelerate
+
             PartialState().wait_for_everyone()
 
 
@@ -109,7 +112,20 @@ ALONE = Processes()
 
 
 def join_processes(device: torch.device) -> tuple[Processes, torch.device]:
-    """Connect to the processes that were launched together with this one; also return this process's device."""
+    """Connect to the processes that were launched together with this one; also return this process's device.
+
+    Raises UserError if this process was launched as one of several, and accelerate is not installed.
+    """
+    launched = [name for name in _LAUNCHER_VARIABLES if name in os.environ]
+    if not launched:
+        return ALONE, device
+    try:
+        from accelerate import PartialState
+    except ImportError as error:
+        raise UserError(
+            f"{launched[0]} is set, as for one of several processes, which need accelerate ({error}): "
+            f"pip install accelerate, or unset {launched[0]} for a single process"
+        ) from error
     state = PartialState(cpu=device.type == "cpu", timeout=_TIMEOUT)
     if state.num_processes == 1:
         return ALONE, device

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-
 from ..models.seam import Model
 from .processes import Processes
 
@@ -22,6 +19,10 @@ def shard(model: Model, processes: Processes) -> None:
     The adapter is not part of the network, and stays complete in every process. From now on, all processes must call
     the network the same number of times.
     """
+    # Imported here because not every build of torch has torch.distributed.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(model.device.type, (processes.count,))
     for module in (*model.blocks(), model.network):
         fully_shard(module, mesh=mesh)

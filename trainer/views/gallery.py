@@ -15,8 +15,6 @@ from ..config.settings import BaseConfig, PreviewConfig
 from ..data.buckets import Size
 from ..errors import UserError
 from ..files.adapter_weights import load_weights
-from ..files.family import family_of
-from ..files.lora_file import read_lora
 from ..models import open_checkpoint
 from ..models.seam import Model
 from .grid import Row, draw_grid
@@ -31,17 +29,12 @@ def draw_gallery(lora: Path, base: BaseConfig, settings: PreviewConfig, folder: 
 
     A width or height of 0 in `settings` means the resolution that the base was trained at.
 
-    Raises UserError if the LoRA does not belong to the base's family, there is no prompt, or a picture exists already.
+    Raises UserError if the LoRA does not fit the base, there is no prompt, or a picture exists already.
     """
     paths = _picture_paths(folder, settings)
     checkpoint = open_checkpoint(base)
     checkpoint.check_encoders()
-    family = family_of(read_lora(lora))
-    if family != checkpoint.family:
-        raise UserError(
-            f"{lora} is a LoRA for {family or 'no family that is known here'}, and {base.path} is "
-            f"{checkpoint.family}: use a base of its family"
-        )
+    load_weights(checkpoint.load(torch.float32, torch.device("meta")), lora)  # raises if it does not fit the base
     side, dtype = checkpoint.resolution, resolve_dtype(base.dtype, device)
     size = Size(settings.height or side, settings.width or side)
     prompts = encode_prompts(checkpoint, settings.prompts, settings.seeds, size, device=device, dtype=dtype)

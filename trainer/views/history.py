@@ -18,8 +18,8 @@ from ..errors import RunError
 from ..training.loop import StepRecord
 
 LOG_NAME, BY_TIME_NAME = "log.csv", "loss_by_time.csv"
-BIN_WIDTH, BIN_COUNT = 100, 10
-"""Timesteps in a bin of t or t - s, and number of bins. Training times are 0 ... 999, or 0 ... 1000 in flow models."""
+BIN_COUNT = 10
+"""Number of bins of t, and of t - s; each is a tenth of the schedule's training times."""
 
 
 class LogRow(NamedTuple):
@@ -39,12 +39,25 @@ class BinRow(NamedTuple):
 
     step: int
     t: int
-    """The lowest t of the bin, in training timesteps."""
+    """The lowest t of the bin, in training times."""
     gap: int
-    """The lowest t - s of the bin, in training timesteps."""
+    """The lowest t - s of the bin, in training times."""
+    num_times: int
+    """How many training times there are, in all bins together."""
     pictures: int
     loss: float
     """Mean loss of these pictures."""
+
+
+class LossByTime(NamedTuple):
+    """The losses of many steps by t (rows) and t - s (columns)."""
+
+    loss: Tensor
+    """Mean loss in each bin, float64 [BIN_COUNT, BIN_COUNT]; NaN in a bin without pictures."""
+    pictures: Tensor
+    """Number of pictures in each bin, of the same shape."""
+    edges: list[int]
+    """As `bin_edges`."""
 
 
 class History:
@@ -72,14 +85,22 @@ class History:
 
 def loss_bins(record: StepRecord) -> list[BinRow]:
     """Return the mean loss of a step in each bin of t and t - s that has a picture, in ascending order."""
-    t, gap = record.t.cpu(), (record.t - record.s).cpu()
-    indices = (t // BIN_WIDTH).clamp(max=BIN_COUNT - 1) * BIN_COUNT + (gap // BIN_WIDTH).clamp(max=BIN_COUNT - 1)
+    t, gap = (time.cpu() * BIN_COUNT // record.num_times for time in (record.t, record.t - record.s))
+    indices, edges = t * BIN_COUNT + gap, bin_edges(record.num_times)
     rows = []
     for index in indices.unique().tolist():
         losses = record.losses.cpu()[indices == index]
-        low_t, low_gap = index // BIN_COUNT * BIN_WIDTH, index % BIN_COUNT * BIN_WIDTH
-        rows.append(BinRow(record.step, low_t, low_gap, len(losses), losses.mean().item()))
+        low_t, low_gap = edges[index // BIN_COUNT], edges[index % BIN_COUNT]
+        rows.append(BinRow(record.step, low_t, low_gap, record.num_times, len(losses), losses.mean().item()))
     return rows
+
+
+def bin_edges(num_times: int) -> list[int]:
+    """Return the lowest training time of each bin, and num_times last: bin k has those with time * 10 // num_times = k.
+
+    They are 0, 100 ... 1000 for 1000 timesteps, and 0, 101, 201 ... 1001 for the 1001 times of a flow.
+    """
+    return [-(-k * num_times // BIN_COUNT) for k in range(BIN_COUNT + 1)]
 
 
 def read_log(folder: Path) -> list[LogRow]:
@@ -87,18 +108,20 @@ def read_log(folder: Path) -> list[LogRow]:
     return [LogRow(int(row[0]), *map(float, row[1:])) for row in _read(folder / LOG_NAME, LogRow._fields)]
 
 
-def read_loss_by_time(folder: Path, since: int = 0) -> tuple[Tensor, Tensor]:
-    """Return the mean loss and the number of pictures in each bin of t (rows) and t - s (columns).
+def read_loss_by_time(folder: Path, since: int = 0) -> LossByTime | None:
+    """Return the losses in the loss_by_time.csv of a run's folder, or None if it has none.
 
-    Both are float64 [BIN_COUNT, BIN_COUNT]; the loss of a bin without pictures is NaN. since: only later steps count.
+    since: only later steps count.
     """
     total, count = torch.zeros(2, BIN_COUNT, BIN_COUNT, dtype=torch.float64)
-    for step, t, gap, pictures, loss in _read(folder / BY_TIME_NAME, BinRow._fields):
-        if int(step) > since:
-            index = int(t) // BIN_WIDTH, int(gap) // BIN_WIDTH
-            total[index] += int(pictures) * float(loss)
-            count[index] += int(pictures)
-    return total / count, count
+    num_times = 0
+    for row in _read(folder / BY_TIME_NAME, BinRow._fields):
+        step, t, gap, num_times, pictures = map(int, row[:-1])
+        if step > since:
+            index = t * BIN_COUNT // num_times, gap * BIN_COUNT // num_times
+            total[index] += pictures * float(row[-1])
+            count[index] += pictures
+    return LossByTime(total / count, count, bin_edges(num_times)) if count.any() else None
 
 
 class _CsvFile:

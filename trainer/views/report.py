@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Sequence
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 from string import Template
 
@@ -17,7 +18,7 @@ from ..config.settings import Config
 from ..errors import UserError
 from ..models import TINY_NAME
 from .curves import color_map, curve
-from .history import BIN_COUNT, BIN_WIDTH, LogRow, read_log, read_loss_by_time
+from .history import LogRow, read_log, read_loss_by_time
 from .preview import PREVIEW_FOLDER, TEACHER_FOLDER, TEACHER_STEPS, picture_path, step_label, teacher_guidance
 from .preview_prompts import picture_names
 
@@ -90,18 +91,19 @@ def _curves(rows: Sequence[LogRow]) -> str:
 
 def _by_time(folder: Path, rows: Sequence[LogRow]) -> str:
     """Draw the mean loss by t and t - s as a color map, and by each of the two alone as curves."""
-    loss, count = read_loss_by_time(folder, since=rows[-1].step // 2 if rows else 0)
-    if not count.sum():
+    losses = read_loss_by_time(folder, since=rows[-1].step // 2 if rows else 0)
+    if losses is None:
         return '<p class="empty">nothing yet</p>'
-    labels = [f"{k * BIN_WIDTH}-{k * BIN_WIDTH + BIN_WIDTH - 1}" for k in range(BIN_COUNT)]
-    middles = [(k + 0.5) * BIN_WIDTH for k in range(BIN_COUNT)]
+    loss, count, edges = losses
+    labels = [f"{low}-{end - 1}" for low, end in pairwise(edges)]
+    middles = [(low + end) / 2 for low, end in pairwise(edges)]
     total = loss.nan_to_num(0.0) * count
     curves = [
         curve(
             f"mean loss by {name} (logarithmic)",
             middles,
             (total.sum(dim) / count.sum(dim)).tolist(),
-            x_label=f"{name}, in timesteps",
+            x_label=f"{name}, in training times",
             logarithmic=True,
             dots=True,
         )

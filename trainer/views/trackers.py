@@ -6,13 +6,14 @@ import hashlib
 import importlib
 from dataclasses import asdict
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from ..config.settings import Config, LogConfig
 from ..errors import UserError
 from ..training.loop import Observer, StepRecord
-from .history import BIN_WIDTH, loss_bins
+from .history import bin_edges, loss_bins
 
 
 def check_installed(log: LogConfig) -> None:
@@ -43,12 +44,12 @@ def scalars(record: StepRecord) -> dict[str, float]:
         "gradient norm": record.norm,
         "images per second": record.images / record.seconds,
     }
-    rows = loss_bins(record)
+    rows, edges = loss_bins(record), bin_edges(record.num_times)
     for name, column in (("t", "t"), ("t - s", "gap")):
-        for low in sorted({getattr(row, column) for row in rows}):
-            inside = [row for row in rows if getattr(row, column) == low]
-            mean = sum(row.pictures * row.loss for row in inside) / sum(row.pictures for row in inside)
-            named[f"loss by {name}/{low:03}-{low + BIN_WIDTH - 1}"] = mean
+        for low, end in pairwise(edges):
+            if inside := [row for row in rows if getattr(row, column) == low]:
+                mean = sum(row.pictures * row.loss for row in inside) / sum(row.pictures for row in inside)
+                named[f"loss by {name}/{low:03}-{end - 1}"] = mean
     return named
 
 

@@ -18,7 +18,7 @@ from ...errors import UserError
 from .. import TINY_NAME
 from ..conditioning import Conditioning
 from ..fingerprint import fingerprint
-from ..seam import LatentFormat
+from ..seam import Fingerprints, LatentFormat
 from . import families
 from .autoencoder import Vae
 from .families import Family
@@ -107,13 +107,11 @@ class UNetCheckpoint:
         return Conditioning.of(context=context, pooled=pooled, time_ids=sizes)
 
     @cached_property
-    def _fingerprints(self) -> Mapping[str, str]:
-        fingerprints = {"the base": fingerprint(self.path)}
-        if self._vae_source is not self._source:
-            fingerprints["the VAE"] = fingerprint(self._vae_source.path)
-        return fingerprints
+    def _fingerprints(self) -> Fingerprints:
+        own_vae = self._vae_source is not self._source
+        return Fingerprints(fingerprint(self.path), fingerprint(self._vae_source.path) if own_vae else None)
 
-    def fingerprints(self) -> Mapping[str, str]:
+    def fingerprints(self) -> Fingerprints:
         """Return content hashes of the base and, if base.vae is set, of the VAE."""
         return self._fingerprints
 
