@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..config.settings import BaseConfig
@@ -18,6 +19,17 @@ def open_checkpoint(base: BaseConfig) -> Checkpoint:
 
     Raises UserError if there is no model, the file is damaged, or it is not supported; the message says what it is.
     """
+    opened = (engine(base) for engine in ENGINES)
+    return next(checkpoint for checkpoint in opened if checkpoint is not None)
+
+
+def _open_unet(base: BaseConfig) -> Checkpoint:
     from .unet.checkpoint import UNetCheckpoint  # imported here because diffusers takes seconds to import
 
     return UNetCheckpoint(base)
+
+
+ENGINES: list[Callable[[BaseConfig], Checkpoint | None]] = [_open_unet]
+"""For each engine, a function that opens a model of its kind, or returns None: the first that can is used.
+
+The last one does not return None, but raises UserError with what the model is instead."""
