@@ -90,6 +90,7 @@ def weights(points: Points, weighting: Weighting) -> Tensor:
     none: 1. gap: (t - t_next) / (t - s) in training times, as the error of a jump is the sum of those of so many steps
     (the weighting of consistency training, arXiv 2303.01469, in discrete time). x0: the inverse of the weight that x0
     has in the jump, alpha_s - alpha_t sigma_s / sigma_t, so that an error of x0 counts the same wherever the jump goes.
+    It is infinite where s has the level of t, as the lowest times of a distilled model have.
     """
     t, t_next, s = points
     if weighting == "none":

@@ -13,6 +13,7 @@ from trajectory_consistency.trainer.data.dataset import Dataset, Table, caption_
 from trajectory_consistency.trainer.data.order import Group
 from trajectory_consistency.trainer.files.adapter_weights import load_weights
 from trajectory_consistency.trainer.models.conditioning import Conditioning
+from trajectory_consistency.trainer.models.framing import Framing
 from trajectory_consistency.trainer.models.sampling import Guidance, initial_noise, sample_latents
 from trajectory_consistency.trainer.models.unet import families
 from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint
@@ -103,8 +104,8 @@ def small_config(values: dict[str, dict[str, object]], **training: object) -> co
     return config.from_mapping({**values, "training": {**values["training"], **training}})
 
 
-def join_captions(captions: Sequence[Conditioning], sizes: torch.Tensor) -> Conditioning:
-    """Join rows as SD1.5 does, which is not conditioned on sizes."""
+def join_captions(captions: Sequence[Conditioning], framing: Framing) -> Conditioning:
+    """Join rows as SD1.5 does, which is not told of the framing."""
     return Conditioning.cat(captions)
 
 

@@ -11,7 +11,7 @@ import torch
 from .config.device import device_and_dtype
 from .config.settings import FILE_NAME, Config, changes, load
 from .data.cache import input_fingerprints, open_cached
-from .data.survey import Survey, survey
+from .data.survey import Survey, check_bucket_sizes, survey
 from .errors import UserError
 from .files.adapter_weights import initial_weights
 from .files.metadata import CONFIG_DIGEST_KEY, config_digest
@@ -22,6 +22,7 @@ from .training import sharding
 from .training.checkpoint import Checkpoints
 from .training.optimizer import optimizer_class
 from .training.processes import ALONE, Processes
+from .training.step import check_weighting
 from .views.trackers import check_installed
 
 CHECKPOINT_FOLDER = "checkpoints"
@@ -132,6 +133,10 @@ def _check_settings(config: Config, processes: Processes) -> Checkpoint:
     config.to_toml()  # raises if it could not be written
     checkpoint = open_checkpoint(config.base)
     checkpoint.check_encoders()
+    check_bucket_sizes(config.data, checkpoint.latents)
+    checkpoint.latents.check_size("preview.width", config.preview.width)
+    checkpoint.latents.check_size("preview.height", config.preview.height)
+    check_weighting(config.method, checkpoint.schedule)
     initial_weights(checkpoint.load(torch.float32, torch.device("meta")), config)  # raises if they could not be made
     return checkpoint
 

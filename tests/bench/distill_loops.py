@@ -26,6 +26,7 @@ from trajectory_consistency.trainer.config import settings as configuration
 from trajectory_consistency.trainer.data.dataset import Batch
 from trajectory_consistency.trainer.models import open_checkpoint
 from trajectory_consistency.trainer.models.conditioning import Conditioning
+from trajectory_consistency.trainer.models.framing import Framing
 from trajectory_consistency.trainer.models.seam import Autoencoder, Checkpoint, TextEncoder
 from trajectory_consistency.trainer.run import load_student
 from trajectory_consistency.trainer.training.examples import draw_times_and_guidance
@@ -118,8 +119,8 @@ def encode(
     checkpoint: Checkpoint, text_encoder: TextEncoder, texts: list[str], config: configuration.Config
 ) -> Conditioning:
     side = config.data.resolution
-    sizes = torch.tensor([side, side, 0, 0, side, side]).expand(len(texts), -1)
-    return checkpoint.collate(text_encoder.encode(texts), sizes.to(next(text_encoder.parameters()).device))
+    framing = Framing.whole(side, side, len(texts), next(text_encoder.parameters()).device)
+    return checkpoint.collate(text_encoder.encode(texts), framing)
 
 
 def captions(size: int) -> list[str]:

@@ -37,7 +37,6 @@ def test_what_is_written_is_read_back_equal(tmp_path: Path) -> None:
         ("output", "eta", 1.5, "output.eta is 1.5, but must be at least 0 and at most 1"),
         ("method", "law", "tcd", "method.law is 'tcd', but must be one of 'uniform', 'zero'"),
         ("base", "path", 5, "base.path is 5, but must be a string"),
-        ("data", "resolution", 100, "data.resolution is 100: use a multiple of 8"),
         ("method", "guidance_min", 9.0, "exchange them"),
         ("method", "origin_steps", 7, "use a divisor of 1000"),
         ("method", "order", True, "method.order is True, but must be one of 1, 2"),

@@ -129,7 +129,7 @@ def test_what_is_cached_is_what_is_computed(checkpoint: Path, pictures: Path, tm
             posterior = vae.encode(signal(pixels(image, fit)[None])).latent_dist
             (cond,) = text_encoder.encode([path.with_suffix(".txt").read_text(encoding="utf-8").strip()])
         context = cond.tensors["context"]
-        expected.append((posterior.mean[0] * scale, posterior.std[0] * scale, fit.sizes, context[0]))
+        expected.append((posterior.mean[0] * scale, posterior.std[0] * scale, fit.framing, context[0]))
     assert len(dataset) == len(expected) == 8
     for mean, std, sizes, context in rows(dataset):
         nearest = min(
@@ -138,7 +138,7 @@ def test_what_is_cached_is_what_is_computed(checkpoint: Path, pictures: Path, tm
         torch.testing.assert_close(mean.float(), nearest[0], rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(std.float(), nearest[1], rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(context.float(), nearest[3], rtol=1e-3, atol=1e-3)
-        assert tuple(sizes.tolist()) == nearest[2]
+        assert torch.equal(sizes, nearest[2].to_rows()[0])
     assert {group.bucket for group in dataset.groups} == {Size(64, 64), Size(64, 128)}
 
 

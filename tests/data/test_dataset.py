@@ -14,6 +14,7 @@ from trajectory_consistency.trainer.data.dataset import Batch, Dataset, Shard, T
 from trajectory_consistency.trainer.data.order import Group
 from trajectory_consistency.trainer.data.store import ShardFiles
 from trajectory_consistency.trainer.models.conditioning import Conditioning
+from trajectory_consistency.trainer.models.framing import Framing
 from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint
 
 SIZES = {Size(64, 64): 5, Size(64, 128): 7}
@@ -34,9 +35,9 @@ def shards(std: float, pooled: bool) -> tuple[list[Shard], Shard]:
     return pictures, captions
 
 
-def join(captions: Sequence[Conditioning], sizes: torch.Tensor) -> Conditioning:
-    """As the checkpoints of UNets join, with no more of one than what says whether the sizes are told."""
-    return UNetCheckpoint.collate(object.__new__(UNetCheckpoint), captions, sizes)
+def join(captions: Sequence[Conditioning], framing: Framing) -> Conditioning:
+    """As the checkpoints of UNets join, with no more of one than what says whether the framing is told."""
+    return UNetCheckpoint.collate(object.__new__(UNetCheckpoint), captions, framing)
 
 
 def in_memory(std: float = 0.5, pooled: bool = True) -> Dataset:

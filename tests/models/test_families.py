@@ -18,6 +18,7 @@ from trajectory_consistency.trainer.config.settings import BaseConfig
 from trajectory_consistency.trainer.errors import UserError
 from trajectory_consistency.trainer.models import lora_layouts
 from trajectory_consistency.trainer.models.conditioning import Conditioning
+from trajectory_consistency.trainer.models.framing import Framing
 from trajectory_consistency.trainer.models.unet import families as bases
 from trajectory_consistency.trainer.models.unet import ldm
 from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint
@@ -126,7 +127,7 @@ def test_without_data_everything_has_the_shapes_and_dtypes_that_it_has_with_it(f
 
     assert shapes(meta) == shapes(CPU)
     rows = base.load_text_encoder(FLOAT, CPU).encode(["a red circle", ""])
-    joined, blank = base.collate(rows, torch.zeros(2, 6)).tensors, base.placeholder_conditioning(2, CPU).tensors
+    joined, blank = base.collate(rows, Framing.whole(64, 64, 2)).tensors, base.placeholder_conditioning(2, CPU).tensors
     assert {name: each.shape for name, each in joined.items()} == {name: each.shape for name, each in blank.items()}
     assert ("time_ids" in blank) == (family == "sdxl") and base.placeholder_conditioning(2, meta).tensors[
         "context"

@@ -206,8 +206,9 @@ def test_training_starts_from_a_lora_file(checkpoint: Path, values: Values, tmp_
     write_lora(path, net, small_config(values), {}, context(torch.ones(1, 77, 32)))
 
     def started(rank: int = 4, alpha: float = 2.0, targets: tuple[str, ...] = ("all",)) -> dict[str, torch.Tensor]:
-        weights = with_adapter(model_of(checkpoint), rank=rank, alpha=alpha, seed=5, targets=targets)
-        start_from(weights, path)
+        model = model_of(checkpoint)
+        weights = with_adapter(model, rank=rank, alpha=alpha, seed=5, targets=targets)
+        start_from(model, weights, path)
         return weights.tensors()
 
     expected, got = net.adapter.weights[STUDENT].tensors(), started()

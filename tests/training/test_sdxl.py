@@ -39,8 +39,8 @@ for name, weight in unet.named_parameters():
         weight.data.normal_(0, weight[0].numel() ** -0.5, generator=random)
 latents = {"mean": torch.randn(1, 4, 8, 8, generator=random), "sizes": torch.tensor([[64, 64, 0, 0, 64, 64]])}
 captions = {"context": torch.randn(2, 77, 2048, generator=random), "pooled": torch.randn(2, 1280, generator=random)}
-def join(rows, sizes):
-    return Conditioning({**Conditioning.cat(rows).tensors, "time_ids": sizes.float()})
+def join(rows, framing):
+    return Conditioning({**Conditioning.cat(rows).tensors, "time_ids": torch.cat(framing, 1).float()})
 table = Table(torch.tensor([[0, 0, 0, 1]]), [latents], [captions])
 dataset = Dataset((Group(Size(64, 64), 1, 1.0),), [table], caption_of(captions, 0), join)
 folder = Path(sys.argv[1])

@@ -232,14 +232,15 @@ def test_a_frozen_lora_costs_no_gradient(values: Values, base: Path) -> None:
 def test_training_starts_from_a_file_with_an_embedding(values: Values, base: Path) -> None:
     start = run.run(small_config(values, steps=2, lr=1e-2))
     model = model_of(base)
-    start_from(with_adapter(model, alpha=2.0, seed=5, target_input="s"), start)
+    start_from(model, with_adapter(model, alpha=2.0, seed=5, target_input="s"), start)
     fresh = model_of(base)
     fresh.adapter.add(FILE, load_weights(fresh, start))
     torch.testing.assert_close(x0(model, FAR), x0(fresh, FAR), rtol=1e-4, atol=1e-5)
     for target_input in ("t-s", None):
-        weights = with_adapter(model_of(base), alpha=2.0, seed=5, target_input=target_input)
+        model = model_of(base)
+        weights = with_adapter(model, alpha=2.0, seed=5, target_input=target_input)
         with pytest.raises(UserError, match='use method.target_time = true and method.target_input = "s"'):
-            start_from(weights, start)
+            start_from(model, weights, start)
 
 
 def test_files_are_described_renamed_and_merged_as_far_as_can_be(

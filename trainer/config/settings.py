@@ -78,11 +78,11 @@ class DataConfig:
     """Several of these, each as a table `[[data.sources]]`."""
     draw: DrawConfig = field(default_factory=DrawConfig)
     resolution: int = _number(512, 8, 4096)
-    """Pictures are trained at about resolution^2 pixels; a multiple of 8."""
+    """Pictures are trained at about resolution^2 pixels; a multiple of the latent stride, 8 of a UNet."""
     buckets: bool = True
     """Keep the aspect of pictures, in buckets from 1:4 to 4:1; otherwise they are cropped to squares."""
     bucket_step: int = _number(64, 8, 512)
-    """Sides of buckets are multiples of it; a multiple of 8."""
+    """Sides of buckets are multiples of it; a multiple of the latent stride, too."""
     upscale: bool = False
     """Enlarge pictures that are smaller than `resolution`, which otherwise get smaller buckets."""
     skip_bad: bool = False
@@ -93,9 +93,6 @@ class DataConfig:
     """Folder of cached latents and embeddings, which several runs can share; empty is `cache` in the output folder."""
 
     def __post_init__(self) -> None:
-        for key in ("resolution", "bucket_step"):
-            if getattr(self, key) % 8:
-                raise UserError(f"data.{key} is {getattr(self, key)}: use a multiple of 8")
         if self.bucket_step > self.resolution:
             raise UserError(
                 f"data.bucket_step is {self.bucket_step}, above data.resolution, {self.resolution}: use at most that"
@@ -248,14 +245,11 @@ class PreviewConfig:
     cfg: float = _number(DEFAULT_CFG, 0.0)
     """Guidance scale of the student; the teacher has 50 steps at the middle of `method`'s guidance range."""
     width: int = _number(0, 0, 4096)
-    """Of the pictures, in pixels, a multiple of 8; 0 is `data.resolution`."""
+    """Of the pictures, in pixels, a multiple of the latent stride; 0 is `data.resolution`."""
     height: int = _number(0, 0, 4096)
-    """Of the pictures, in pixels, a multiple of 8; 0 is `data.resolution`."""
+    """Of the pictures, in pixels, a multiple of the latent stride; 0 is `data.resolution`."""
 
     def __post_init__(self) -> None:
-        for key in ("width", "height"):
-            if getattr(self, key) % 8:
-                raise UserError(f"preview.{key} is {getattr(self, key)}: use a multiple of 8")
         for key in ("seeds", "steps"):
             if not getattr(self, key):
                 raise UserError(f"preview.{key} is empty: give at least one, or no preview.prompts for no previews")

@@ -7,6 +7,10 @@ from functools import lru_cache
 from math import log
 from typing import NamedTuple
 
+import torch
+
+from ..models.framing import Framing
+
 MAX_STRETCH = 2
 """Sides are at least resolution / 2 and at most resolution * 2, so that aspect ratios range from 1:4 to 4:1."""
 
@@ -40,9 +44,10 @@ class Fit(NamedTuple):
     left: int
 
     @property
-    def sizes(self) -> tuple[int, ...]:
-        """Sizes as conditioning: original height and width, crop top and left, target height and width, in pixels."""
-        return (*self.original, self.top, self.left, *self.bucket)
+    def framing(self) -> Framing:
+        """The same for models that are told, as one row."""
+        numbers = (*self.original, self.top, self.left, *self.bucket)
+        return Framing.from_rows(torch.tensor([numbers], dtype=torch.int32))
 
 
 @dataclass(frozen=True)

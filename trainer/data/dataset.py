@@ -14,16 +14,18 @@ import torch
 from torch import Tensor
 
 from ..models.conditioning import Conditioning
+from ..models.framing import Framing
 from ..randomness import generator
 from .order import Group, Order
 from .store import DIGESTS
 
 Shard = Mapping[str, Tensor]
 """Tensors by name, with one row per picture or caption.  Pictures: `mean` and optionally `std` of the normalized
-latent, [n, C, ...] each, and `sizes`, [n, 6].  Captions: the model's conditioning tensors, [n, ...] each."""
+latent, [n, C, ...] each, and `sizes`, the rows [n, 6] of their framing.  Captions: the model's conditioning tensors,
+[n, ...] each."""
 
-Join = Callable[[Sequence[Conditioning], Tensor], Conditioning]
-"""(B captions of one row each, the pictures' sizes [B, 6]) -> conditioning of B rows, as `Checkpoint.collate`."""
+Join = Callable[[Sequence[Conditioning], Framing], Conditioning]
+"""(B captions of one row each, the pictures' framing) -> conditioning of B rows, as `Checkpoint.collate`."""
 
 
 class Batch(NamedTuple):
@@ -34,7 +36,7 @@ class Batch(NamedTuple):
     cond: Conditioning
     """Conditioning on the captions, B rows."""
     uncond: Conditioning
-    """Conditioning on the empty caption and the pictures' sizes, B rows."""
+    """Conditioning on the empty caption and the pictures' framing, B rows."""
 
 
 @dataclass(frozen=True)
@@ -71,18 +73,18 @@ class Dataset:
         rows = _order_of(self.groups, size, seed).rows(step)[part].tolist()
         dropped = torch.rand(size, generator=generator(seed, "caption dropout", step))[part] < caption_dropout
         numbers = range(size)[part]
-        latents, sizes, captions = [], [], []
+        latents, framings, captions = [], [], []
         for number, (group, picture), drop in zip(numbers, rows, dropped.tolist(), strict=True):
             table = self.tables[group]
             shard, row, caption_shard, caption = table.index[picture].tolist()
             latents.append(
                 _sample_posterior(table.latents[shard], row, generator(seed, f"posterior of row {number}", step))
             )
-            sizes.append(table.latents[shard]["sizes"][row])
+            framings.append(table.latents[shard]["sizes"][row])
             captions.append(self.empty if drop else caption_of(table.captions[caption_shard], caption))
-        all_sizes = torch.stack(sizes)
-        uncond = self.join([self.empty] * len(rows), all_sizes)
-        return Batch(torch.stack(latents), self.join(captions, all_sizes), uncond)
+        framing = Framing.from_rows(torch.stack(framings))
+        uncond = self.join([self.empty] * len(rows), framing)
+        return Batch(torch.stack(latents), self.join(captions, framing), uncond)
 
 
 def caption_of(shard: Shard, row: int) -> Conditioning:

@@ -18,10 +18,11 @@ from ..config.settings import Config
 from ..errors import UserError
 from ..models import open_checkpoint
 from ..models.conditioning import Conditioning
+from ..models.framing import Framing
 from ..models.seam import Autoencoder, Checkpoint, Model, TextEncoder
 from ..models.teacher_sampling import dpm_solver_sample
 from ..randomness import generator
-from .buckets import Fit, Size
+from .buckets import Size
 from .cache import Index, IndexEntry, cache_paths, merge_parts, open_cached
 from .dataset import Dataset, caption_of
 from .sources import PictureSource, PromptFile, open_sources
@@ -29,6 +30,7 @@ from .store import Store, digest, open_shard
 from .survey import (
     Inspection,
     Survey,
+    check_bucket_sizes,
     configured_buckets,
     drawn_bucket,
     inspect_sample,
@@ -98,6 +100,7 @@ def fill_cache(
     Raises UserError if a source or sample cannot be used, and MemoryFullError.
     """
     checkpoint = open_checkpoint(config.base)
+    check_bucket_sizes(config.data, checkpoint.latents)
     paths = cache_paths(config, checkpoint, dtype)
     stores = {kind: Store(paths.rows_folder(kind), verify=verify) for kind in paths.settings}
     if verify and open_cached(config, dtype):
@@ -191,23 +194,23 @@ class _CacheFiller:
             return
         model: Model = self.checkpoint.load(self.dtype, self.device)
         bucket, draw, store = drawn_bucket(self.config.data), self.config.data.draw, self.stores["drawn"]
-        sizes = torch.tensor(Fit(bucket, bucket, bucket, 0, 0).sizes, dtype=torch.int32)
         prompts = list(self._pending_drawings.items())
         per_call = pictures_per_call(bucket, self.device)
         shape = self.checkpoint.latents.shape(*bucket)
         for start in range(0, len(prompts), per_call):
             batch = prompts[start : start + per_call]
+            framing = Framing.whole(*bucket, len(batch))
             noise = [torch.randn(shape, generator=generator(0, f"drawing {key.hex()}")) for key, _ in batch]
             latents = dpm_solver_sample(
                 model,
-                self._cached_conditioning([prompt for _, prompt in batch], sizes).to(self.device),
-                self._cached_conditioning([""] * len(batch), sizes).to(self.device),
+                self._cached_conditioning([prompt for _, prompt in batch], framing).to(self.device),
+                self._cached_conditioning([""] * len(batch), framing).to(self.device),
                 torch.stack(noise).to(self.device),
                 steps=draw.steps,
                 guidance=draw.guidance,
             )
-            for (key, prompt), mean in zip(batch, latents, strict=True):
-                store.add(str(bucket), key, {"mean": _to_cached(mean, prompt), "sizes": sizes})
+            for (key, prompt), mean, row in zip(batch, latents, framing.to_rows(), strict=True):
+                store.add(str(bucket), key, {"mean": _to_cached(mean, prompt), "sizes": row})
             bar.update(len(batch))
         store.flush()
 
@@ -258,15 +261,15 @@ class _CacheFiller:
             tensors = {"mean": _to_cached(encoded.mean[row], name)}
             if encoded.std is not None:
                 tensors["std"] = _to_cached(encoded.std[row], name)
-            tensors["sizes"] = torch.tensor(inspection.fit.sizes, dtype=torch.int32)
+            tensors["sizes"] = inspection.fit.framing.to_rows()[0]
             self.stores["latents"].add(str(bucket), key, tensors)
 
-    def _cached_conditioning(self, captions: list[str], sizes: torch.Tensor) -> Conditioning:
-        """Return the conditioning of cached captions, for pictures that share `sizes`, int32 [6]."""
+    def _cached_conditioning(self, captions: list[str], framing: Framing) -> Conditioning:
+        """Return the conditioning of cached captions, one for each picture of `framing`."""
         store = self.stores["captions"]
         locations = [store.locations[_caption_digest(caption)] for caption in captions]
         rows = [caption_of(open_shard(store.folder / shard), row) for shard, row in locations]
-        return self.checkpoint.collate(rows, sizes.expand(len(rows), -1))
+        return self.checkpoint.collate(rows, framing)
 
 
 def _caption_kind(row: Mapping[str, torch.Tensor]) -> str:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ..config.settings import Config, DataConfig
 from ..errors import UserError
+from ..models.seam import LatentFormat
 from . import pictures
 from .buckets import Buckets, Fit, Size
 from .order import Group, Order
@@ -155,6 +156,12 @@ def parallel_map(function: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
 def configured_buckets(data: DataConfig) -> Buckets:
     """Return the bucket rule of a configuration."""
     return Buckets(data.resolution, data.bucket_step, not data.buckets, data.upscale)
+
+
+def check_bucket_sizes(data: DataConfig, latents: LatentFormat) -> None:
+    """Raise UserError if there are buckets that the model's latents do not fill in whole cells."""
+    latents.check_size("data.resolution", data.resolution)
+    latents.check_size("data.bucket_step", data.bucket_step)
 
 
 def drawn_bucket(data: DataConfig) -> Size:

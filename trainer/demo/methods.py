@@ -14,6 +14,7 @@ from ...tcd.adapter import OFF
 from ..config.settings import BaseConfig
 from ..files.adapter_weights import load_weights
 from ..models import open_checkpoint
+from ..models.framing import Framing
 from ..models.sampling import Guidance, initial_noise, sample_latents
 from ..tiny.world import SIZE_PX
 
@@ -65,15 +66,16 @@ class DemoSampler:
 
     def __init__(self, loras: dict[str, Path], captions: Sequence[str]) -> None:
         """loras: LoRA files by name. Raises UserError if a file is damaged or not a LoRA for the tiny model."""
-        cpu, sizes = torch.device("cpu"), torch.zeros(1, 6)
+        cpu = torch.device("cpu")
         checkpoint = open_checkpoint(BaseConfig(path="tiny"))
         self.autoencoder = checkpoint.load_autoencoder(cpu)
         self.model = checkpoint.load(torch.float32, cpu)
         for name, path in loras.items():
             self.model.adapter.add(name, load_weights(self.model, path))
         *cond, uncond = checkpoint.load_text_encoder(torch.float32, cpu).encode([*captions, ""])
-        self.cond = checkpoint.collate(cond, sizes.expand(len(cond), -1))
-        self.guidance = Guidance(uncond, TEACHER_GUIDANCE)
+        self.cond = checkpoint.collate(cond, Framing.whole(SIZE_PX, SIZE_PX, len(cond)))
+        empty = checkpoint.collate([uncond], Framing.whole(SIZE_PX, SIZE_PX))
+        self.guidance = Guidance(empty, TEACHER_GUIDANCE)
 
     def latents(self, method: Method, count: int, seed: int) -> Tensor:
         """Sample the first `count` captions by a method; return normalized latents, float32 [count, 4, h, w]."""

@@ -26,7 +26,7 @@ def load_weights(model: Model, path: Path) -> AdapterWeights:
     """
     file = read_lora(path)
     by_layer = layer_shapes(model.network)
-    layers = {kohya_name(layer): layer for layer in by_layer}
+    layers = {kohya_name(model.lora_key(layer)): layer for layer in by_layer}
     shapes = {name: by_layer[layer] for name, layer in layers.items()}
     try:
         fit = coverage(file.tensors, shapes)
@@ -71,12 +71,12 @@ def initial_weights(model: Model, config: Config) -> AdapterWeights:
         path = Path(adapter.start_from).expanduser()
         if not path.is_file():
             raise UserError(f"adapter.start_from is {path}, where there is no file")
-        start_from(weights, path)
+        start_from(model, weights, path)
     return weights
 
 
 @torch.no_grad()
-def start_from(weights: AdapterWeights, path: Path) -> None:
+def start_from(model: Model, weights: AdapterWeights, path: Path) -> None:
     """Overwrite weights to be trained with those of a LoRA file; for weights on the meta device, check the file only.
 
     If the file has no target-time embedding, that of `weights` keeps its initial values.
@@ -84,7 +84,7 @@ def start_from(weights: AdapterWeights, path: Path) -> None:
     Raises UserError if the file is not a LoRA, or differs from `weights` in modules, shapes, alpha or target input.
     """
     file = read_lora(path)
-    own = {kohya_name(layer): lora for layer, lora in weights.items()}
+    own = {kohya_name(model.lora_key(layer)): lora for layer, lora in weights.items()}
     unmatched = sorted(file.modules.keys() ^ own.keys())
     if unmatched:
         raise UserError(

@@ -34,7 +34,6 @@ def lora_metadata(config: Config, checkpoint: Checkpoint) -> dict[str, str]:
         "tcd.skip": str(method.skip),
         "tcd.guidance_min": str(method.guidance_min),
         "tcd.guidance_max": str(method.guidance_max),
-        "tcd.prediction_type": checkpoint.prediction,
         TARGET_TIME_KEY: method.target_input if method.target_time else "none",
         STEPS_KEY: str(output.steps),
         ETA_KEY: str(output.eta),

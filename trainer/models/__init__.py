@@ -5,7 +5,7 @@ Only this module imports engines, and only when they are needed: importing diffu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from ..config.settings import BaseConfig
@@ -22,9 +22,20 @@ def open_checkpoint(base: BaseConfig) -> Checkpoint:
 
     Raises UserError if there is no model, the file is damaged, or it is not supported; the message says what it is.
     """
+    opened = (engine(base) for engine in ENGINES)
+    return next(checkpoint for checkpoint in opened if checkpoint is not None)
+
+
+def _open_unet(base: BaseConfig) -> Checkpoint:
     from .unet.checkpoint import UNetCheckpoint
 
     return UNetCheckpoint(base)
+
+
+ENGINES: list[Callable[[BaseConfig], Checkpoint | None]] = [_open_unet]
+"""For each engine, a function that opens a model of its kind, or returns None: the first that can is used.
+
+The last one does not return None, but raises UserError with what the model is instead."""
 
 
 def lora_layouts() -> Iterator[LoraLayout]:

@@ -11,7 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Named tensors [B, ...] with one row per example; each model defines the names that it uses."""
+    """Named tensors [B, ...] with one row per example; each model defines the names that it uses.
+
+    A mask of padding is one of these tensors, so that whoever selects, moves or repeats rows does the same to it.
+    """
 
     tensors: Mapping[str, Tensor]
 
@@ -39,7 +42,7 @@ class Conditioning:
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """Concatenate the rows of `parts`.
+        """Concatenate the rows of `parts`; `Checkpoint.collate` joins rows of different lengths.
 
         Raises ValueError if they do not all have the same names and the same row shapes.
         """

@@ -7,6 +7,16 @@
 
 An engine implements all four for one kind of network, in a folder beside this file; `unet` is the only one. It also
 says how LoRA files for its networks are laid out. `open_checkpoint` and `lora_layouts` in __init__.py ask the engines.
+
+Latents are [B, C, h, w] of pictures, and [B, C, F, h, w] of videos. They are normalized everywhere outside an
+`Autoencoder`, which shifts and scales them as the network expects.
+
+Conditioning is named tensors whose names only the engine reads. The rows of captions may differ in length: the trainer
+keeps each as it was encoded, and `Checkpoint.collate` makes a batch of some of them, padded to the longest one, with a
+mask among the named tensors. The trainer selects rows of a batch, and never joins two. Rows are padded differently in
+other batches, processes and micro-batches, so what a network predicts for a row must not depend on the padding.
+
+The clock is the engine's: the trainer knows times, levels and network times only through `Model.schedule`.
 """
 
 from __future__ import annotations
@@ -18,27 +28,36 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ...tcd import Adapter, AdapterWeights, Prediction, Schedule, TargetInput, TimePoint
+from ...tcd import Adapter, AdapterWeights, Schedule, TargetInput, TimePoint
+from ..errors import UserError
 from .conditioning import Conditioning
+from .framing import Framing
 
 
 class LatentFormat(NamedTuple):
-    """The shape of latents. Latents are normalized everywhere: scaled as the network expects them."""
+    """The shape of latents."""
 
     channels: int
     stride: int
     """Pixels per latent cell, along height and width; picture sizes are multiples of it."""
     frames: int | None = None
-    """Frames of a video latent; None for pictures, whose latents have no frame dimension."""
+    """Frames of a video, as it is seen; None for pictures, whose latents have no frame dimension."""
+    frame_stride: int = 1
+    """Frames of a video per latent frame; the first has a latent frame of its own, as in a causal autoencoder."""
 
     def shape(self, height: int, width: int) -> tuple[int, ...]:
         """Return the shape of one latent for height x width pixels: [C, h, w], or [C, F, h, w] with frames."""
-        frames = () if self.frames is None else (self.frames,)
+        frames = () if self.frames is None else (1 + (self.frames - 1) // self.frame_stride,)
         return (self.channels, *frames, height // self.stride, width // self.stride)
+
+    def check_size(self, setting: str, pixels: int) -> None:
+        """Raise UserError unless the value of a setting, in pixels, is a multiple of the stride."""
+        if pixels % self.stride:
+            raise UserError(f"{setting} is {pixels}: use a multiple of {self.stride}")
 
 
 class LatentDistribution(NamedTuple):
-    """The Gaussian posterior of the latents of B pictures, normalized, float32."""
+    """The Gaussian posterior of the latents of B pictures, normalized, float32: mean and std of the scaled latents."""
 
     mean: Tensor
     """[B, *LatentFormat.shape]."""
@@ -72,7 +91,10 @@ class TextEncoder(Protocol):
     """Captions -> conditioning."""
 
     def encode(self, captions: Sequence[str]) -> list[Conditioning]:
-        """Encode each caption as one row, on the encoder's device. Rows may differ in length."""
+        """Encode each caption as one row, on the encoder's device. Rows may differ in length, and have no padding.
+
+        The cache stores floating-point tensors in float16, and returns them in float32; others keep their dtype.
+        """
         ...
 
     def to(self, device: torch.device) -> TextEncoder:
@@ -85,14 +107,17 @@ class TextEncoder(Protocol):
 
 
 class Autoencoder(Protocol):
-    """Pictures -> latents, and latents -> pictures."""
+    """Pictures -> normalized latents, and back. Only an autoencoder knows the shift and the scale of normalization."""
 
     def encode(self, pixels: Tensor) -> LatentDistribution:
-        """Encode pictures, uint8 [B, 3, H, W]."""
+        """Encode pictures, uint8 [B, 3, H, W]; for a model of videos each is a video in which nothing moves."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode normalized latents [B, *LatentFormat.shape] to pictures, uint8 [B, 3, H, W]."""
+        """Decode normalized latents [B, *LatentFormat.shape] to pictures, uint8 [B, 3, H, W].
+
+        The frames of a video are one picture, side by side: W is the width of all of them together.
+        """
         ...
 
     def to(self, device: torch.device) -> Autoencoder:
@@ -131,7 +156,10 @@ class Model(Protocol):
         ...
 
     def x0(self, x_t: Tensor, t: TimePoint, cond: Conditioning, s: TimePoint | None = None) -> Tensor:
-        """Predict x0, float32 [B, C, ...], from x_t [B, C, ...] at t; s: target time, for an adapter that embeds it."""
+        """Predict x0, float32 [B, C, ...], from x_t [B, C, ...] at t; s: target time, for an adapter that embeds it.
+
+        A network that has the guidance scale as an input gets one of the engine's choice: the student is used with it.
+        """
         ...
 
     def guided_x0(
@@ -145,8 +173,8 @@ class Model(Protocol):
     ) -> Tensor:
         """Predict x0 as `x0` does, with guidance scales w [B]; w = 1 is no guidance.
 
-        uncond: the empty caption, B rows or one. The engine chooses the kind of guidance: classifier-free,
-        u + w (c - u), or w as an input of a guidance-distilled network.
+        uncond: the empty caption, B rows or one, which may differ from cond in length. The engine chooses the kind of
+        guidance: classifier-free, u + w (c - u), or w as an input of a guidance-distilled network, without uncond.
         """
         ...
 
@@ -171,7 +199,10 @@ class Model(Protocol):
         ...
 
     def lora_key(self, layer: str) -> str:
-        """Return the name of the layer at a path in a LoRA file: the key without `.lora_down.weight`."""
+        """Return the name of the layer at a path in a LoRA file: the key without `.lora_down.weight`.
+
+        The names of all layers that can have a LoRA must still differ after `kohya_name`.
+        """
         ...
 
     def blocks(self) -> list[nn.Module]:
@@ -189,7 +220,6 @@ class Checkpoint(Protocol):
     path: Path
     name: str
     """Name of the file or folder, without suffix."""
-    prediction: Prediction
     latents: LatentFormat
     resolution: int
     """Usual side of the pictures of the model's family, in pixels."""
@@ -199,6 +229,11 @@ class Checkpoint(Protocol):
     @property
     def family(self) -> str:
         """The model family, such as sdxl."""
+        ...
+
+    @property
+    def schedule(self) -> Schedule:
+        """The noise schedule, with its training tables on the CPU."""
         ...
 
     def describe(self) -> str:
@@ -224,15 +259,15 @@ class Checkpoint(Protocol):
         """Load the autoencoder, frozen, in float32, as `load` does. Raises UserError if it is incomplete."""
         ...
 
-    def collate(self, captions: Sequence[Conditioning], sizes: Tensor) -> Conditioning:
-        """Join encoded captions of one row each into a batch of B rows for the network.
+    def collate(self, captions: Sequence[Conditioning], framing: Framing) -> Conditioning:
+        """Join encoded captions of one row each, and the framing of their B pictures, into a batch for the network.
 
-        sizes: [B, 6], in pixels: original height and width, top and left of the crop, target height and width.
+        Rows of different lengths are padded to the longest, with a mask that tells the network which part is padding.
         """
         ...
 
     def placeholder_conditioning(self, rows: int, device: torch.device) -> Conditioning:
-        """Return conditioning of the usual shape with arbitrary content, for measuring memory."""
+        """Return conditioning of the longest captions with arbitrary content, for measuring memory."""
         ...
 
     def fingerprints(self) -> Fingerprints:
@@ -240,5 +275,5 @@ class Checkpoint(Protocol):
         ...
 
     def lora_metadata(self) -> Mapping[str, str]:
-        """Return the metadata about this model for a LoRA file: modelspec.* and ss_* entries, as other tools read."""
+        """Return the metadata about this model for a LoRA file, such as modelspec.* entries, which other tools read."""
         ...

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from ...tcd import TimePoint
+from ...tcd import Schedule, TimePoint
 from ...tcd.adapter import AVERAGE
 from ...tcd.objective import distance_of, first_order, second_order, tcd_loss, weights
 from ...tcd.times import Points
-from ..config.settings import Config
+from ..config.settings import Config, MethodConfig
+from ..errors import UserError
 from ..models.seam import Model
 from .examples import Examples
+
+
+def check_weighting(method: MethodConfig, schedule: Schedule) -> None:
+    """Raise UserError if a jump that is drawn would have an infinite weight; `schedule` is on the CPU.
+
+    A distilled model knows only each k-th of its timesteps, and the k lowest share one level. Between two of these, x0
+    has no weight in a jump, and method.weighting = "x0" divides by that.
+    """
+    lowest = schedule.grid(method.origin_steps)[:2]
+    alpha, sigma = (torch.as_tensor(part) for part in schedule.point(lowest).level)
+    if method.weighting == "x0" and alpha[0] == alpha[1] and sigma[0] == sigma[1]:
+        raise UserError(
+            f'method.weighting is "x0", but this model has one noise level for all times up to {int(lowest[1])}, which '
+            "gives jumps between them an infinite weight: use another weighting, or fewer method.origin_steps"
+        )
 
 
 def step_losses(model: Model, examples: Examples, config: Config) -> Tensor:

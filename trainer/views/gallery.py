@@ -29,12 +29,15 @@ def draw_gallery(lora: Path, base: BaseConfig, settings: PreviewConfig, folder: 
 
     A width or height of 0 in `settings` means the resolution that the base was trained at.
 
-    Raises UserError if the LoRA does not fit the base, there is no prompt, or a picture exists already.
+    Raises UserError if the LoRA does not fit the base, there is no prompt, a size is no multiple of the base's latent
+    stride, or a picture exists already.
     """
     paths = _picture_paths(folder, settings)
     checkpoint = open_checkpoint(base)
     checkpoint.check_encoders()
     load_weights(checkpoint.load(torch.float32, torch.device("meta")), lora)  # raises if it does not fit the base
+    checkpoint.latents.check_size("width", settings.width)
+    checkpoint.latents.check_size("height", settings.height)
     side, dtype = checkpoint.resolution, resolve_dtype(base.dtype, device)
     size = Size(settings.height or side, settings.width or side)
     prompts = encode_prompts(checkpoint, settings.prompts, settings.seeds, size, device=device, dtype=dtype)

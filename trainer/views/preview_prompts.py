@@ -16,8 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..atomic import atomic_write
-from ..data.buckets import Fit, Size
+from ..data.buckets import Size
 from ..models.conditioning import Conditioning
+from ..models.framing import Framing
 from ..models.sampling import Guidance, initial_noise, sample_latents
 from ..models.seam import Checkpoint, Model
 
@@ -68,8 +69,8 @@ def encode_prompts(
     Raises UserError if the text encoder is not complete.
     """
     encoded = checkpoint.load_text_encoder(dtype, device).encode([*prompts, ""])
-    sizes = torch.tensor([Fit(size, size, size, 0, 0).sizes], device=device)
-    *cond, uncond = (checkpoint.collate([row], sizes) for row in encoded)
+    framing = Framing.whole(*size, device=device)
+    *cond, uncond = (checkpoint.collate([row], framing) for row in encoded)
     return PreviewPrompts(tuple(prompts), tuple(seeds), tuple(cond), uncond, (1, *checkpoint.latents.shape(*size)))
 
 

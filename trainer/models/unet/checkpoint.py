@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor
 
 from ....tcd import DiscreteSchedule, Prediction, scaled_linear_alpha_bar, zero_terminal_snr
 from ...config.settings import BaseConfig
@@ -18,6 +17,7 @@ from ...errors import UserError
 from .. import TINY_NAME
 from ..conditioning import Conditioning
 from ..fingerprint import fingerprint
+from ..framing import Framing
 from ..seam import Fingerprints, LatentFormat
 from . import families
 from .autoencoder import Vae
@@ -88,12 +88,13 @@ class UNetCheckpoint:
             vae = self._vae_source.vae(self.family).to(device)
         return Vae(vae.requires_grad_(False).eval())
 
-    def collate(self, captions: Sequence[Conditioning], sizes: Tensor) -> Conditioning:
-        """Join encoded captions into a batch; for SDXL, add the sizes, in pixels [B, 6], as `time_ids`."""
+    def collate(self, captions: Sequence[Conditioning], framing: Framing) -> Conditioning:
+        """Join encoded captions, which all have 77 tokens; for SDXL, add the framing as `time_ids`, [B, 6]."""
         batch = Conditioning.cat(captions)
         if "pooled" not in batch.tensors:
             return batch
-        return Conditioning({**batch.tensors, "time_ids": sizes.float()})
+        time_ids = torch.cat([framing.original, framing.crop, framing.target], dim=1).float()
+        return Conditioning({**batch.tensors, "time_ids": time_ids})
 
     def placeholder_conditioning(self, rows: int, device: torch.device) -> Conditioning:
         """Return conditioning of the usual shape with arbitrary content, for measuring memory."""
@@ -116,11 +117,12 @@ class UNetCheckpoint:
         return self._fingerprints
 
     def lora_metadata(self) -> Mapping[str, str]:
-        """Return the metadata about this model for a LoRA file: Stability AI's modelspec.* and kohya's ss_* entries."""
+        """Return the metadata about this model for a LoRA file: modelspec.* of Stability AI, ss_* of kohya, tcd.*."""
         metadata = {
             "modelspec.architecture": f"{self._architecture()}/lora",
             "modelspec.implementation": "diffusers",
             "modelspec.prediction_type": _PREDICTION_NAMES[self.prediction],
+            "tcd.prediction_type": self.prediction,
             "ss_base_model_version": self._kohya_version(),
             "ss_v2": str(self.family == "sd2"),
             "ss_zero_terminal_snr": str(self.zero_snr),
