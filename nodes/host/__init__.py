@@ -1,4 +1,4 @@
-"""The only package that imports ComfyUI's own modules; it converts ComfyUI's objects to those of tcd/."""
+"""The only package that imports ComfyUI's modules. It converts between ComfyUI's objects and the classes of tcd/."""
 
 from .clock import schedule_of, scheduler_sigmas, tcd_sigmas
 from .ksampler_lists import register, set_eta
