@@ -128,12 +128,12 @@ print([name for name in {STAYS_OUTSIDE} if importlib.util.find_spec(name)], {PAC
 
 
 def test_what_is_installed_tells_its_commands(installed: Installed) -> None:
-    for told in (
+    for printed in (
         installed.run("tcd-train", "--help"),
         installed.run("python", "-m", f"{PACKAGE}.trainer", "--help"),
     ):
-        assert "usage: tcd-train" in told
-        assert all(f"\n    {command} " in told for command in COMMANDS)
+        assert "usage: tcd-train" in printed
+        assert all(f"\n    {command} " in printed for command in COMMANDS)
     assert "--samples" in installed.run("python", "-m", f"{PACKAGE}.trainer.demo", "--help")
 
 

@@ -2,6 +2,6 @@
 
 import logging
 
-# diffusers imports peft, which imports bitsandbytes, if they are installed; that warns about a missing kernel for
+# If peft and bitsandbytes are installed, diffusers imports both. bitsandbytes then warns about a missing kernel for
 # 4-bit weights, which are not used here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -87,7 +87,7 @@ def test_squares_alone() -> None:
         assert fit is None or fit.bucket.height == fit.bucket.width <= 512
 
 
-def test_what_sdxl_is_told() -> None:
+def test_what_sdxl_is_conditioned_on() -> None:
     fit = Buckets(1024).fit(Size(1500, 3000))
     assert fit is not None and (fit.resized, fit.bucket) == (Size(736, 1472), Size(704, 1472))
     assert fit.sizes == (1500, 3000, 16, 0, 704, 1472)

@@ -214,7 +214,7 @@ class Checkpoint(Protocol):
         ...
 
     def fingerprints(self) -> Mapping[str, str]:
-        """Return a content hash of each part that affects training, by the part's name."""
+        """Return a fingerprint (fingerprint.py) of each part that affects training, by the part's name."""
         ...
 
     def lora_metadata(self) -> Mapping[str, str]:

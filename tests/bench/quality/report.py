@@ -252,7 +252,7 @@ def _goals(results: Results, measures: Mapping[str, str]) -> list[str]:
 
 
 def _goals_of(results: Results, kind: str, measure: str, called: str) -> list[tuple[str, bool]]:
-    """Return the goals of TCD and TCD S+ of one kind, such as ", plain", compared with LCM of that kind if it was run."""
+    """Return the goals of TCD and TCD S+ of one kind, such as ", plain", compared with LCM (of that kind if run)."""
     baseline = f"LCM{kind}" if f"LCM{kind}" in results.runs else "LCM"
     lcm, tcd, s_plus = (
         _distances(results, name, ALL[name].gamma, measure) for name in (baseline, f"TCD{kind}", f"TCD S+{kind}")
