@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .levels import HalfLogSNR, to_zero, with_ndim
+from .levels import HalfLogSNR, append_zero, with_ndim
 from .schedule import TimePoint
 from .timesteps import FLOW_TIMESTEPS, check_steps, even_grid, parse_flow_times
 from .trajectory import Level
@@ -112,7 +112,7 @@ class FlowSchedule(_EvenSchedule):
         """Return the level (1 - sigma, sigma)."""
         return Level(1 - sigma, sigma)
 
-    def target(self, sigma_next: Tensor, gamma: float) -> Tensor:
+    def target_sigma(self, sigma_next: Tensor, gamma: float) -> Tensor:
         """Return (1 - gamma) sigma_next."""
         return (1 - gamma) * sigma_next
 
@@ -131,7 +131,7 @@ class FlowSchedule(_EvenSchedule):
 
         These are network times, 1000 sigma, which diffusers prints as timesteps; the shift is already applied to them.
         """
-        return to_zero(torch.tensor(parse_flow_times(timesteps)))
+        return append_zero(torch.tensor(parse_flow_times(timesteps)))
 
     def _sigma(self, part: Tensor) -> Tensor:
         return self._shift(part)
@@ -158,7 +158,7 @@ class ContinuousSchedule(_EvenSchedule):
         """Return the level (1, sigma)."""
         return Level(torch.ones_like(sigma), sigma)
 
-    def target(self, sigma_next: Tensor, gamma: float) -> Tensor:
+    def target_sigma(self, sigma_next: Tensor, gamma: float) -> Tensor:
         """Return the sigma at flow time (1 - gamma) u, where u = sigma_next / (1 + sigma_next)."""
         return _part_of_flow_time(sigma_next, 1 - gamma)
 

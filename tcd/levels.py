@@ -46,7 +46,7 @@ def with_ndim(values: Tensor, ndim: int) -> Tensor:
     return values.reshape(-1, *[1] * (ndim - 1))
 
 
-def to_zero(sigmas: Tensor) -> Tensor:
+def append_zero(sigmas: Tensor) -> Tensor:
     """Append 0, the clean end, to sigmas [N]; an empty tensor stays empty."""
     return torch.cat([sigmas, sigmas.new_zeros(1)]) if len(sigmas) else sigmas
 

@@ -49,7 +49,7 @@ def sample_tcd(
     dtype = x.dtype
     x = x.to(_at_least_float32(dtype))
     sigmas = _checked_sigmas(sigmas)
-    targets = schedule.target(sigmas[1:], gamma)
+    targets = schedule.target_sigma(sigmas[1:], gamma)
     levels, target_levels = _levels(schedule, sigmas), _levels(schedule, targets)
     for i, (sigma, sigma_next, sigma_s) in enumerate(zip(sigmas, sigmas[1:], targets, strict=False)):
         t, s, t_next = levels[i], target_levels[i], levels[i + 1]

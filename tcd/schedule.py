@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .levels import TERMINAL_SIGMA as TERMINAL_SIGMA
-from .levels import HalfLogSNR, alpha_bar_to_sigma, sigma_to_alpha_bar, to_zero, vp_level, with_ndim
+from .levels import HalfLogSNR, alpha_bar_to_sigma, append_zero, sigma_to_alpha_bar, vp_level, with_ndim
 from .timesteps import ORIGIN_STEPS, parse_timesteps, refined_origin_steps, timestep_grid
 from .trajectory import Level
 
@@ -53,7 +53,7 @@ class Schedule(Protocol):
         """Return the noise level (alpha, sigma) in the sampling scale, for sigmas of any shape."""
         ...
 
-    def target(self, sigma_next: Tensor, gamma: float) -> Tensor:
+    def target_sigma(self, sigma_next: Tensor, gamma: float) -> Tensor:
         """Return the sigma of the target time s = (1 - gamma) t', where t' is the time of sigma_next, of any shape.
 
         The times t' and s are on the clock that the model was trained on. The target is never above sigma_next, and
@@ -192,7 +192,7 @@ class DiscreteSchedule:
         """Return the level (1, sigma)."""
         return Level(torch.ones_like(sigma), sigma)
 
-    def target(self, sigma_next: Tensor, gamma: float) -> Tensor:
+    def target_sigma(self, sigma_next: Tensor, gamma: float) -> Tensor:
         """Return sigma(s) with s = floor((1 - gamma) t'); the product is in float32, as in the reference scheduler."""
         if gamma == 0:
             return sigma_next  # it may lie between two timesteps, so it is not rounded to one
@@ -247,13 +247,13 @@ class DiscreteSchedule:
         return moved
 
     def _down_through(self, timesteps: list[int]) -> Tensor:
-        return to_zero(self.sigma(torch.tensor(timesteps, dtype=torch.int64)))
+        return append_zero(self.sigma(torch.tensor(timesteps, dtype=torch.int64)))
 
 
 class BridgeSchedule(DiscreteSchedule):
     """The schedule of a model that turns one picture into another: x has no noise, so sampling cannot renew it."""
 
-    def target(self, sigma_next: Tensor, gamma: float) -> Tensor:
+    def target_sigma(self, sigma_next: Tensor, gamma: float) -> Tensor:
         """Return sigma_next. Raises ValueError if gamma is above 0, unless every sigma_next is 0."""
         if gamma > 0 and (sigma_next > 0).any():
             raise ValueError(

@@ -8,7 +8,7 @@ from comfy.k_diffusion import sampling as k_diffusion
 from torch import Tensor
 
 from ...tcd.lora_metadata import DEFAULT_ETA
-from .clock import scheduler_sigmas
+from .model_schedule import scheduler_sigmas
 from .sampling import sample_with_tcd
 
 NAME = "tcd"

@@ -10,7 +10,7 @@ from ...tcd import Coverage, TargetTime, coverage, kohya_name, split_target_time
 from ...tcd.lora_keys import format_shape
 from ..lora_file import LoraFile
 from .lora_files import read_tensors
-from .model import model_name
+from .model_name import model_name
 from .target_time import install_target_time
 
 _log = logging.getLogger("trajectory-consistency")

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from ...tcd import Noise, sample_tcd, seeded_noise
 from .batch_index import batch_indices
-from .clock import schedule_of
+from .model_schedule import schedule_of
 from .target_time import with_target_time
 
 

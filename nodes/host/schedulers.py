@@ -6,7 +6,7 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from .clock import scheduler_sigmas
+from .model_schedule import scheduler_sigmas
 
 SETUP_SCHEDULERS = ("simple", "sgm_uniform")
 _MAX_STEPS = 10000  # as in KSampler

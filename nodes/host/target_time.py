@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...tcd import DiscreteSchedule, Schedule, TargetTime
-from .clock import schedule_of
+from .model_schedule import schedule_of
 
 _TIMES_OPTION = "tcd_target_time"  # key in transformer_options: the timesteps (t, s), [B] each
 _log = logging.getLogger("trajectory-consistency")

@@ -188,7 +188,7 @@ def test_packs_are_copied_if_links_cannot_be_made(tmp_path: Path, monkeypatch: p
     lent = server.base / "custom_nodes"
     assert [path.name for path in (lent / "other_pack").iterdir()] == ["__init__.py"]
     assert (lent / PACK_NAME / "__init__.py").read_bytes() == (PACK / "__init__.py").read_bytes()
-    assert (lent / PACK_NAME / "nodes" / "host" / "clock.py").is_file()
+    assert (lent / PACK_NAME / "nodes" / "host" / "model_schedule.py").is_file()
     assert (lent / PACK_NAME / "tcd" / "sampling.py").is_file()
     assert not (lent / PACK_NAME / "trainer").exists()
 

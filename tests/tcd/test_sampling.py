@@ -147,7 +147,7 @@ def test_order_of_a_step_and_what_the_network_gets(ladder, gamma: float) -> None
     sample_tcd(denoise, randn(1, 4), sigmas, schedule=schedule, gamma=gamma, noise=noise, report=report)
     expected: list[tuple[str, float]] = []
     for i, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
-        target = float(schedule.target(sigma_next, gamma))
+        target = float(schedule.target_sigma(sigma_next, gamma))
         expected += [("denoise", float(sigma)), ("target", target), ("report", i)]
         if gamma > 0 and sigma_next > 0:
             expected.append(("noise", float(sigma_next)))

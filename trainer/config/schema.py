@@ -15,20 +15,20 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..errors import UserError
 
-FREE = {"free": True}
+MAY_CHANGE = {"may_change": True}
 """Field metadata of settings that do not affect the result of a run, up to rounding. They may change on resuming."""
 
 
-def number(default: object, low: float, high: float = math.inf, *, free: bool = False) -> Any:
-    """Declare a field for a number, or a list of numbers, from `low` to `high` inclusive. free: see FREE."""
-    return field(default=default, metadata={"low": low, "high": high, "free": free})
+def number(default: object, low: float, high: float = math.inf, *, may_change: bool = False) -> Any:
+    """Declare a field for a number, or a list of numbers, in [low, high]. may_change: see MAY_CHANGE."""
+    return field(default=default, metadata={"low": low, "high": high, "may_change": may_change})
 
 
 def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
-    """Yield one message for each field that differs between two values of a dataclass, except FREE fields."""
+    """Yield one message for each field that differs between two values of a dataclass, except MAY_CHANGE fields."""
     for entry in fields(old):
         was, now = getattr(old, entry.name), getattr(new, entry.name)
-        if entry.metadata.get("free") or was == now:
+        if entry.metadata.get("may_change") or was == now:
             continue
         if is_dataclass(was):
             yield from differences(was, now, f"{where}{entry.name}.")

@@ -19,7 +19,7 @@ from ...tcd.objective import DistanceName, Weighting
 from ...tcd.times import Law
 from ..errors import UserError
 from .cross_checks import check_together
-from .schema import FREE, build, differences, override
+from .schema import MAY_CHANGE, build, differences, override
 from .schema import number as _number
 
 FILE_NAME = "config.toml"
@@ -92,7 +92,7 @@ class DataConfig:
     error."""
     caption_dropout: float = _number(0.0, 0.0, 1.0)
     """Fraction of the captions that are replaced by the empty caption."""
-    cache: str = field(default="", metadata=FREE)
+    cache: str = field(default="", metadata=MAY_CHANGE)
     """Folder of cached latents and embeddings, which several runs may share; by default `cache` in the output
     folder."""
 
@@ -192,12 +192,12 @@ class TrainingConfig:
     """Number of updates of the weights."""
     batch: int = _number(8, 1)
     """Number of pictures in a step, over all processes and accumulated parts."""
-    accumulate: int = _number(1, 1, free=True)
+    accumulate: int = _number(1, 1, may_change=True)
     """Number of parts into which each process divides its pictures of a step. More parts need less memory and more
     time; the result is the same up to rounding."""
-    gradient_checkpointing: bool = field(default=False, metadata=FREE)
+    gradient_checkpointing: bool = field(default=False, metadata=MAY_CHANGE)
     """Recompute most activations in the backward pass instead of keeping them: less memory, more time."""
-    compile: bool = field(default=False, metadata=FREE)
+    compile: bool = field(default=False, metadata=MAY_CHANGE)
     """Run the UNet through `torch.compile`, which takes minutes at the start."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """`adamw8bit` keeps Adam's moments in 8 bits, in a quarter of the memory; it needs bitsandbytes."""
@@ -213,11 +213,11 @@ class TrainingConfig:
     """Maximum norm of the gradient; a larger gradient is scaled down to it."""
     seed: int = _number(0, 0, 2**63 - 1)
     """Seed of everything random: the adapter's initial weights, the order of the pictures, the times and the noise."""
-    device: str = field(default="auto", metadata=FREE)
+    device: str = field(default="auto", metadata=MAY_CHANGE)
     """`auto`, `cpu`, `cuda`, `cuda:1`, `mps` ... With several processes, each uses its own GPU."""
-    checkpoint_every: int = _number(500, 1, free=True)
+    checkpoint_every: int = _number(500, 1, may_change=True)
     """Number of steps between checkpoints. A stopped run resumes from the last checkpoint."""
-    keep_checkpoints: int = _number(2, 1, free=True)
+    keep_checkpoints: int = _number(2, 1, may_change=True)
     """Number of checkpoints to keep. All are removed when the run is finished."""
 
 
@@ -290,8 +290,8 @@ class Config:
     method: MethodConfig = field(default_factory=MethodConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    preview: PreviewConfig = field(default_factory=PreviewConfig, metadata=FREE)
-    log: LogConfig = field(default_factory=LogConfig, metadata=FREE)
+    preview: PreviewConfig = field(default_factory=PreviewConfig, metadata=MAY_CHANGE)
+    log: LogConfig = field(default_factory=LogConfig, metadata=MAY_CHANGE)
 
     def __post_init__(self) -> None:
         check_together(self)
