@@ -163,7 +163,7 @@ class ContinuousSchedule(_EvenSchedule):
         return _part_of_flow_time(sigma_next, 1 - gamma)
 
     def sigmas_for(self, steps: int, denoise: float = 1.0, *, refine: bool = False) -> Tensor:
-        """Return the sigmas [steps + 1] at flow times evenly spaced from `denoise` times that of sigma_max to 0."""
+        """Return the sigmas [steps + 1] at clock times evenly spaced from `denoise` to 0; time 1 is sigma_max."""
         return _part_of_flow_time(self._sigma_max, _even(steps, denoise).double()).float()
 
     def sigmas_at(self, timesteps: str) -> Tensor:
@@ -186,7 +186,7 @@ class ContinuousSchedule(_EvenSchedule):
 
 
 def _part_of_flow_time(sigma: Tensor | float, part: Tensor | float) -> Tensor:
-    """Return the sigma whose flow time is `part` times the flow time u of `sigma`; tensors of one shape, or numbers."""
+    """Multiply the flow time of `sigma` by `part`, and return the sigma there; tensors of one shape, or numbers."""
     # part u / (1 - part u) with u = sigma / (1 + sigma), simplified so that part = 1 returns sigma exactly.
     return torch.as_tensor(part * sigma / (1 + (1 - part) * sigma))
 

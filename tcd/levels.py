@@ -81,7 +81,7 @@ class HalfLogSNR:
         middle = (self.at(t) + self.at(s)) / 2
         above = torch.searchsorted(-self.table, -middle).clamp(min=1)
         low, high = self.table[above - 1], self.table[above]
-        # Clamped levels are equal. The division by their difference must not be by 0, and any time from s to t will do.
+        # Clamped levels are equal, so their difference is kept away from 0. Between them, any time from s to t will do.
         fall = (high - low).clamp(max=-torch.finfo(low.dtype).tiny)
         middle_time = above - 1 + (middle - low) / fall
         return torch.maximum(torch.minimum(middle_time, t.to(low.dtype)), s.to(low.dtype))

@@ -1,8 +1,8 @@
-"""The consistency distillation loss: the student's jump from t to s must end where the teacher's step and a jump end.
+"""The consistency distillation loss: a jump from t to s must agree with a teacher's step followed by a jump to s.
 
-The teacher's step goes from t to t_next, the second jump from there to s. Inputs are clean latents, noise, and the
-levels and network times at t, t_next and s. The result is one distance for each example, [B], float32, in the training
-scale (variance preserving, or a rectified flow's own).
+The teacher's step goes from t to t_next. Inputs are clean latents, noise, and the levels and network times at t, t_next
+and s. The result is one distance for each example, [B], float32, in the training scale (variance preserving, or a
+rectified flow's own).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Noise schedules: the noise level and the network's time at each time, and the times that sampling and training use.
+"""Noise schedules: clocks, noise levels and grids of times, for sampling and for training.
 
 Every function says which of these clocks its times are on:
   training time   a whole number, 0 at the clean end, so two times can be compared exactly. It is the timestep if the
@@ -83,7 +83,7 @@ class Schedule(Protocol):
         ...
 
     def grid(self, origin_steps: int) -> Tensor:
-        """Return the training times of the distillation grid, int64, ascending: 0, and origin_steps evenly spaced ones.
+        """Return the times of the distillation grid, int64, ascending: 0 and `origin_steps` evenly spaced training times.
 
         Raises ValueError if origin_steps is out of range.
         """
@@ -174,14 +174,14 @@ class DiscreteSchedule:
         return self.num_timesteps
 
     def timestep(self, sigma: Tensor) -> Tensor:
-        """Return the timesteps, int64, nearest in log sigma to sigmas of any shape; sigma = 0 gives the lowest one."""
+        """Convert sigmas of any shape to the nearest timesteps in log sigma, int64; sigma = 0 gives the lowest one."""
         distance = sigma.log().unsqueeze(-1) - self.sigmas.to(sigma.device).log()
         return (distance.abs().argmin(dim=-1) + 1) * self._skip - 1
 
     def sigma(self, timestep: Tensor) -> Tensor:
-        """Return the sigmas at timesteps of any shape, interpolated linearly in log sigma between the known ones.
+        """Convert timesteps of any shape to sigmas, interpolated linearly in log sigma between the known timesteps.
 
-        Below the lowest known timestep and above the highest, the sigma is that timestep's.
+        Below the lowest and above the highest known timestep, sigma is constant.
         """
         place = ((timestep + 1) / self._skip - 1).clamp(0, len(self.sigmas) - 1)
         sigmas = self.sigmas.to(timestep.device)
@@ -214,7 +214,7 @@ class DiscreteSchedule:
         return self._down_through(parse_timesteps(timesteps, num_timesteps=self.num_timesteps))
 
     def grid(self, origin_steps: int) -> Tensor:
-        """Return 0 and the origin_steps timesteps of timestep_grid, int64, ascending; the latter may include 0."""
+        """Return 0 and the origin_steps timesteps of timestep_grid, int64, ascending, without duplicates."""
         return torch.tensor(sorted({0, *self.visited(origin_steps, origin_steps)}))
 
     def visited(self, steps: int, origin_steps: int) -> list[int]:
@@ -225,7 +225,7 @@ class DiscreteSchedule:
         """Return the points at timesteps [B]: levels are variance preserving, float32; network time is the timestep.
 
         Between two timesteps, half-log-SNR is interpolated linearly; a level without signal counts as sigma = 4518.76.
-        Below the lowest timestep that a distilled model knows, the level is that timestep's.
+        Below the lowest timestep that a distilled model knows, the level is constant.
         """
         between = time.is_floating_point()
         alpha_bar = (2 * self._half_log_snr.at(time)).sigmoid() if between else self.alpha_bar[time]
@@ -251,7 +251,7 @@ class DiscreteSchedule:
 
 
 class BridgeSchedule(DiscreteSchedule):
-    """The schedule of a model that turns one picture into another: x has no noise, so sampling cannot renew it."""
+    """The schedule of a model that turns one picture into another: x has no noise, so sampling can add none either."""
 
     def target_sigma(self, sigma_next: Tensor, gamma: float) -> Tensor:
         """Return sigma_next. Raises ValueError if gamma is above 0, unless every sigma_next is 0."""

@@ -60,7 +60,7 @@ def sample_times(
 
     skip: length of the teacher's step, in training times of the schedule. generator: a CPU generator.
 
-    The laws, each drawing s uniformly from the times named:
+    Each law draws s uniformly from these times:
     uniform: points of the grid up to t_next (TCD, arXiv 2402.19159).
     zero: only 0 (LCM, arXiv 2310.04378).
     segment: all training times from the start of t's segment up to t_next. The clock is divided into `phases` equal
