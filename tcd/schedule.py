@@ -83,7 +83,7 @@ class Schedule(Protocol):
         ...
 
     def grid(self, origin_steps: int) -> Tensor:
-        """Return the times of the distillation grid, int64, ascending: 0 and `origin_steps` evenly spaced training times.
+        """Return the distillation grid, int64, ascending: 0 and `origin_steps` evenly spaced training times.
 
         Raises ValueError if origin_steps is out of range.
         """

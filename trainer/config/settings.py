@@ -142,7 +142,7 @@ class MethodConfig:
     skip: int = _number(20, 1, 999)
     """Length k of the teacher's solver step, in training timesteps."""
     guidance_min: float = _number(2.0, 0.0)
-    """Lowest guidance scale of the teacher. The scale is drawn for each picture, uniformly between the two."""
+    """Lowest guidance scale of the teacher. The scale is drawn uniformly for each picture, up to `guidance_max`."""
     guidance_max: float = _number(8.0, 0.0)
     """Highest guidance scale of the teacher. If both are 1, there is no guidance."""
     distance: DistanceName = "huber"
