@@ -15,10 +15,10 @@ class TCDExtension(ComfyExtension):
     """The extension that the pack's entry point returns to the host."""
 
     async def on_load(self) -> None:
-        """Register the replacements of other packs' nodes; every host that supports replacements calls this."""
+        """Register replacements for other packs' nodes. Hosts that never call this do not support replacements."""
         await register_replacements()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        """Return the nodes, and add TCD to the host's lists: done here because older hosts never call on_load."""
+        """Return the nodes, and add TCD to the host's lists; not in on_load, because older hosts never call that."""
         host.register()
         return [TCDSampler, TCDSigmas, TCDLoraLoader, TCDModelSettings, TCDSamplingSetup]

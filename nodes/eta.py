@@ -1,4 +1,4 @@
-"""The input eta (the paper's gamma), which several nodes share."""
+"""The input eta (the paper's gamma), which is the same in several nodes."""
 
 from comfy_api.latest import io
 
@@ -14,7 +14,7 @@ def eta_input() -> io.Float.Input:
         max=1.0,
         step=0.01,
         tooltip=(
-            "Stochasticity, the paper's gamma. 0 is deterministic; 1 goes back to clean and adds all noise "
-            "anew at each step, as LCM does. 0.3 suits few steps, more suits more steps."
+            "Stochasticity, the paper's gamma. With 0, sampling is deterministic. With 1, each step jumps to the clean "
+            "picture and then adds all noise again, as LCM does. Use 0.3 for few steps, and more for more steps."
         ),
     )

@@ -1,4 +1,4 @@
-"""The node that applies a TCD LoRA to a model: all of it, or none unless a partial fit is allowed."""
+"""The node that applies a TCD LoRA to a model. A LoRA that fits in part is refused unless allow_partial is set."""
 
 from comfy_api.latest import io
 
@@ -17,8 +17,8 @@ class TCDLoraLoader(io.ComfyNode):
             display_name="TCD LoRA Loader",
             category="loaders",
             description=(
-                "Load a TCD LoRA, which makes a model a few-step one, and the steps, eta and cfg that its file "
-                "recommends. A file for another architecture is refused, and one that fits in part only if allowed."
+                "Applies a TCD LoRA, with which a model samples in a few steps. Also returns the steps, eta and cfg "
+                "that the file recommends. A file for another architecture is refused."
             ),
             inputs=[
                 io.Model.Input(
@@ -37,8 +37,8 @@ class TCDLoraLoader(io.ComfyNode):
                     "allow_partial",
                     default=False,
                     optional=True,
-                    tooltip="Apply what fits of a file that fits in part, such as one with weights for a text encoder "
-                    "too. The log says what is left out.",
+                    tooltip="If only a part of the file fits the model, apply that part. An example is a file that "
+                    "also has weights for a text encoder. The log lists what is not applied.",
                 ),
             ],
             outputs=[
@@ -58,7 +58,7 @@ class TCDLoraLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str | None, **_: object) -> object:
-        """Return a value that changes with the file, so that the host reruns the node; None for a linked lora_name."""
+        """Return a value that changes if the file does: the host then reruns the node. None for a linked lora_name."""
         return lora_name and host.lora_stamp(lora_name)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The header of a LoRA file: what the file contains, which base model it is for, and its recommended settings."""
+"""The header of a LoRA file: its tensors' names and shapes, its base model, and the settings that it recommends."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class RecommendedSettings(NamedTuple):
 
 
 class FileStamp(NamedTuple):
-    """Identifies a file's content without reading it: the stamp changes if the file is replaced."""
+    """Identifies the version of a file: the stamp changes if the file is replaced."""
 
     path: str
     modified_ns: int
@@ -97,7 +97,7 @@ class LoraFile:
 
     @cached_property
     def target_input(self) -> TargetInput | None:
-        """What the target-time embedding embeds, or None without one; raises ValueError for an unknown value."""
+        """The input of the target-time embedding, or None without one. Raises ValueError for an unknown value."""
         if not self.target_time_shape:
             return None
         return checked_target_input(self.metadata.get(TARGET_TIME_KEY, DEFAULT_TARGET_INPUT))
@@ -117,7 +117,7 @@ class LoraFile:
             raise ValueError(f"{PEFT_CONFIG_KEY} of {self.name} is damaged: {error}") from None
 
     def recommended_settings(self) -> RecommendedSettings:
-        """Return the recommended settings from the metadata tcd.steps, tcd.eta and tcd.cfg, or their defaults.
+        """Return the metadata tcd.steps, tcd.eta and tcd.cfg; keys that the file does not have get their defaults.
 
         Raises ValueError if a value is not a number (steps: a whole number), or is outside the range of its widget.
         """

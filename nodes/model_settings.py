@@ -1,4 +1,4 @@
-"""The node that sets eta for the sampler "tcd" of plain KSampler."""
+"""The node that sets eta for the sampler "tcd" in the stock KSampler."""
 
 from comfy_api.latest import io
 
@@ -8,7 +8,7 @@ from .ranges import check_range
 
 
 class TCDModelSettings(io.ComfyNode):
-    """Stores eta in a model, because a sampler that is chosen by name has no widget for it."""
+    """Stores eta in a model, because nodes that choose a sampler by name have no widget for eta."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -18,14 +18,14 @@ class TCDModelSettings(io.ComfyNode):
             display_name="TCD Model Settings",
             category="advanced/model",
             description=(
-                "Sets eta for the sampler tcd of KSampler, KSampler (Advanced) and KSamplerSelect, which have no "
-                "widget for it. Without this node eta is 0.3 there. TCD Sampler has an eta of its own, and keeps it."
+                "Sets eta for the sampler tcd in KSampler, KSampler (Advanced) and KSamplerSelect, which have no "
+                "widget for it; without this node they use 0.3. TCD Sampler has its own eta and ignores this one."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="The model that is to be sampled with tcd."),
+                io.Model.Input("model", tooltip="The model to sample with tcd."),
                 eta_input(),
             ],
-            outputs=[io.Model.Output(tooltip="The same model, with eta, gamma, set.")],
+            outputs=[io.Model.Output(tooltip="The same model, with eta (the paper's gamma) set.")],
         )
 
     @classmethod

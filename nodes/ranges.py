@@ -1,4 +1,4 @@
-"""Range checks of node inputs: the host checks typed values, but neither NaN nor values that come over a link."""
+"""Range checks of node inputs: the host checks only typed values, not values from a link and not NaN."""
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:

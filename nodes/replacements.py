@@ -1,4 +1,4 @@
-"""Replacements of other packs' TCD nodes by this pack's, in workflows whose own pack is not installed."""
+"""Replace other packs' TCD nodes by this pack's, in workflows whose pack is not installed."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from comfy_api.latest import ComfyAPI, io
 
 
 async def register_replacements() -> None:
-    """Register the replacements with the host; a host older than 0.14 has no such API, and nothing is done."""
+    """Register the replacements with the host; hosts older than 0.14 have no API for it, and nothing is registered."""
     if not hasattr(io, "NodeReplace"):
         return
     api = ComfyAPI()
@@ -33,7 +33,7 @@ def _replace_setup() -> dict[str, Any]:
 def _replace_scheduler() -> dict[str, Any]:
     """Replace the scheduler of dfl/comfyui-tcd-scheduler and licyk/ComfyUI-TCD-Sampler.
 
-    Their sigmas start below the highest timestep; those of TCDSigmas start at it.
+    Their sigmas start below the highest timestep; those of TCDSigmas start at the highest.
     """
     return {
         "new_node_id": "TCDSigmas",
@@ -45,7 +45,7 @@ def _replace_scheduler() -> dict[str, Any]:
 
 
 def _replace_sampler(old_node_id: str) -> dict[str, Any]:
-    """Replace a sampler of dfl/comfyui-tcd-scheduler, which has two approximations of the TCD sampler."""
+    """Replace one of the two samplers of dfl/comfyui-tcd-scheduler, which approximate the TCD sampler."""
     return {
         "new_node_id": "TCDSampler",
         "old_node_id": old_node_id,

@@ -18,8 +18,8 @@ class TCDSamplingSetup(io.ComfyNode):
             display_name="TCD Sampling Setup",
             category="sampling/custom_sampling",
             description=(
-                "TCD Sampler, TCD Sigmas and TCD Model Settings in one node: what SamplerCustom needs to sample a "
-                "model with a TCD LoRA (arXiv 2402.19159)."
+                "TCD Sampler, TCD Sigmas and TCD Model Settings in one node: everything that SamplerCustom needs to "
+                "sample a model with a TCD LoRA (arXiv 2402.19159)."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The model with a TCD LoRA, the paper's f_theta."),
@@ -34,8 +34,8 @@ class TCDSamplingSetup(io.ComfyNode):
                     "scheduler",
                     options=list(host.SETUP_SCHEDULERS),
                     tooltip=(
-                        "How the timesteps tau_n are chosen: simple as KSampler's scheduler tcd does, among those that "
-                        "TCD LoRAs are distilled on; sgm_uniform as the host's scheduler of that name does."
+                        "How the timesteps tau_n are chosen. simple is KSampler's scheduler tcd, which takes timesteps "
+                        "that TCD LoRAs are distilled on. sgm_uniform is ComfyUI's scheduler of that name."
                     ),
                 ),
                 io.Float.Input(
@@ -44,16 +44,19 @@ class TCDSamplingSetup(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="How much of the trajectory to go, from t = 0 up. Below 1 the latent shows through.",
+                    tooltip="The fraction of the trajectory that is sampled, ending at the clean picture (t = 0). "
+                    "Below 1, the input latent is kept in part.",
                 ),
                 eta_input(),
             ],
             outputs=[
                 io.Model.Output(
-                    display_name="MODEL", tooltip="The model; KSampler's sampler tcd takes this eta, gamma, from it."
+                    display_name="MODEL",
+                    tooltip="The model with this eta (the paper's gamma) set for KSampler's sampler tcd.",
                 ),
                 io.Sampler.Output(
-                    display_name="SAMPLER", tooltip="TCD's strategic stochastic sampling with this eta, gamma."
+                    display_name="SAMPLER",
+                    tooltip="TCD's strategic stochastic sampling with this eta (the paper's gamma).",
                 ),
                 io.Sigmas.Output(display_name="SIGMAS", tooltip="The sigma at each timestep tau_n, and 0 at the end."),
             ],

@@ -17,19 +17,19 @@ class TCDSigmas(io.ComfyNode):
             category="sampling/custom_sampling/schedulers",
             description=(
                 "Noise levels for TCD Sampler, evenly spaced: among the 50 timesteps (19, 39 ... 999) that TCD LoRAs "
-                "are distilled on; in shifted time for a flow model (SD3, Flux); in sigma / (1 + sigma) for a model "
-                "without timesteps (EDM). Or at timesteps of your own."
+                "are distilled on; for a flow model (SD3, Flux), in its time before the shift; for a model without "
+                "timesteps (EDM), in sigma / (1 + sigma). Or at timesteps that you type."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="The model whose sigma at each timestep t is taken."),
+                io.Model.Input("model", tooltip="The model to sample, which gives the sigma at each timestep t."),
                 io.Int.Input(
                     "steps",
                     default=4,
                     min=1,
                     max=1000,
                     tooltip=(
-                        "The paper's N, the number of steps: 4 gives the timesteps 999, 759, 499 and 259. "
-                        "At most 50 where the model has timesteps, of which TCD LoRAs know 50."
+                        "The paper's N, the number of steps: 4 gives the timesteps 999, 759, 499 and 259. If the model "
+                        "has timesteps, at most 50, because TCD LoRAs are distilled on 50."
                     ),
                 ),
                 io.Float.Input(
@@ -39,8 +39,8 @@ class TCDSigmas(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     tooltip=(
-                        "The part of the trajectory to go, counted from clean (t = 0) on the model's clock. Below 1 "
-                        "the latent image is kept in part; 0 keeps it whole."
+                        "The fraction of the trajectory that is sampled, ending at the clean picture (t = 0), on the "
+                        "model's clock. Below 1, the input latent is kept in part; with 0 it is not changed."
                     ),
                 ),
                 io.String.Input(
@@ -48,9 +48,9 @@ class TCDSigmas(io.ComfyNode):
                     default="",
                     optional=True,
                     tooltip=(
-                        "The paper's timesteps tau_N > ... > tau_1 by hand, such as 800 or 999,759,499,259; for a flow "
-                        "model of 1000, as its network is told them, such as 1000,750.5,500. Steps and denoise then "
-                        "have no say. Empty: chosen by steps and denoise."
+                        "The paper's timesteps tau_N > ... > tau_1, such as 800 or 999,759,499,259. For a flow model, "
+                        "1000 times sigma, such as 1000,750.5,500. Steps and denoise are then ignored. If empty, steps "
+                        "and denoise determine the timesteps."
                     ),
                 ),
             ],

@@ -1,7 +1,7 @@
 """The core of trajectory consistency (TCD, arXiv 2402.19159): schedules, the jump, sampling, the loss, the adapter.
 
-Tensors in, tensors out, with torch as the only dependency: no files, no logging, no host and no training framework.
-What the trainer trains is what the nodes sample, because both call the functions of this package.
+It needs only torch: no files, no logging, no host and no training framework. The trainer and the nodes call the same
+functions of this package, so the sampler follows the equations that the student was trained with.
 """
 
 from .adapter import Adapter, AdapterWeights, Lora

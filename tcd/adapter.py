@@ -1,8 +1,8 @@
 """An adapter for a frozen network: LoRA layers, an optional embedding of the target time, and a switch between sets.
 
-The network's weights are neither copied nor changed, and its modules keep their names: the adapter replaces the
-`forward` of a layer by one that also adds the output of the LoRA in use. Student, teacher and average are therefore one
-network in memory, and switching between them assigns one attribute, however many layers there are.
+The adapter replaces the `forward` of a layer by one that also adds the output of the LoRA in use. The network's weights
+are neither copied nor changed, and its modules keep their names. Teacher, student and average are therefore one network
+in memory, and assigning one attribute, `Adapter.state`, switches between them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch.nn import functional
 from .target_time import TargetTime
 
 OFF = "off"
-"""The state in which no adapter is applied: the network is the teacher."""
+"""The state without an adapter: the network is the teacher."""
 STUDENT, AVERAGE, FILE = "student", "average", "file"
-"""States: the weights in training, their moving average, and weights loaded from a LoRA file."""
+"""The states with the weights in training, with their moving average, and with weights loaded from a LoRA file."""
 
 _CONVOLUTIONS = {3: functional.conv1d, 4: functional.conv2d, 5: functional.conv3d}
 
@@ -31,8 +31,8 @@ class Lora(nn.Module):
     """A low-rank update, (alpha / rank) up(down(x)), of one Linear or convolution (arXiv 2106.09685).
 
     down: [rank, in] for a Linear, [rank, in, *kernel] for a convolution. up: [out, rank] or [out, rank, 1, ...].
-    Both are stored in float32 and cast to the dtype of x, the base's dtype, to be multiplied: the cast changes the
-    gradient no more than the base's own rounding does, and float32 products would be much slower on a GPU.
+    Both are stored in float32 and cast to the dtype of x, the base's dtype, for the product. Products in float32 would
+    be much slower on a GPU, and the cast changes the gradient no more than the rounding in the base does.
     """
 
     def __init__(self, down: Tensor, up: Tensor, alpha: float) -> None:
@@ -46,7 +46,7 @@ class Lora(nn.Module):
         return self.down.shape[0]
 
     def forward(self, x: Tensor, layer: Any) -> Tensor:
-        """Return the term to add to layer(x); `layer` gives a convolution its stride, padding and dilation."""
+        """Return the term to add to layer(x). A convolution takes stride, padding and dilation from `layer`."""
         down, up = self.down.to(x.dtype), self.up.to(x.dtype)
         if down.ndim == 2:
             hidden = functional.linear(functional.linear(x, down), up)
@@ -63,8 +63,8 @@ class AdapterWeights(nn.Module):
         """loras: LoRA by the path of its layer in the network."""
         super().__init__()
         self.paths = tuple(loras)
-        # Registered first, as the time embedding precedes the layers in the network: the order of the parameters fixes
-        # the order in which the gradient norm is summed.
+        # Registered first. The order of the parameters is the order in which the gradient norm is summed, so changing
+        # it changes the last bits of a training run.
         self.target_time = target_time
         self.loras = nn.ModuleList(loras.values())
 
@@ -87,18 +87,19 @@ class AdapterWeights(nn.Module):
 class Adapter:
     """The adapter of one network: several sets of weights by name; `state` is the name of the set in use, or OFF.
 
-    time_layer: path of the layer whose output the embedding of the target time is added to: the last Linear of the MLP
-    that embeds t.
+    time_layer: the path of the last Linear of the MLP that embeds t. The embedding of the target time is added to its
+    output.
     """
 
     def __init__(self, network: nn.Module, time_layer: str) -> None:
         """Change nothing yet: a layer's `forward` is replaced when the first weights for it are added."""
-        # Weak references, here and in a layer's `forward`: without a cycle a network is freed as soon as it is dropped.
+        # The references to the network, here and in a layer's `forward`, are weak. Strong ones would form a cycle, and
+        # the network would stay in memory until the next garbage collection.
         self._network, self.time_layer = ref(network), time_layer
         self.weights: dict[str, AdapterWeights] = {}
         self.state = OFF
         self.times: tuple[Tensor, Tensor] | None = None
-        """Network times (t, s) of the next call, [B] each, for the embedding; None if the call has no target time."""
+        """Network times (t, s), [B] each, for the embedding in the next call; None for a call without a target time."""
         self._loras: dict[str, dict[str, Lora]] = {}
         """path of a layer -> state -> LoRA, for the layers whose `forward` is replaced."""
 
@@ -129,7 +130,7 @@ class Adapter:
     def remove(self, state: str) -> None:
         """Remove a set of weights, and restore the `forward` of layers that have no weights left.
 
-        The state is OFF afterwards if it was the one removed. Raises KeyError if there is no such state.
+        If it was the set in use, the state becomes OFF. Raises KeyError if there is no such state.
         """
         weights = self.weights.pop(state)
         for path in weights.paths:
@@ -149,7 +150,7 @@ class Adapter:
 
     @contextmanager
     def using(self, state: str) -> Iterator[None]:
-        """Use `state` within the block; afterwards, also after an exception, use the previous state again.
+        """Use `state` within the block, then return to the previous state, also after an exception.
 
         Raises KeyError if there is no such state.
         """
@@ -175,7 +176,7 @@ class Adapter:
         if path not in self._loras:
             layer = self.network.get_submodule(path)
             self._loras[path] = {}
-            # An instance attribute hides the class's method; state_dict, hooks and FSDP see an unchanged layer.
+            # The instance attribute takes precedence over the class's method; state_dict, hooks and FSDP do not see it.
             layer.forward = _AdaptedForward(self, layer, self._loras[path], is_time=path == self.time_layer)
         return self._loras[path]
 
@@ -221,8 +222,9 @@ def new_weights(
 def layer_shape(layer: Any) -> tuple[int, ...] | None:
     """Return the shape of a layer's weight, [out, in, ...], or None if the layer cannot have a LoRA.
 
-    It is the shape that the layer computes with: a quantised weight may be stored in a different one. Layers are
-    recognized by their attributes, since quantised layers and layers that cast on use have their own classes.
+    The shape comes from the layer's attributes, not from its weight tensor: a quantised weight may be stored in another
+    shape. Layers are recognized by attributes, not by class: quantised layers and layers that cast their weight when it
+    is used have their own classes.
     """
     if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
         return int(layer.out_features), int(layer.in_features)

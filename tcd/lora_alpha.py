@@ -1,4 +1,4 @@
-"""The alpha of a LoRA whose file has none, from the PEFT config it was trained with."""
+"""The alpha of a LoRA file without alpha tensors, from the PEFT config in its metadata."""
 
 import json
 import math
@@ -14,7 +14,7 @@ def parse_peft_config(text: str) -> dict[str, Any] | None:
     """Return the denoising network's PEFT config from the JSON under PEFT_CONFIG_KEY.
 
     diffusers prefixes each key with the model's name, as in "unet.lora_alpha" or "transformer.lora_alpha"; keys without
-    a prefix are accepted too. The result has no prefixes. It is None if the configs are of text encoders only.
+    a prefix are accepted too. The result has no prefixes. It is None if there are only configs of text encoders.
 
     Raises ValueError if the text is not JSON, or is JSON for something other than an object.
     """
@@ -28,7 +28,7 @@ def parse_peft_config(text: str) -> dict[str, Any] | None:
 
 
 def peft_alpha(config: Mapping[str, Any], path: str, rank: int) -> float:
-    """Return the alpha of the module at a diffusers path, such that alpha / rank is the scale PEFT used in training.
+    """Return the alpha of the module at a diffusers path, so that alpha / rank is the scale that PEFT used in training.
 
     config: a LoraConfig as a dict. The keys of alpha_pattern are regular expressions that match the end of a path. With
     use_rslora the scale is lora_alpha / sqrt(rank) (arXiv 2312.03732).

@@ -1,4 +1,4 @@
-"""How much of a LoRA fits a model, determined from names and shapes before anything is applied."""
+"""Compare the names and shapes of a LoRA with a model, before anything is applied."""
 
 import math
 import re
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .lora_keys import DORA, format_shape, lora_modules
 
-_MAX_LISTED = 3  # of each kind of misfit in a description
+_MAX_LISTED = 3  # number of names that a description lists for each kind of misfit
 _TEXT_ENCODER = re.compile(r"lora_te\d?_.*|(base_model\.model\.)?text_encoders?(_\d)?\..*")
 
 
@@ -28,10 +28,10 @@ class ShapeMismatch(NamedTuple):
 
 @dataclass(frozen=True)
 class Coverage:
-    """How much of a LoRA fits a model: kohya names of the modules that fit, and the file's own names of the rest."""
+    """The modules of a LoRA that fit a model (`matched`, by kohya name) and the rest (by the file's own names)."""
 
     matched: tuple[str, ...]
-    missing: tuple[str, ...]  # modules that the model lacks, and tensors that do not belong to a LoRA
+    missing: tuple[str, ...]  # modules that the model does not have, and tensors that do not belong to a LoRA
     mismatched: tuple[ShapeMismatch, ...]
 
     @property
@@ -57,7 +57,7 @@ class Coverage:
 def coverage(state_dict: Mapping[str, Tensor], module_shapes: Mapping[str, tuple[int, ...]]) -> Coverage:
     """Compare a LoRA in any spelling with a model, given the model's weight shapes [out, in, ...] by kohya name.
 
-    Raises ValueError if lora_modules does: for a damaged file, or weights of a kind that is not a LoRA.
+    Raises ValueError if lora_modules does: for a damaged file, or for other kinds of adapters, such as LoHa.
     """
     modules, others = lora_modules(state_dict)
     matched: list[str] = []

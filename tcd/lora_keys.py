@@ -1,6 +1,6 @@
-"""Names of LoRA tensors: converts every spelling in use to kohya's, as pure functions of dicts.
+"""Convert the names of LoRA tensors from every spelling in use to kohya's, with functions from dicts to dicts.
 
-kohya names are the only spelling that both ComfyUI and diffusers map completely on SD1.5 and SDXL. A module is named
+kohya names are the only spelling that both ComfyUI and diffusers map completely for SD1.5 and SDXL. A module is named
 lora_unet_<path with _>, and its tensors are named
   .lora_down.weight  [r, in, ...]
   .lora_up.weight    [out, r, ...]
@@ -22,7 +22,7 @@ DOWN, UP, MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
 ALPHA, DORA = "alpha", "dora_scale"
 
 Alpha = float | Callable[[str, int], float | None] | None
-"""The alpha of modules without one in the file: a number, a function of (diffusers path, rank), or None if unknown."""
+"""The alpha for modules that have none in the file: a number, a function of (diffusers path, rank), or None."""
 
 # Prefixes before the network's module paths, in the spellings of diffusers, PEFT, ComfyUI, checkpoints, kohya,
 # OneTrainer and LyCORIS.
@@ -90,11 +90,11 @@ def kohya_name(path: str) -> str:
 
 
 def to_kohya(state_dict: Mapping[str, Tensor], alpha: Alpha = None) -> dict[str, Tensor]:
-    """Rename the tensors of a LoRA in any spelling to kohya names, and add alpha (float32, []) where it is known.
+    """Rename the tensors of a LoRA in any spelling to kohya names, and add `alpha` (float32, []) to modules without.
 
-    An alpha in state_dict takes precedence. Tensors are not copied; PEFT's DoRA magnitudes become [out, 1, ...].
+    Tensors are not copied; PEFT's DoRA magnitudes are reshaped to [out, 1, ...].
 
-    Raises ValueError if a name is not that of a LoRA tensor, an alpha is not positive, or lora_modules raises it.
+    Raises ValueError if a name is not a LoRA tensor's, an alpha is not positive, or lora_modules raises it.
     """
     modules, others = lora_modules(state_dict)
     if others:
@@ -111,8 +111,8 @@ def to_kohya(state_dict: Mapping[str, Tensor], alpha: Alpha = None) -> dict[str,
 def lora_modules(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, LoraModule], tuple[str, ...]]:
     """Return a LoRA's modules by kohya name, in the order of state_dict, and the names that are not LoRA tensors.
 
-    Only names and shapes are used, so the tensors may be on the meta device. Raises ValueError if two names become the
-    same one, if the tensors of a module cannot be multiplied, or for weights of a kind that is not a LoRA.
+    Only names and shapes are used, so the tensors may be on the meta device. Raises ValueError if two names have the
+    same kohya name, if the tensors of a module cannot be multiplied, or for other kinds of adapters, such as LoHa.
     """
     names_by_module: dict[str, dict[str, str]] = {}
     paths: dict[str, str] = {}
@@ -133,7 +133,7 @@ def lora_modules(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, LoraModule
 
 
 def _network_path(path: str) -> str:
-    """Return a module's path within the network: as current diffusers spells it, or kohya's form without dots."""
+    """Return a module's path within the network: in diffusers' current spelling, or in kohya's form without dots."""
     path = re.sub(r"\.processor\.to_out$", ".to_out.0", _PREFIX.sub("", path))
     return path.replace(".processor.", ".")
 

@@ -1,13 +1,13 @@
-"""Metadata keys of a TCD LoRA file that are read back when it is used, and the values assumed if a key is absent.
+"""Metadata keys of a TCD LoRA file, and the defaults for absent keys.
 
-The trainer writes these keys and the nodes read them. Metadata of a safetensors file are strings.
+The trainer writes these keys and the nodes read them. All values in the metadata of a safetensors file are strings.
 """
 
 STEPS_KEY = "tcd.steps"
 ETA_KEY = "tcd.eta"
 CFG_KEY = "tcd.cfg"
 TARGET_TIME_KEY = "tcd.target_time"
-"""What the file's target-time embedding embeds: "s" or "t-s" (see target_time.TargetInput), or "none" without one."""
+"""The input of the file's target-time embedding: "s" or "t-s" (target_time.TargetInput); "none" without one."""
 
 DEFAULT_STEPS = 4
 DEFAULT_ETA = 0.3

@@ -1,7 +1,8 @@
-"""The consistency distillation loss: one jump from t must end where a teacher's step and a shorter jump end.
+"""The consistency distillation loss: a jump from t to s must agree with a teacher's step followed by a jump to s.
 
-Flows in: clean latents, noise, and the points of the three times on any clock.  Flows out: a distance for each example,
-[B], float32, in the scale of training (variance preserving, or that of a rectified flow).
+The teacher's step goes from t to t_next. Inputs are clean latents, noise, and the levels and network times at t, t_next
+and s. The result is one distance for each example, [B], float32, in the training scale (variance preserving, or a
+rectified flow's own).
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from .times import Points
 from .trajectory import add_noise, jump
 
 Predict = Callable[[Tensor, TimePoint, TimePoint, Tensor], Tensor]
-"""(x_t [B, C, ...], t, s, rows [B], int64, of the batch that they belong to) -> x0 [B, C, ...]; it may ignore s."""
+"""(x_t [B, C, ...], t, s, rows [B]) -> x0 [B, C, ...]; s may be ignored. rows: int64, the batch rows of x_t."""
 
 Follow = Callable[[Tensor, TimePoint, TimePoint, Tensor], Tensor]
-"""f(x_t, t -> s) of arXiv 2402.19159: (x_t [B, C, ...], t, s, rows [B]) -> x_s [B, C, ...]."""
+"""f(x_t, t -> s) of arXiv 2402.19159: (x_t [B, C, ...], t, s, rows [B]) -> x_s [B, C, ...]; rows as in Predict."""
 
 Distance = Callable[[Tensor, Tensor], Tensor]
-"""(prediction, target), both [B, C, ...] -> how far they are apart, [B]."""
+"""(prediction, target), both [B, C, ...] -> their distance, [B]."""
 
 Weighting = Literal["none", "gap", "x0"]
 
@@ -40,28 +41,29 @@ def tcd_loss(
     moved: Tensor,
     distance: Distance,
 ) -> Tensor:
-    """The distances [B] from f(x_t, t -> s) to f(x_next, t_next -> s) of arXiv 2402.19159; the second has no gradient.
+    """Return the distances [B] between f(x_t, t -> s) and f(x_next, t_next -> s) of arXiv 2402.19159.
 
-    x0, eps: clean latents and noise [B, C, ...], float32. points: of B examples, their levels broadcast over x0. moved:
-    the rows with s < t_next, int64 [b] on the device of x0 (`Times.moved`); `target` is called for these alone, and
-    not at all without any. `teacher` is given t_next as the time where its step ends.
+    student, target: the two f; only `student` gets a gradient. teacher: predicts x0 at x_t, for the solver step to
+    x_next; its argument s is t_next. x0, eps: clean latents and noise [B, C, ...], float32. points: the levels must
+    broadcast over x0. moved: the rows with s < t_next, int64 [b] on the device of x0 (`Times.moved`). `target` is
+    called only for these rows, and not at all if there are none.
     """
     t, t_next, s = points
     rows = torch.arange(len(x0), device=x0.device)
     x_t = add_noise(x0, eps, t.level)
     with torch.no_grad():
         x_next = jump(x_t, teacher(x_t, t, t_next, rows), t.level, t_next.level)
-        goal = x_next  # the answer where s = t_next, since f(x, t -> t) = x
+        goal = x_next  # correct for rows with s = t_next, because f(x, t -> t) = x
         if len(moved):
             among = points.rows(moved)
             ends = target(x_next.index_select(0, moved), among.t_next, among.s, moved)
             goal = x_next.index_copy(0, moved, ends.to(x_next.dtype))
-    # Last, so that the activations kept for the gradient are alive alone.
+    # The student runs last, so that its activations are not in memory together with those of the other two.
     return distance(student(x_t, t, s, rows), goal)
 
 
 def first_order(predict: Predict) -> Follow:
-    """TCF(1) of arXiv 2402.19159: one jump by the prediction at (x_t, t); TCF(S+) where that heeds s."""
+    """Return TCF(1) of arXiv 2402.19159: jump with the x0 predicted at (x_t, t). It is TCF(S+) if `predict` uses s."""
 
     def follow(x_t: Tensor, t: TimePoint, s: TimePoint, rows: Tensor) -> Tensor:
         return jump(x_t, predict(x_t, t, s, rows), t.level, s.level)
@@ -70,27 +72,29 @@ def first_order(predict: Predict) -> Follow:
 
 
 def second_order(predict: Predict, midpoint: Callable[[TimePoint, TimePoint], TimePoint]) -> Follow:
-    """TCF(2) of arXiv 2402.19159: a jump by the prediction half way, in half-log-SNR, where a first jump has led.
+    """Return TCF(2) of arXiv 2402.19159: jump to the midpoint u, predict x0 there, and jump from t to s with it.
 
-    midpoint: (t, s) -> the points half way between them (`Schedule.midpoint` gives their times).
+    midpoint: (t, s) -> u, halfway between them in half-log-SNR (`Schedule.midpoint` gives the time).
     """
 
     def follow(x_t: Tensor, t: TimePoint, s: TimePoint, rows: Tensor) -> Tensor:
         u = midpoint(t, s)
         x_u = jump(x_t, predict(x_t, t, s, rows), t.level, u.level)
-        # The trajectory through x_t whose clean end is the prediction at u.
+        # From x_t, not from x_u: the first jump only serves to find the better x0.
         return jump(x_t, predict(x_u, u, s, rows), t.level, s.level)
 
     return follow
 
 
 def weights(points: Points, weighting: Weighting) -> Tensor:
-    """What each example's distance counts, [B].
+    """Return the factor of each example's distance in the loss, [B].
 
-    none: 1. gap: (t - t_next) / (t - s) in training times, as the error of a jump is the sum of those of so many steps
-    (the weighting of consistency training, arXiv 2303.01469, in discrete time). x0: the inverse of the weight that x0
-    has in the jump, alpha_s - alpha_t sigma_s / sigma_t, so that an error of x0 counts the same wherever the jump goes.
-    It is infinite where s has the level of t, as the lowest times of a distilled model have.
+    none: 1.
+    gap: (t - t_next) / (t - s) in training times, because a jump's error accumulates over (t - s) / (t - t_next) solver
+    steps (the weighting of consistency training, arXiv 2303.01469, in discrete time).
+    x0: the inverse of x0's coefficient in the jump, alpha_s - alpha_t sigma_s / sigma_t, so that an error of x0 has the
+    same effect on the loss for every length of the jump.
+    It is infinite where s has the level of t, as at the lowest times of a distilled model.
     """
     t, t_next, s = points
     if weighting == "none":
@@ -102,17 +106,17 @@ def weights(points: Points, weighting: Weighting) -> Tensor:
 
 
 def huber(pred: Tensor, target: Tensor, *, c: float) -> Tensor:
-    """Mean over elements of sqrt(d^2 + c^2) - c, [B]: |d| where it is far above c, d^2 / 2c where it is far below."""
+    """Return the mean over elements of sqrt(d^2 + c^2) - c, [B]: about |d| - c for |d| >> c, d^2 / 2c for |d| << c."""
     return ((pred - target).square() + c * c).sqrt().sub(c).flatten(1).mean(1)
 
 
 def huber_of_sample(pred: Tensor, target: Tensor, *, c: float) -> Tensor:
-    """sqrt(d^2 + c^2) - c, [B], with d^2 the mean square over an example: its outliers count as in the mean square."""
+    """Return sqrt(m + c^2) - c, [B], where m is an example's mean square: outliers within an example are not damped."""
     return ((pred - target).square().flatten(1).mean(1) + c * c).sqrt().sub(c)
 
 
 def l2(pred: Tensor, target: Tensor) -> Tensor:
-    """Mean square over elements, [B]."""
+    """Return the mean square over elements, [B]."""
     return (pred - target).square().flatten(1).mean(1)
 
 
@@ -120,7 +124,7 @@ DistanceName = Literal["huber", "huber_sample", "l2"]
 
 
 def distance_of(name: DistanceName, huber_c: float) -> Distance:
-    """Return the distance of that name."""
+    """Return the distance with this name; `huber_c` is the c of the pseudo-Huber distances."""
     if name == "l2":
         return l2
     return partial(huber if name == "huber" else huber_of_sample, c=huber_c)

@@ -61,8 +61,8 @@ def _check(prediction: str) -> None:
 def _require_nonzero(value: Tensor | float, name: str, reason: str) -> None:
     """Raise ValueError for a zero among numbers and tensors on the CPU.
 
-    On other devices the value is not checked, so that the device is not waited for: the result is then infinite, which
-    stops training.
+    On other devices nothing is checked, because reading the value would wait for the device. A division by 0 then
+    gives an infinite result, which stops training.
     """
     if isinstance(value, Tensor) and value.device.type != "cpu":
         return

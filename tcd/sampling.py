@@ -1,4 +1,4 @@
-"""Strategic stochastic sampling (arXiv 2402.19159): the sampling loop, and noise that the seed determines."""
+"""Strategic stochastic sampling (arXiv 2402.19159): the sampling loop, and its noise as a function of the seed."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,7 +9,7 @@ from .schedule import Schedule
 from .trajectory import Level, jump, renoise
 
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x [B, C, ...], sigma [], sigma_s []) -> x0 [B, C, ...]; sigma_s is the target level, which may be ignored."""
+"""(x [B, C, ...], sigma [], sigma_s []) -> x0 [B, C, ...]; sigma_s is the sigma of the target time, for TCF(S+)."""
 
 Noise = Callable[[Tensor, Tensor], Tensor]
 """(sigma_next [], like [B, C, ...]) -> z ~ N(0, I), with the shape, dtype and device of `like`."""
@@ -18,8 +18,8 @@ Report = Callable[[int, Tensor, Tensor, Tensor], None]
 """(step, x [B, C, ...], sigma [], x0 [B, C, ...]) -> None; the tensors are not changed afterwards."""
 
 
-# 2^64 / golden ratio, as in Fibonacci hashing: it spreads similar levels over all seeds. It is odd, so no two levels
-# share a seed.
+# 2^64 / golden ratio, as in Fibonacci hashing. Multiplying by it spreads neighboring levels over all seeds. It is odd,
+# so different levels give different seeds.
 _LEVEL_MULTIPLIER = 0x9E3779B97F4A7C15
 
 
@@ -49,15 +49,15 @@ def sample_tcd(
     dtype = x.dtype
     x = x.to(_at_least_float32(dtype))
     sigmas = _checked_sigmas(sigmas)
-    targets = schedule.target(sigmas[1:], gamma)
+    targets = schedule.target_sigma(sigmas[1:], gamma)
     levels, target_levels = _levels(schedule, sigmas), _levels(schedule, targets)
     for i, (sigma, sigma_next, sigma_s) in enumerate(zip(sigmas, sigmas[1:], targets, strict=False)):
         t, s, t_next = levels[i], target_levels[i], levels[i + 1]
         x0 = denoise(x, sigma, sigma_s).to(x.dtype)
         if report is not None:
             report(i, x, sigma, x0)
-        # If sigma_next is 0, so is sigma_s, and the jump returns x0. The host expects such a clean result, and in x0 it
-        # has already restored the region that an inpainting mask protects.
+        # If sigma_next is 0, sigma_s is 0 too, and the jump returns x0. The host expects a result without noise, and it
+        # has already restored the region outside an inpainting mask in x0.
         x = jump(x, x0, t, s)
         if sigma_s < sigma_next:
             x = renoise(x, s, t_next, noise(sigma_next, x))
@@ -71,15 +71,15 @@ def _levels(schedule: Schedule, sigmas: Tensor) -> list[Level]:
 
 
 def seeded_noise(seed: int, *, items: Sequence[int] | None = None) -> Noise:
-    """Return a noise source whose draw for item k at sigma_next depends only on (seed, k, sigma_next).
+    """Return a noise source whose noise for item k at sigma_next depends only on (seed, k, sigma_next).
 
-    items: the item k of each image; by default its place in the batch. An image therefore gets the same noise on every
-    device, in every batch, and in a split schedule. Noise is drawn in float32 on the CPU.
+    items: the item number k of each image; by default its place in the batch. An image therefore gets the same noise on
+    every device, in every batch, and in a split schedule. Noise is drawn in float32 on the CPU.
 
     Known collisions: item k of seed n equals item 0 of seed n + k; a level visited twice repeats its noise; seeds 2^32
     apart are equal, because torch's CPU generator keeps the low 32 bits (true of the host's initial noise as well).
 
-    Raises ValueError unless seed is in 0 .. 2^64 - 1. A draw raises it if items and images differ in number.
+    Raises ValueError unless seed is in 0 .. 2^64 - 1. Drawing raises ValueError if items and images differ in number.
     """
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed is {seed!r}, but must be from 0 to 2^64 - 1 ({2**64 - 1})")
@@ -104,7 +104,7 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 def _checked_sigmas(sigmas: Tensor) -> Tensor:
-    # Moved to the CPU once: comparing, looking up and seeding then need no synchronization with the device per step.
+    # Moved to the CPU once, so that comparing, looking up and seeding do not wait for the device in every step.
     sigmas = sigmas.detach().to("cpu", _at_least_float32(sigmas.dtype))
     descending = sigmas.ndim == 1 and sigmas.isfinite().all() and (sigmas >= 0).all() and (sigmas.diff() <= 0).all()
     if not descending:

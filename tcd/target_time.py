@@ -1,7 +1,4 @@
-"""An embedding of the target time s, added to a network's own embedding of t: TCF(S+) of arXiv 2402.19159.
-
-Flows in: the timesteps t and s.  Flows out: the term to add to the network's embedding of t.
-"""
+"""An embedding of the target time s, which is added to the network's embedding of t: TCF(S+) of arXiv 2402.19159."""
 
 import math
 from collections.abc import Mapping
@@ -12,17 +9,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 PREFIX = "tcd_target_time."
-"""Begins the names of the embedding's tensors in a LoRA file."""
+"""The prefix of the embedding's tensors in a LoRA file."""
 
 TargetInput = Literal["s", "t-s"]
 """The quantity that is embedded: the target time s, or the length t - s of the jump."""
 
 
 class TargetTime(nn.ModuleDict):
-    """out(SiLU(in(sinusoid(s)))) for the UNet of Stable Diffusion; `out` starts at zero, so at first nothing is added.
+    """out(SiLU(in(sinusoid(s)))) for the UNet of Stable Diffusion; `out` is initialized to zero, and so adds nothing.
 
-    channels: width of the sinusoid, the UNet's number of base channels. width: width of the UNet's embedding of t.
-    target_input: the quantity in place of s, s itself by default.
+    channels: width of the sinusoid, equal to the UNet's number of base channels. width: width of the UNet's embedding
+    of t. target_input: what is embedded, s or t - s.
     """
 
     def __init__(self, channels: int, width: int, *, target_input: TargetInput = "s") -> None:
@@ -33,9 +30,9 @@ class TargetTime(nn.ModuleDict):
 
     @classmethod
     def from_state_dict(cls, tensors: Mapping[str, Tensor], target_input: str) -> "TargetTime":
-        """Build from a file's tensors, named without the prefix; the parameters are float32 whatever their dtype.
+        """Build from a file's tensors, named without the prefix and of any dtype; the parameters are float32.
 
-        Raises ValueError if the tensors are not those of an embedding, or target_input is not a TargetInput.
+        Raises ValueError if the names or shapes do not form an embedding, or target_input is not a TargetInput.
         """
         channels, width = embedding_shape(tensors)
         embedding = cls(channels, width, target_input=checked_target_input(target_input))
@@ -59,15 +56,15 @@ def sinusoid(timesteps: Tensor, channels: int) -> Tensor:
 
 
 def split_target_time(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Split a file's tensors into those of the LoRA and those of the embedding, the latter named without the prefix."""
+    """Split a file's tensors into (LoRA, embedding); names in the second dict are without the prefix."""
     embedding = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(PREFIX)}, embedding
 
 
 def embedding_shape(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Return (channels, width) of an embedding from its tensors, named without the prefix; meta tensors will do.
+    """Return (channels, width) of an embedding from its tensors, named without the prefix; meta tensors are enough.
 
-    Raises ValueError if the tensors are not those of an embedding.
+    Raises ValueError if the names or shapes do not form an embedding.
     """
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     width, channels = found["in.weight"] if len(found.get("in.weight", ())) == 2 else (0, 0)
@@ -81,7 +78,7 @@ def embedding_shape(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
 
 
 def checked_target_input(value: str) -> TargetInput:
-    """Return a file's value of tcd.target_time as a TargetInput; raises ValueError if it is neither "s" nor "t-s"."""
+    """Return `value`, the metadata tcd.target_time of a file, if it is "s" or "t-s"; otherwise raise ValueError."""
     for known in get_args(TargetInput):
         if value == known:
             return known  # type: ignore[no-any-return]

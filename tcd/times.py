@@ -1,7 +1,7 @@
 """The three times of a training example: t, the time after the teacher's step, and the target time s.
 
-All are training times of a schedule (tcd/schedule.py), whole numbers on every clock.  Flows in: how many, a schedule
-and a generator.  Flows out: s <= t_next < t, on the CPU.
+All three are training times of a schedule, which are whole numbers (tcd/schedule.py), and s <= t_next < t. They are
+drawn on the CPU.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from .schedule import Schedule, TimePoint
 
 Law = Literal["uniform", "zero", "segment", "phase", "target"]
 
-# Of arXiv 2409.01347: the schedules whose times are targets, how far below t_next they are drawn from, in training
-# times, of which that paper has 1000, and the largest part by which a sampler with gamma would fall below them.
-TARGET_STEPS, TARGET_REACH, TARGET_FALL = range(4, 9), 260, 0.3
+# The law "target", from arXiv 2409.01347.
+TARGET_STEPS = range(4, 9)  # targets are times that samplers with these numbers of steps visit
+TARGET_REACH = 260  # width of the window of targets, in training times; the paper has 1000 timesteps
+TARGET_FALL = 0.3  # largest fraction by which a target is lowered, as a sampler with gamma does
 
 
 class Times(NamedTuple):
@@ -29,19 +30,19 @@ class Times(NamedTuple):
 
     @property
     def moved(self) -> Tensor:
-        """The rows with s < t_next, int64 [b]: for tcd_loss. Of times on a GPU, this waits for it."""
+        """The rows with s < t_next, int64 [b], for tcd_loss. If the times are on a GPU, this waits for the GPU."""
         return (self.s < self.t_next).nonzero().flatten()
 
 
 class Points(NamedTuple):
-    """What is at the three times of B examples."""
+    """The noise levels and network times at the three times of B examples."""
 
     t: TimePoint
     t_next: TimePoint
     s: TimePoint
 
     def rows(self, index: Tensor | slice) -> Points:
-        """Return those of some rows of the batch: int64 [b] on the device of the tensors, or a slice."""
+        """Select rows of the batch. index: int64 [b] on the device of the tensors, or a slice."""
         return Points(*(point.rows(index) for point in self))
 
 
@@ -57,19 +58,21 @@ def sample_times(
 ) -> Times:
     """Draw t > 0 on the distillation grid, step to t_next = max(t - skip, 0), and draw s by `law`.
 
-    skip: the teacher's step in training times of the schedule; generator: of the CPU.
+    skip: length of the teacher's step, in training times of the schedule. generator: a CPU generator.
 
-    uniform: over the points of the grid that are at most t_next (TCD, arXiv 2402.19159).
-    zero: s = 0 (LCM, arXiv 2310.04378).
-    segment: over all training times from the start of t's segment, one of `phases` equal ones, to t_next (TSCD, of
-    Hyper-SD, arXiv 2404.13686).
-    phase: the nearest of the `phases` times of a sampler of so many steps that is below t (PCM, arXiv 2405.18407).
-    target: a time that samplers of 4 to 8 steps visit, at most 260 below t_next, times 1 - 0.3 u with u uniform in
-    [0, 1] (TDD, arXiv 2409.01347).
+    Each law draws s uniformly from these times:
+    uniform: points of the grid up to t_next (TCD, arXiv 2402.19159).
+    zero: only 0 (LCM, arXiv 2310.04378).
+    segment: all training times from the start of t's segment up to t_next. The clock is divided into `phases` equal
+    segments (TSCD of Hyper-SD, arXiv 2404.13686).
+    phase: only the highest time below t that a sampler of `phases` steps visits, or 0 (PCM, arXiv 2405.18407).
+    target: 0 and the times that samplers of 4 to 8 steps visit: the highest of them that is at most t_next, and those
+    up to 260 below that one. The drawn time is multiplied by 1 - 0.3 u, with u uniform in [0, 1] (TDD, arXiv
+    2409.01347).
 
-    Where a law would have s above t_next, s = t_next. Raises ValueError as schedule.grid and schedule.visited do.
+    If a law gives an s above t_next, s is t_next. Raises ValueError if schedule.grid or schedule.visited does.
     """
-    # 0 is a point of the grid itself, and no t: there is nothing below it to jump to.
+    # t cannot be 0, although 0 is a point of the grid: there is no earlier time to jump to.
     grid = schedule.grid(origin_steps)
     t = grid[torch.randint(1, len(grid), (batch,), generator=generator)]
     t_next = (t - skip).clamp(min=0)
@@ -87,7 +90,7 @@ def sample_times(
 
 
 def _uniform(points: Tensor, low: Tensor, high: Tensor, generator: torch.Generator) -> Tensor:
-    """One of the ascending points from low to high, each [B]; there must be one."""
+    """Draw one of the ascending points in [low, high] for each row, [B]; every such interval must contain a point."""
     first = torch.searchsorted(points, low)
     count = torch.searchsorted(points, high, right=True) - first
     return points[first + (torch.rand(len(low), generator=generator) * count).long()]
@@ -96,7 +99,7 @@ def _uniform(points: Tensor, low: Tensor, high: Tensor, generator: torch.Generat
 def _segment(t: Tensor, t_next: Tensor, num_times: int, segments: int, generator: torch.Generator) -> Tensor:
     edges = torch.arange(segments) * num_times // segments
     start = edges[torch.searchsorted(edges, t, right=True) - 1]
-    start = torch.minimum(start, t_next)  # the teacher's step may have left the segment
+    start = torch.minimum(start, t_next)  # the teacher's step may end below the segment
     return _uniform(torch.arange(num_times), start, t_next, generator)
 
 

@@ -1,10 +1,10 @@
-"""Which timesteps a run visits: N of the grid on which a student was distilled, or those that a person typed."""
+"""The timesteps that a sampling run visits: N of the distillation grid, or timesteps that the user typed."""
 
 from collections.abc import Callable
 from typing import TypeVar
 
-ORIGIN_STEPS = 50  # of the grid that published students were distilled on
-FLOW_TIMESTEPS = 1000  # a flow has no timesteps of its own; diffusers counts its sigmas in thousandths, as do people
+ORIGIN_STEPS = 50  # size of the grid that published students were distilled on
+FLOW_TIMESTEPS = 1000  # a flow has no timesteps; like diffusers, this code counts its time in thousandths
 
 _Number = TypeVar("_Number", int, float)
 
@@ -12,12 +12,14 @@ _Number = TypeVar("_Number", int, float)
 def timestep_grid(
     steps: int, *, num_timesteps: int = 1000, origin_steps: int = ORIGIN_STEPS, denoise: float = 1.0
 ) -> list[int]:
-    """Choose `steps` timesteps, descending, among those on which the student was distilled.
+    """Choose `steps` timesteps, descending, from the grid of timesteps on which the student was distilled.
 
-    The distillation grid is 19, 39, ..., 999 (num_timesteps / origin_steps apart). Of it, the lower part `denoise` is
-    kept and divided evenly from its top: 4 steps are 999, 759, 499, 259. denoise = 0 gives no timestep.
+    The grid has origin_steps timesteps: 19, 39, ..., 999 by default. The lower fraction `denoise` of the grid is kept,
+    and the steps are spaced evenly over it, starting at its highest timestep: 4 steps are 999, 759, 499, 259.
+    denoise = 0 gives no timesteps.
 
-    Raises ValueError when steps is not a whole number >= 1 or exceeds the timesteps kept, or denoise is not in [0, 1].
+    Raises ValueError if steps is not a whole number >= 1, steps exceeds the number of timesteps kept, origin_steps is
+    not from 1 to num_timesteps, or denoise is not in [0, 1].
     """
     check_steps(steps, denoise)
     if not 1 <= origin_steps <= num_timesteps:
@@ -32,11 +34,11 @@ def timestep_grid(
 
 
 def refined_origin_steps(steps: int, *, num_timesteps: int = 1000) -> int:
-    """Return the size of the coarsest grid with `steps` timesteps: 50, or a multiple of it that divides num_timesteps.
+    """Return the size of the coarsest grid that has at least `steps` timesteps and contains the distillation grid.
 
-    Each is a refinement of the distillation grid: 50, 100, 200, 250, 500 or 1000 of 1000 timesteps.
+    With 1000 timesteps, the possible sizes are 50, 100, 200, 250, 500 and 1000.
 
-    Raises ValueError when steps exceeds num_timesteps.
+    Raises ValueError if steps exceeds num_timesteps.
     """
     for origin_steps in range(ORIGIN_STEPS, num_timesteps + 1, ORIGIN_STEPS):
         if num_timesteps % origin_steps == 0 and origin_steps >= steps:
@@ -48,7 +50,7 @@ def refined_origin_steps(steps: int, *, num_timesteps: int = 1000) -> int:
 
 
 def even_grid(steps: int) -> list[int]:
-    """Return 0, 1000 / steps ... 1000, ascending: thousandths of a clock without timesteps, to whole ones.
+    """Return 0, 1000 / steps ... 1000, rounded to whole numbers: the thousandths of a clock without timesteps.
 
     Raises ValueError unless steps is a whole number from 1 to 1000.
     """
@@ -68,7 +70,7 @@ def check_steps(steps: int, denoise: float) -> None:
 
 def _too_many_steps(steps: int, kept: int, origin_steps: int, denoise: float) -> str:
     remedies = [f"steps of at most {kept}"] if kept else []
-    # In hundredths, as people type it, and rounded as above: int(50 * 0.58) is 28.
+    # Tried in hundredths, because users type two digits, and rounded as in timestep_grid: int(50 * 0.58) is 28.
     enough = [percent / 100 for percent in range(1, 101) if int(origin_steps * (percent / 100)) >= steps]
     if enough:
         remedies.append(f"denoise of at least {enough[0]:g}")
@@ -79,18 +81,18 @@ def _too_many_steps(steps: int, kept: int, origin_steps: int, denoise: float) ->
 
 
 def parse_timesteps(text: str, *, num_timesteps: int = 1000) -> list[int]:
-    """Read timesteps that a person typed, such as "800" or "999,759,499,259", strictly descending.
+    """Parse timesteps that a user typed, such as "800" or "999,759,499,259", strictly descending.
 
-    Raises ValueError, which says what to type, for anything else.
+    Raises ValueError, with advice on what to type, for anything else.
     """
     hint = f"type whole numbers from {num_timesteps - 1} down to 0 with commas between, such as 999,759,499,259"
     return _descending(text, int, lambda timestep: 0 <= timestep < num_timesteps, hint)
 
 
 def parse_flow_times(text: str) -> list[float]:
-    """Read flow times that a person typed in thousandths, such as "1000,913.04,767.44": strictly descending, in (0, 1].
+    """Parse flow times typed in thousandths, such as "1000,913.04,767.44", and return them in (0, 1], descending.
 
-    Raises ValueError, which says what to type, for anything else.
+    Raises ValueError, with advice on what to type, for anything else.
     """
     hint = "type numbers from 1000 down to above 0 with commas between, such as 1000,750,500,250"
     timesteps = _descending(text, float, lambda timestep: 0 < timestep <= FLOW_TIMESTEPS, hint)
@@ -99,7 +101,7 @@ def parse_flow_times(text: str) -> list[float]:
 
 def _descending(text: str, number: type[_Number], in_range: Callable[[_Number], bool], hint: str) -> list[_Number]:
     try:
-        if "_" in text:  # which Python leaves out of numbers
+        if "_" in text:  # int() and float() would ignore it
             raise ValueError
         timesteps = [number(word) for word in text.split(",")]
     except ValueError:

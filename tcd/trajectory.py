@@ -1,8 +1,8 @@
 """The equations of trajectory consistency; no other file repeats them.
 
-Notation: x_t = alpha_t x0 + sigma_t eps. Any scale will do if all arguments of a call use the same one: variance
-preserving (alpha^2 + sigma^2 = 1), rectified flow (alpha = 1 - sigma), or the host's variance exploding (alpha = 1).
-Nothing is cast: callers pass float32 or better, and the arithmetic is done in that dtype.
+Notation: x_t = alpha_t x0 + sigma_t eps. The scale may be variance preserving (alpha^2 + sigma^2 = 1), rectified flow
+(alpha = 1 - sigma) or variance exploding (alpha = 1, as in the host), but all arguments of a call must have the same.
+Nothing is cast: callers pass float32 or float64, and the arithmetic is in that dtype.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Level(NamedTuple):
-    """A noise level: x = alpha * x0 + sigma * eps. Floats, or tensors [] or [B, 1, 1, 1] in float32 or better."""
+    """A noise level: x = alpha * x0 + sigma * eps. Floats, or tensors [] or [B, 1, 1, 1] in float32 or float64."""
 
     alpha: Tensor | float
     sigma: Tensor | float
@@ -32,8 +32,8 @@ def jump(x: Tensor, x0: Tensor, t: Level, s: Level) -> Tensor:
     x_s = alpha_s x0 + sigma_s eps, with eps = (x - alpha_t x0) / sigma_t
 
     This is the first-order trajectory consistency function of arXiv 2402.19159, which writes it as an exponential
-    integrator. The form here has no logarithms, so it also holds at zero terminal SNR (alpha_t = 0), and a jump to t
-    returns x. If sigma_t = 0, s must be t: sigma_s / sigma_t is then taken as 1, its limit for s = t.
+    integrator. The form here has no logarithms, so it also holds at zero terminal SNR (alpha_t = 0). A jump from t to t
+    returns x. If sigma_t = 0, the only allowed s is t, and the ratio sigma_s / sigma_t is set to 1.
     """
     ratio = _ratio(s.sigma, t.sigma)
     return ratio * x + (s.alpha - ratio * t.alpha) * x0

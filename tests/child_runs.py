@@ -75,7 +75,7 @@ def _losses_path(values: dict[str, Any]) -> Path:
 def _child(values: dict[str, Any], death: str, place: tuple[int, int, int] | None, fsdp: bool) -> None:
     torch.set_num_threads(1)
     if fsdp:
-        os.environ["ACCELERATE_USE_FSDP"] = "true"  # what `accelerate launch` tells what it launches
+        os.environ["ACCELERATE_USE_FSDP"] = "true"  # as `accelerate launch` sets it
         _tell_share(values)
     if place is not None:
         rank, count, port = map(str, place)

@@ -12,7 +12,7 @@ from trajectory_consistency.trainer.demo.comfy_server import Host, HostNotFoundE
 
 @cache
 def _look() -> tuple[Host | None, str]:
-    """Return the host, and the line that tells which it is or how to get one."""
+    """Return the host, and a line that says which it is or how to get one."""
     try:
         host = find_host()
     except HostNotFoundError as error:
@@ -24,7 +24,7 @@ def _look() -> tuple[Host | None, str]:
 
 @cache
 def _look_for_browser() -> tuple[Path | None, str]:
-    """Return Chromium or a browser made of it, and the line that tells which it is or how to get one."""
+    """Return Chromium or a browser made of it, and a line that says which it is or how to get one."""
     named = os.environ.get("CHROMIUM_PATH")
     if named and not Path(named).is_file():
         raise pytest.UsageError(f"CHROMIUM_PATH is {named}, but there is no such file: set it to Chromium's program")

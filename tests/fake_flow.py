@@ -89,15 +89,15 @@ class FlowNetwork(nn.Module):
         self.blocks = nn.ModuleList([Block(), Block()])
         self.recomputes = False
 
-    def forward(self, x: Tensor, network_time: Tensor, guidance: Tensor, told: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, network_time: Tensor, guidance: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """Return the flow [B, C, F, h, w] at x of the same shape; network_time, guidance: [B]."""
         dtype = x.dtype
         time = self.time(sinusoid(network_time, TIME).to(dtype)) + self.guidance(guidance[:, None].to(dtype))
-        time = (time + self.aspect(told["aspect"][:, None].to(dtype)))[:, None]
-        hidden, words = self.video_in(rearrange(x, "b c f h w -> b (f h w) c")), self.words_in(told["words"].to(dtype))
+        time = (time + self.aspect(cond["aspect"][:, None].to(dtype)))[:, None]
+        hidden, words = self.video_in(rearrange(x, "b c f h w -> b (f h w) c")), self.words_in(cond["words"].to(dtype))
         for block in self.blocks:
             call = partial(recompute, block, use_reentrant=False) if self.recomputes else block
-            hidden = call(hidden, time, words, told["mask"])
+            hidden = call(hidden, time, words, cond["mask"])
         frames, height = x.shape[2:4]
         return rearrange(self.video_out(hidden), "b (f h w) c -> b c f h w", f=frames, h=height)
 
@@ -265,8 +265,8 @@ class FlowCheckpoint:
 class GaussianFlow(FlowModel):
     """A model of videos that are N(w * mean over the caption's words, oracles.STD^2) in each element.
 
-    The student, which is told s, and the teacher, whose solver takes steps of `skip`, follow the exact trajectories:
-    the flow of Gaussian data has a closed form. w: the guidance scale, which the student knows without being told.
+    The student, which gets s, and the teacher, whose solver takes steps of `skip`, follow the exact trajectories:
+    the flow of Gaussian data has a closed form. w: the guidance scale, which the student knows without getting it.
     """
 
     def __init__(self, network: FlowNetwork, schedule: Schedule, *, skip: int, w: float) -> None:
@@ -284,7 +284,7 @@ class GaussianFlow(FlowModel):
         else:
             w = torch.full_like(w, self.w)
         apart = self.mean(cond, w) - oracles.MEAN
-        return oracles.told_x0(x_t - t.level.alpha * apart, t.level, s.level) + apart
+        return oracles.x0_for_target(x_t - t.level.alpha * apart, t.level, s.level) + apart
 
 
 def write_flow_base(path: Path) -> Path:

@@ -31,7 +31,7 @@ GAMMAS = [0.0, 0.3, 1.0]
 
 def _discrete(alpha_bar: Tensor, steps: int) -> Ladder:
     schedule = DiscreteSchedule.from_alpha_bar(alpha_bar)
-    return schedule, _to_zero(schedule.sigma(torch.tensor(timestep_grid(steps))))
+    return schedule, _append_zero(schedule.sigma(torch.tensor(timestep_grid(steps))))
 
 
 def _flow(steps: int) -> Ladder:
@@ -40,10 +40,10 @@ def _flow(steps: int) -> Ladder:
 
 def _edm(steps: int) -> Ladder:
     ramp = torch.linspace(80 ** (1 / 7), 0.002 ** (1 / 7), steps + 1, dtype=torch.float64)[:steps] ** 7
-    return ContinuousSchedule(), _to_zero(ramp)
+    return ContinuousSchedule(), _append_zero(ramp)
 
 
-def _to_zero(sigmas: Tensor) -> Tensor:
+def _append_zero(sigmas: Tensor) -> Tensor:
     return torch.cat([sigmas, sigmas.new_zeros(1)])
 
 

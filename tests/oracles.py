@@ -19,15 +19,15 @@ def gaussian_map(x: Tensor, t: Level, s: Level) -> Tensor:
     return s.alpha * MEAN + spread * (x - t.alpha * MEAN)
 
 
-def told_x0(x: Tensor, t: Level, s: Level) -> Tensor:
-    """The x0 that a network told s must predict for the jump to follow the exact trajectory of a Gaussian."""
+def x0_for_target(x: Tensor, t: Level, s: Level) -> Tensor:
+    """The x0 that a network with target time s must predict, so that the jump follows a Gaussian's exact trajectory."""
     ratio = s.sigma / t.sigma
     return (gaussian_map(x, t, s) - ratio * x) / (s.alpha - ratio * t.alpha)
 
 
-def told_network(x: Tensor, t: TimePoint, s: TimePoint, rows: Tensor) -> Tensor:
+def target_time_network(x: Tensor, t: TimePoint, s: TimePoint, rows: Tensor) -> Tensor:
     """That network, as the loss calls it."""
-    return told_x0(x, t.level, s.level)
+    return x0_for_target(x, t.level, s.level)
 
 
 def points_of(schedule: Schedule, times: Times, ndim: int = 4) -> Points:

@@ -114,10 +114,10 @@ def test_the_tests_in_comfyui_are_not_skipped_for_want_of_one() -> None:
     host = jobs("test")["host"]
     assert re.fullmatch("[0-9a-f]{40}", host["env"]["COMFYUI_COMMIT"])
     assert host["env"]["CHROMIUM_PATH"], "a browser that is named and not there is an error"
-    told = [
+    named = [
         step["run"] for step in host["steps"] if 'echo "COMFYUI_PATH=$comfy" >> "$GITHUB_ENV"' in step.get("run", "")
     ]
-    assert len(told) == 1, "and so is a ComfyUI"
+    assert len(named) == 1, "and so is a ComfyUI"
 
 
 def test_nothing_is_published_before_all_tests_have_passed() -> None:

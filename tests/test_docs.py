@@ -21,7 +21,7 @@ def test_every_key_is_described() -> None:
     assert config_table.undescribed() == []
 
 
-def test_every_command_and_recipe_is_told_and_no_other() -> None:
+def test_every_command_and_recipe_is_described_and_no_other() -> None:
     said = re.findall(r"tcd-train (\w+)", page())
     assert set(said) == set(COMMANDS)
     assert set(re.findall(r"`(\w+-\w+)` +\|", page())) == set(recipes.names())

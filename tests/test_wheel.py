@@ -136,12 +136,12 @@ print([name for name in {STAYS_OUTSIDE} if importlib.util.find_spec(name)], {PAC
 
 
 def test_what_is_installed_tells_its_commands(installed: Installed) -> None:
-    for told in (
+    for printed in (
         installed.run("tcd-train", "--help"),
         installed.run("python", "-m", f"{PACKAGE}.trainer", "--help"),
     ):
-        assert "usage: tcd-train" in told
-        assert all(f"\n    {command} " in told for command in COMMANDS)
+        assert "usage: tcd-train" in printed
+        assert all(f"\n    {command} " in printed for command in COMMANDS)
 
 
 def test_what_is_installed_trains_the_embedded_model_by_a_recipe(installed: Installed) -> None:
@@ -167,8 +167,10 @@ def test_what_is_installed_runs_the_demo(installed: Installed) -> None:
     assert {measured["samples"] for measured in metrics.values()} == {8}
     with Image.open(made / "grid.png") as grid:
         assert grid.height > len(metrics) * 64, "a row of pictures for each"
-    told = installed.run("tcd-train", "inspect", "demo-out/tcd-lora.safetensors")
-    assert "a LoRA for tiny" in told and "2 of 2" in (made / "target-time" / "report.html").read_text(encoding="utf-8")
+    printed = installed.run("tcd-train", "inspect", "demo-out/tcd-lora.safetensors")
+    assert "a LoRA for tiny" in printed and "2 of 2" in (made / "target-time" / "report.html").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_the_packages_that_are_named_are_the_folders_with_code() -> None:

@@ -105,7 +105,7 @@ def small_config(values: dict[str, dict[str, object]], **training: object) -> co
 
 
 def join_captions(captions: Sequence[Conditioning], framing: Framing) -> Conditioning:
-    """Join rows as SD1.5 does, which is not told of the framing."""
+    """Join rows as SD1.5 does, which does not get the framing."""
     return Conditioning.cat(captions)
 
 

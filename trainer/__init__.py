@@ -7,6 +7,6 @@ import sys
 if sys.version_info < (3, 11):
     sys.exit(f"error: the trainer needs Python 3.11 or newer, and this is Python {sys.version.split()[0]}")
 
-# diffusers imports peft, which imports bitsandbytes, if they are installed; that warns about a missing kernel for
+# If peft and bitsandbytes are installed, diffusers imports both. bitsandbytes then warns about a missing kernel for
 # 4-bit weights, which are not used here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -32,7 +32,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def _sync_folder(folder: Path) -> None:
-    # The rename is recorded in the folder, which needs a sync of its own.  Windows cannot open a folder to sync it.
+    # The rename is recorded in the folder, so the folder must be synced too. Windows cannot open a folder to sync it.
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Checks of settings, base, data and output folder before a run loads any weights, and the description of its plan."""
+"""Check settings, base, data and output folder before a run loads any weights, and describe what the run will do."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Inputs(NamedTuple):
 
 
 def check(config: Config, processes: Processes = ALONE) -> Inputs:
-    """Check everything that a run needs, for the given processes, without loading weights.
+    """Check the settings, the base, the data and the output folder, without loading weights.
 
-    Raises UserError for anything that would stop the run.
+    Raises UserError for any problem that would stop the run.
     """
     _, dtype = device_and_dtype(config)
     if why := output_conflict(config):
@@ -55,7 +55,7 @@ def check_inputs(config: Config) -> Inputs:
 
 
 def plan(config: Config, inputs: Inputs) -> str:
-    """Describe what a run would do: its base, data, method, adapter, training and output, one a line."""
+    """Describe a run: one line each for its base, data, method, adapter, training and output."""
     training, method, data = config.training, config.method, inputs.data
     device, dtype = device_and_dtype(config)
     return "\n".join(
@@ -75,7 +75,7 @@ def plan(config: Config, inputs: Inputs) -> str:
 
 
 def output_conflict(config: Config) -> str:
-    """The reason why the output folder cannot be used, or an empty string if it can."""
+    """Return the reason why the output folder cannot be used, or an empty string if it can."""
     folder = config.output_folder
     if folder.exists() and not folder.is_dir():
         return f"output.folder is {folder}, which is a file: choose another"
@@ -95,7 +95,7 @@ def output_conflict(config: Config) -> str:
 
 
 def is_finished(config: Config) -> bool:
-    """Whether the LoRA exists and was written by the run in this output folder, with these same settings."""
+    """Return whether the LoRA exists and was written by the run in this output folder, with the same settings."""
     saved = saved_steps(config)
     if not config.lora_path.is_file() or (saved and saved[0] < config.training.steps):
         return False
@@ -108,13 +108,13 @@ def is_finished(config: Config) -> bool:
 
 
 def checkpoints_of(config: Config, dtype: torch.dtype) -> Checkpoints:
-    """Return the run's checkpoints, tied to the fingerprints of its inputs (of the data only if all are cached)."""
+    """Return the run's checkpoints, with the fingerprints of its inputs (without the data's if not all are cached)."""
     training, folder = config.training, config.output_folder / CHECKPOINT_FOLDER
     return Checkpoints(folder, training.checkpoint_every, training.keep_checkpoints, input_fingerprints(config, dtype))
 
 
 def saved_steps(config: Config) -> list[int]:
-    """Return the steps that the output folder has a checkpoint of, newest first."""
+    """Return the steps at which the output folder has a checkpoint, newest first."""
     return Checkpoints(config.output_folder / CHECKPOINT_FOLDER, 1, 1).steps()
 
 
@@ -137,14 +137,14 @@ def _check_settings(config: Config, processes: Processes) -> Checkpoint:
     checkpoint.latents.check_size("preview.width", config.preview.width)
     checkpoint.latents.check_size("preview.height", config.preview.height)
     check_weighting(config.method, checkpoint.schedule)
-    initial_weights(checkpoint.load(torch.float32, torch.device("meta")), config)  # raises if they could not be made
+    initial_weights(checkpoint.load(torch.float32, torch.device("meta")), config)  # raises if adapter.* is invalid
     return checkpoint
 
 
 def _find_data(config: Config, dtype: torch.dtype) -> Survey:
-    """Return what is known of the data, from the cache if it is complete, or else by examining every file.
+    """Return the survey of the data: from the cache if it is complete, otherwise by reading every picture.
 
-    Raises UserError if the data cannot be used, or no picture is left.
+    Raises UserError if there are unusable pictures (see data.skip_bad), or no usable one.
     """
     cached = open_cached(config, dtype)
     if cached is None:
@@ -156,7 +156,7 @@ def _find_data(config: Config, dtype: torch.dtype) -> Survey:
 
 
 def _check_writable(key: str, folder: Path) -> None:
-    """Raise UserError if no file can be created in `folder` or, if that does not exist, its closest existing parent."""
+    """Raise UserError if no file can be created in `folder`, or in its closest existing parent if it does not exist."""
     existing = next(path for path in (folder, *folder.parents) if path.is_dir())
     try:
         with TemporaryFile(dir=existing):
@@ -169,7 +169,7 @@ def _check_writable(key: str, folder: Path) -> None:
 
 
 def _check_learning_rates(config: Config) -> None:
-    """Raise UserError if the learning rate of everything that could be trained is 0."""
+    """Raise UserError if the learning rates of the LoRA and the embedding are 0, or their weights are frozen."""
     training, embedded = config.training, config.method.target_time
     if training.lr and not config.adapter.freeze or embedded and training.target_time_lr:
         return

@@ -1,4 +1,4 @@
-"""A training run: distills as a configuration says and writes the LoRA, its configuration and logs to output.folder."""
+"""A training run: distill according to a configuration, and write the LoRA, its configuration and logs."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ log = logging.getLogger("trajectory-consistency")
 def run(config: Config) -> Path:
     """Distill, or resume from the last checkpoint in the output folder, and return the LoRA file's path.
 
-    With several processes, each encodes a part of the data that are not cached yet, and trains on a part of each batch;
-    the main one does all else.
+    With several processes, each encodes a part of the data that are not cached, and trains on a part of each batch.
+    Only the main process checks the input and writes into the output folder.
 
-    Raises UserError for bad input, VerificationError if the LoRA file differs from what was trained, and whatever
-    `load_or_encode` and `train` raise.
+    Raises UserError for bad input, VerificationError if the written LoRA file predicts differently from the trained
+    network, and the errors of `load_or_encode` and `train`.
     """
     device, dtype = device_and_dtype(config)
     processes, device = join_processes(device)
@@ -120,16 +120,16 @@ def _start_previews(previews: Previews, config: Config) -> Observer:
 
 
 def _unsharded(sharded: Model, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Model:
-    """Return the student on a base that is not sharded, so that the main process can run it alone."""
+    """Return the student on a new, unsharded base, which the main process can run without the others."""
     model = checkpoint.load(dtype, device)
     model.adapter.add(STUDENT, sharded.adapter.weights[STUDENT])
     return model
 
 
 def _matching_checkpoints(config: Config, dtype: torch.dtype) -> Checkpoints:
-    """Return the run's checkpoints; requires a complete cache.
+    """Return the run's checkpoints, including the fingerprint of the data; requires a complete cache.
 
-    Raises UserError if they were made from different data or a different model.
+    Raises UserError if existing checkpoints were made from different data or a different model.
     """
     checkpoints = checkpoints_of(config, dtype)
     checkpoints.check_fingerprints()
@@ -139,7 +139,7 @@ def _matching_checkpoints(config: Config, dtype: torch.dtype) -> Checkpoints:
 def _finish_clean_up(config: Config) -> bool:
     """Return whether the run is finished already; if so, write its report and remove its checkpoints.
 
-    Both may be missing if the run was killed after it wrote the LoRA.
+    Both remain to be done if the run was killed just after it wrote the LoRA.
     """
     if not is_finished(config):
         return False

@@ -36,7 +36,7 @@ class SafetensorsFile:
         self.metadata: dict[str, str] = self._file.metadata() or {}
 
     def tensor(self, name: str) -> Tensor:
-        """Return a tensor that is memory-mapped, so its values are read from the disk when they are used."""
+        """Return a tensor, memory-mapped: its values are read from the disk when they are used."""
         tensor: Tensor = self._file.get_tensor(name)
         return tensor
 

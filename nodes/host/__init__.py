@@ -1,9 +1,9 @@
-"""The only package that imports ComfyUI's own modules; it converts ComfyUI's objects to those of tcd/."""
+"""The only package that imports ComfyUI's modules. It converts between ComfyUI's objects and the classes of tcd/."""
 
-from .clock import schedule_of, scheduler_sigmas, tcd_sigmas
 from .ksampler_lists import register, set_eta
 from .lora import apply_lora
 from .lora_files import lora_names, lora_stamp, read_lora
+from .model_schedule import schedule_of, scheduler_sigmas, tcd_sigmas
 from .sampling import sample_with_tcd, tcd_sampler
 from .schedulers import SETUP_SCHEDULERS, setup_sigmas
 

@@ -1,4 +1,4 @@
-"""Each image's batch index, recovered from the initial noise, because the host does not pass it to samplers."""
+"""Find each image's batch index by comparing the initial noise: the host does not pass the index to samplers."""
 
 import logging
 
@@ -7,18 +7,18 @@ from einops import rearrange
 from torch import Tensor
 
 _MAX_NUMBERS = 2**26  # search limit, about half a second: up to index 1023 at 1024 x 1024, or 255 for SD3's 16 channels
-_COMPARED = 64  # numbers compared per image; two different noises do not agree in that many by accident
+_COMPARED = 64  # numbers compared per image; different noises do not agree in that many by accident
 _log = logging.getLogger("trajectory-consistency")
 
 
 def batch_indices(noise: Tensor | None, seed: int) -> list[int] | None:
     """Return each image's index in the sequence of noises that the host draws from the seed; noise is [B, C, ...].
 
-    The index is the image's place in the batch, unless the latent has a batch_index (LatentFromBatch): the host then
-    draws the noises one by one and keeps the listed ones. They are drawn again here and compared.
+    Usually the index is the image's place in the batch. If the latent has a batch_index (LatentFromBatch), the host
+    draws the noises one by one and keeps the listed ones. This function draws them again and compares.
 
-    Returns None if the caller should use the place in the batch: the latent has no batch_index, there is no noise (as
-    in the second half of a split run), or the noise was not drawn from this seed.
+    Returns None if the caller should use the place in the batch. That is so if the latent has no batch_index, if there
+    is no noise (as in the second half of a split run), or if the noise was not drawn from this seed.
     """
     if noise is None or not noise.any():
         return None
@@ -37,11 +37,11 @@ def batch_indices(noise: Tensor | None, seed: int) -> list[int] | None:
 
 
 def _draw(like: Tensor, generator: torch.Generator) -> Tensor:
-    # In the dtype of the given noise: older hosts draw in the latent's dtype, newer ones always in float32.
+    # In the dtype of `like`, because older hosts draw in the latent's dtype; newer hosts always draw in float32.
     return torch.randn(like.shape, generator=generator, dtype=like.dtype)
 
 
 def _matches(drawn: Tensor, noise: Tensor) -> Tensor:
-    """Whether each image, [B], equals the drawn one up to rounding to the latent's dtype (bfloat16 at worst)."""
+    """Return whether each image equals the drawn one, [B], up to rounding to the latent's dtype (at worst bfloat16)."""
     drawn, noise = (rearrange(images, "b ... -> b (...)")[:, :_COMPARED] for images in (drawn, noise))
     return drawn.isclose(noise, rtol=0.01, atol=1e-6).all(1)

@@ -1,4 +1,4 @@
-"""Registers TCD in the host's sampler and scheduler lists, which KSampler and similar nodes offer by name."""
+"""Register "tcd" in the host's sampler and scheduler lists, from which KSampler and similar nodes choose by name."""
 
 import logging
 from typing import Any
@@ -8,7 +8,7 @@ from comfy.k_diffusion import sampling as k_diffusion
 from torch import Tensor
 
 from ...tcd.lora_metadata import DEFAULT_ETA
-from .clock import scheduler_sigmas
+from .model_schedule import scheduler_sigmas
 from .sampling import sample_with_tcd
 
 NAME = "tcd"
@@ -18,7 +18,7 @@ _log = logging.getLogger("trajectory-consistency")
 
 
 def set_eta(model: Any, eta: float) -> Any:
-    """Return a clone of the model for which the listed sampler "tcd" uses this eta, the paper's gamma, in [0, 1]."""
+    """Return a clone of the model with an eta (the paper's gamma, in [0, 1]) for the listed sampler "tcd"."""
     if getattr(k_diffusion, f"sample_{NAME}", None) is not sample_tcd:
         _log.warning(
             "%r in KSampler's list belongs to another pack and ignores eta: use SamplerCustom with TCD Sampler", NAME
@@ -36,7 +36,7 @@ def sample_tcd(
     callback: Any = None,
     disable: bool | None = None,
 ) -> Tensor:
-    """Sample as sample_with_tcd does, with gamma from the model's options: the host passes none to a listed sampler."""
+    """Call sample_with_tcd with gamma from the model's options, because the host passes no gamma to listed samplers."""
     options = (extra_args or {}).get("model_options", {})
     return sample_with_tcd(model, x, sigmas, extra_args, callback, disable, gamma=options.get(_ETA_OPTION, DEFAULT_ETA))
 
@@ -66,12 +66,12 @@ def register() -> None:
 
 
 def _register_if_free(registry: dict[str, Any], key: str, ours: Any) -> bool:
-    """Register ours unless the key is in use; return whether the key is ours."""
+    """Set registry[key] to `ours` unless the key is in use; return whether registry[key] is ours."""
     return registry.setdefault(key, ours) == ours
 
 
 def _append_name(*lists: list[str]) -> None:
-    # The lists are one and the same object unless another pack has replaced one of them.
+    # Usually both lists are the same object, but another pack may have replaced one of them.
     for names in lists:
         if NAME not in names:
             names.append(NAME)

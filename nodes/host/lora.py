@@ -1,4 +1,4 @@
-"""Applies a LoRA file to a model with the host's own patcher."""
+"""Apply a LoRA file to a model, with the host's own patcher."""
 
 import logging
 from collections.abc import Iterable
@@ -10,14 +10,14 @@ from ...tcd import Coverage, TargetTime, coverage, kohya_name, split_target_time
 from ...tcd.lora_keys import format_shape
 from ..lora_file import LoraFile
 from .lora_files import read_tensors
-from .model import model_name
+from .model_name import model_name
 from .target_time import install_target_time
 
 _log = logging.getLogger("trajectory-consistency")
 
 
 class _PatchTarget(NamedTuple):
-    """A weight of the model, or a slice of a fused weight: its key for the host's patcher, and its shape."""
+    """The patcher's key and the shape of a weight, or of a slice of a fused weight."""
 
     key: Any
     shape: tuple[int, ...]
@@ -26,8 +26,8 @@ class _PatchTarget(NamedTuple):
 def apply_lora(model: Any, lora: LoraFile, strength: float, *, allow_partial: bool = False) -> Any:
     """Return a clone of the model with the LoRA applied; the model itself if strength is 0.
 
-    Raises ValueError, before any tensor is read, unless the model has every module of the file with the same shape.
-    With allow_partial, one such module is enough, and a warning says what is left out.
+    Unless every module of the file is in the model with the same shape, ValueError is raised before any tensor is read.
+    With allow_partial, one such module is enough, and a warning lists the modules that were not applied.
     """
     if strength == 0:
         return model
@@ -49,10 +49,10 @@ def apply_lora(model: Any, lora: LoraFile, strength: float, *, allow_partial: bo
 
 
 def _patch_targets(model: Any) -> dict[str, _PatchTarget]:
-    """Return the weights that the host can patch, by kohya name; a weight with several names appears under each."""
+    """Return the weights that the host can patch, by kohya name; a weight may have several names."""
     weights = model.model.state_dict()
     targets = {}
-    # An explicit {}, because the function adds to its default argument, which would keep the keys of other models.
+    # The {} is needed: the host's function adds to its default argument, which keeps the keys of earlier models.
     for name, key in comfy.lora.model_lora_keys_unet(model.model, {}).items():
         weight, part = (key, None) if isinstance(key, str) else key[:2]
         if weight in weights:

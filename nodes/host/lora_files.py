@@ -1,4 +1,4 @@
-"""Reads LoRA files from the folders that the host lists: the header first, the tensors only when they are applied."""
+"""Read LoRA files from the host's loras folders: first the header, and the tensors only when they are applied."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -22,9 +22,9 @@ def lora_names() -> list[str]:
 
 
 def lora_stamp(name: str) -> FileStamp:
-    """Return (path, modification time, size) of a LoRA file, which changes if the file is replaced.
+    """Return the path, modification time and size of a LoRA file; they change if the file is replaced.
 
-    Raises ValueError for a name that the host does not list, and therefore for a path that leads out of its folders.
+    Raises ValueError for a name that is not in the host's list. A path out of its folders is never in the list.
     """
     if name not in lora_names():
         raise ValueError(f"there is no {name!r} in the loras folders: choose a file from the list, or copy it there")
@@ -34,10 +34,10 @@ def lora_stamp(name: str) -> FileStamp:
 
 
 def read_lora(name: str) -> LoraFile:
-    """Read the header of a LoRA file, but none of its tensors.
+    """Read the header of a LoRA file, but no tensors.
 
-    Raises ValueError if the host lists no such file, or if it is not a safetensors file, not readable, or not a LoRA.
-    A pickle is never opened, because reading it could run code.
+    Raises ValueError if the file is not in the host's list, not a safetensors file, damaged, or not a LoRA. A pickle is
+    never opened, because reading it could run code.
     """
     stamp = lora_stamp(name)
     suffix = Path(name).suffix
@@ -58,7 +58,7 @@ def read_lora(name: str) -> LoraFile:
 
 
 def read_tensors(lora: LoraFile) -> dict[str, Tensor]:
-    """Return the tensors of a LoRA file; those of the two files used last are kept in memory.
+    """Return the tensors of a LoRA file; the tensors of the two files used last are kept in memory.
 
     Raises ValueError if a tensor contains NaN or infinity.
     """
@@ -68,7 +68,7 @@ def read_tensors(lora: LoraFile) -> dict[str, Tensor]:
         raise ValueError(f"{lora.name} was not applied: {error}") from None
 
 
-@lru_cache(maxsize=2)  # cached here because a node of the host has no state of its own
+@lru_cache(maxsize=2)  # cached at module level, because the host's nodes have no state
 def _read_cached(stamp: FileStamp) -> dict[str, Tensor]:
     with safe_open(stamp.path, framework="pt") as file:
         # Cloned, because the tensors are memory-mapped: overwriting the file would change a model that uses them.

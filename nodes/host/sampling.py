@@ -1,4 +1,4 @@
-"""The sampler of tcd/ with the signature of k-diffusion's samplers, and as the host's SAMPLER."""
+"""The sampler of tcd/ as the host needs it: as a function like k-diffusion's samplers, and as a SAMPLER object."""
 
 from functools import cache
 from typing import Any
@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from ...tcd.sampling import Noise, sample_tcd, seeded_noise
 from .batch_index import batch_indices
-from .clock import schedule_of
+from .model_schedule import schedule_of
 from .target_time import with_target_time
 
 
@@ -29,7 +29,7 @@ def sample_with_tcd(
     *,
     gamma: float,
 ) -> Tensor:
-    """Sample from noisy x [B, C, ...] along sigmas [N + 1]; called by the host like a k-diffusion sampler."""
+    """Sample from noisy x [B, C, ...] along sigmas [N + 1]; the host calls this like a k-diffusion sampler."""
     extra_args = extra_args or {}
     options = extra_args.get("model_options", {})
     model_sampling = model.inner_model.model_patcher.get_model_object("model_sampling")
@@ -58,11 +58,14 @@ def sample_with_tcd(
 
 
 def _host_noise(model: Any, seed: int | None, *, scale: float) -> Noise:
-    """Return noise seeded by the host, times the model's noise_scale: some flow models are trained on scale * eps."""
-    if seed is None:  # any noise will do
+    """Return noise from the host's seed, multiplied by `scale`: some flow models are trained on scale * eps.
+
+    If seed is None, a random seed is used.
+    """
+    if seed is None:
         seed = int(torch.randint(2**63 - 1, ()))
 
-    @cache  # built at the first draw, because the search for batch indices is slow and gamma = 0 draws nothing
+    @cache  # built at the first draw: the search for batch indices is slow, and not needed if gamma = 0
     def noise_source() -> Noise:
         unit = seeded_noise(seed, items=batch_indices(getattr(model, "noise", None), seed))
         return unit if scale == 1 else lambda sigma_next, like: scale * unit(sigma_next, like)

@@ -1,4 +1,4 @@
-"""SIGMAS by scheduler name, for TCD Sampling Setup, which offers TCD's own scheduler and one of the host's."""
+"""SIGMAS by scheduler name, for the node TCD Sampling Setup: "simple" is TCD's scheduler, the other is the host's."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from .clock import scheduler_sigmas
+from .model_schedule import scheduler_sigmas
 
 SETUP_SCHEDULERS = ("simple", "sgm_uniform")
 _MAX_STEPS = 10000  # as in KSampler
@@ -15,8 +15,9 @@ _MAX_STEPS = 10000  # as in KSampler
 def setup_sigmas(model: Any, scheduler: str, *, steps: int, denoise: float) -> Tensor:
     """Return SIGMAS [steps + 1] ending in 0: from scheduler_sigmas for "simple", else from the host's scheduler.
 
-    As in BasicScheduler and KSampler, they are the last ones of floor(steps / denoise) steps; empty if denoise = 0.
-    Raises ValueError for an unknown scheduler, if steps / denoise exceeds 10000, or if scheduler_sigmas raises it.
+    As in BasicScheduler and KSampler, the scheduler gets floor(steps / denoise) steps, and the last `steps` of them are
+    used. With denoise = 0 the result is empty. Raises ValueError for an unknown scheduler, if steps / denoise exceeds
+    10000, or if scheduler_sigmas raises it.
     """
     if scheduler not in SETUP_SCHEDULERS:
         raise ValueError(f"scheduler is {scheduler!r}, but must be one of {', '.join(SETUP_SCHEDULERS)}")

@@ -1,6 +1,7 @@
-"""Passes the target time to the network, for a LoRA with a target-time embedding (TCF(S+) of arXiv 2402.19159).
+"""Pass the target time to the network, for a LoRA with a target-time embedding (TCF(S+) of arXiv 2402.19159).
 
-The TCD sampler passes (t, s) with each call of the model, and a patch on the model adds their embedding to that of t.
+The TCD sampler passes (t, s) with each call of the model. A patch on the model embeds them and adds the result to the
+network's embedding of t.
 """
 
 import logging
@@ -11,23 +12,23 @@ from einops import repeat
 from torch import Tensor
 
 from ...tcd import DiscreteSchedule, Schedule, TargetTime
-from .clock import schedule_of
+from .model_schedule import schedule_of
 
 _TIMES_OPTION = "tcd_target_time"  # key in transformer_options: the timesteps (t, s), [B] each
 _log = logging.getLogger("trajectory-consistency")
 
 
 class TargetTimePatch:
-    """Adds a target-time embedding to the network's embedding of t; installed as an emb_patch of the host."""
+    """Adds a target-time embedding to the network's embedding of t; the host calls it as an emb_patch."""
 
     def __init__(self, name: str, embedding: TargetTime, strength: float, schedule: DiscreteSchedule) -> None:
-        """Add strength * embedding. name: the LoRA file; schedule: gives the timesteps if another sampler runs."""
+        """Add strength * embedding. name: the LoRA file's. schedule: converts sigmas if another sampler is used."""
         self.name, self.embedding, self.strength, self.schedule = name, embedding, strength, schedule
         self._warned = False
 
     @torch.no_grad()
     def __call__(self, emb: Tensor, model_channels: int, transformer_options: dict[str, Any]) -> Tensor:
-        """Return emb [k B, width] with the embedding added; the rows are B images for each of k conditions."""
+        """Return emb [k B, width] with the embedding added; its rows are k conditions of B images each."""
         times = transformer_options.get(_TIMES_OPTION)
         if times is None:
             times = self._times_of_other_sampler(transformer_options)
@@ -35,16 +36,16 @@ class TargetTimePatch:
         return emb + (self.strength * self.embedding(t, s)).to(emb)
 
     def to(self, target: Any) -> "TargetTimePatch":
-        """Move the embedding to a device; a dtype is ignored, because the embedding is always computed in float32."""
+        """Move the embedding to a device. A dtype is ignored: the embedding is always computed in float32."""
         if not isinstance(target, torch.dtype):
-            # Rebuilt, because torch cannot move parameters in place that were created in inference mode.
+            # Rebuilt, because torch cannot move parameters that were created in inference mode.
             moved = {name: tensor.to(target) for name, tensor in self.embedding.state_dict().items()}
             with torch.device(target):
                 self.embedding = TargetTime.from_state_dict(moved, self.embedding.target_input)
         return self
 
     def _times_of_other_sampler(self, transformer_options: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Return t and s if the sampler passes none: s is the timestep of the next sigma, or 0 if that is unknown."""
+        """Return t and s for a sampler that passes none: s is the timestep of the next sigma, or 0 if it is unknown."""
         if not self._warned:
             self._warned = True
             _log.warning(
@@ -62,9 +63,9 @@ class TargetTimePatch:
 def with_target_time(
     model_options: dict[str, Any], schedule: Schedule, sigma: Tensor, sigma_s: Tensor, batch: int
 ) -> dict[str, Any]:
-    """Return model_options with the timesteps (t, s) added, or unchanged if no TargetTimePatch would read them.
+    """Return model_options with the timesteps (t, s) added; unchanged if the model has no TargetTimePatch.
 
-    sigma, sigma_s: 0-dim, the levels of t and s.
+    sigma, sigma_s: 0-dim, the sigmas at t and s.
     """
     options = model_options.get("transformer_options", {})
     patches = options.get("patches", {}).get("emb_patch", ())
@@ -75,7 +76,7 @@ def with_target_time(
 
 
 def install_target_time(model: Any, name: str, embedding: TargetTime, strength: float) -> None:
-    """Install an embedding on a model, in place; raises ValueError if the model's sampling has no timesteps."""
+    """Install an embedding on a model, in place. Raises ValueError if the model has no timesteps."""
     schedule = schedule_of(model.get_model_object("model_sampling"))
     if not isinstance(schedule, DiscreteSchedule):
         raise ValueError(f"{name} was not applied: it needs timesteps, and this model's sampling has none")

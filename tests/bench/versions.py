@@ -4,7 +4,7 @@ python tests/bench/versions.py --other FOLDER [--base tiny|sd15] [--steps N] [--
 
 FOLDER is another checkout of the repository: one with trainer/models/seam.py, or an older one in which trainer and tcd
 are packages by themselves, such as 9d6a3c4. Both train a network of random weights in float32 on the CPU, on pictures
-in memory, each in a process of its own; they take turns, a step at a time, and what is told is the ratio within a turn.
+in memory, each in a process of its own; they take turns, a step at a time, and the result is the ratio within a turn.
 """
 
 from __future__ import annotations

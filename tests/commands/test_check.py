@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
 
 import pytest
 import tomli_w
@@ -14,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from tiny_base import small_config, write_inputs
+from trajectory_consistency.trainer import preflight
 from trajectory_consistency.trainer.cli import main
 from trajectory_consistency.trainer.config.settings import AdapterConfig, BaseConfig
 from trajectory_consistency.trainer.data.buckets import Size
@@ -29,7 +32,7 @@ from trajectory_consistency.trainer.run import run
 from trajectory_consistency.trainer.training.memory import MemoryEstimate, MemorySettings, estimate_memory
 from trajectory_consistency.trainer.training.processes import Processes
 
-# A child that takes one step, and tells by how much its greatest memory grew from when the model was not there yet.
+# A child that takes one step, and prints by how much its peak memory grew since before the model was loaded.
 MEASURE = r"""
 import pathlib, re, sys, torch
 from trajectory_consistency.trainer.config.settings import load
@@ -92,7 +95,7 @@ def opened(values: dict[str, dict[str, object]]) -> Checkpoint:
 
 
 def without_weights(family: bases.Family, folder: Path) -> Checkpoint:
-    """A diffusers folder with no more in it than what tells the family."""
+    """A diffusers folder with no more in it than what identifies the family."""
     config = folder / "unet" / "config.json"
     config.parent.mkdir()
     config.write_text(json.dumps(bases.config(family, "unet")), encoding="utf-8")
@@ -113,7 +116,7 @@ def test_it_tells_all_and_writes_nothing(
     assert main(["check", str(path), "data.folder=/none"]) == 2
 
 
-def test_the_keys_that_are_told_are_those_of_the_file(values: dict[str, dict[str, object]]) -> None:
+def test_the_keys_that_are_listed_are_those_of_the_file(values: dict[str, dict[str, object]]) -> None:
     tensors = load_file(run(small_config(values, steps=1)))
     checkpoint = opened(values)
     said = describe_keys(checkpoint, AdapterConfig(rank=4))
@@ -178,11 +181,12 @@ def test_a_complete_cache_need_not_be_writable(values: dict[str, dict[str, objec
     config = small_config(values)
     load_or_encode(config, torch.device("cpu"), torch.float32)
 
-    def refused(key: str, folder: Path) -> None:
-        assert key == "output.folder", folder
+    def probe(dir: Path) -> Any:
+        assert dir != config.cache_folder
+        return TemporaryFile(dir=dir)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trajectory_consistency.trainer.preflight._check_writable", refused)
+        patch.setattr(preflight, "TemporaryFile", probe)
         check(config)
 
 
@@ -241,7 +245,7 @@ def test_the_estimates_of_encoding_and_decoding_are_within_a_fifth_of_what_they_
     assert abs(expected / decoding - 1) < 0.2, (expected, decoding)
 
 
-def test_all_phases_are_told_and_the_one_that_takes_most(values: dict[str, dict[str, object]]) -> None:
+def test_all_phases_are_listed_and_the_one_that_takes_most(values: dict[str, dict[str, object]]) -> None:
     def memory(**changed: dict[str, object]) -> MemoryEstimate:
         config = small_config({**values, **changed})
         return estimate_memory(opened(values), MemorySettings.from_config(config, torch.float32))

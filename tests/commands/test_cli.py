@@ -56,25 +56,25 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(inputs: Path, capsys: 
 
 
 def test_a_dry_run_of_a_run_that_is_done_says_so(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told = ["run", str(inputs), "training.steps=1"]
-    assert main([*told, "--dry-run"]) == 0 and "the run is done" not in capsys.readouterr().out
-    assert main(told) == 0
+    arguments = ["run", str(inputs), "training.steps=1"]
+    assert main([*arguments, "--dry-run"]) == 0 and "the run is done" not in capsys.readouterr().out
+    assert main(arguments) == 0
     before = files(inputs.parent)
-    assert main([*told, "--dry-run"]) == 0
+    assert main([*arguments, "--dry-run"]) == 0
     assert "1 steps of 3 pictures" in (printed := capsys.readouterr().out) and printed.endswith("the run is done\n")
-    assert main([*told, "training.lr=1e-5", "--dry-run"]) == 2
+    assert main([*arguments, "training.lr=1e-5", "--dry-run"]) == 2
     assert "exists: choose another output.folder" in capsys.readouterr().err
     assert files(inputs.parent) == before
 
 
 @pytest.mark.parametrize("flags_at", [0, 1, 2, 3])
 def test_flags_stand_anywhere_among_overrides(inputs: Path, flags_at: int, capsys: pytest.CaptureFixture[str]) -> None:
-    told, other = [str(inputs), "training.steps=7", "adapter.rank=5"], inputs.parent / "other"
-    assert main(["run", *told[:flags_at], "--dry-run", *told[flags_at:]]) == 0
+    arguments, other = [str(inputs), "training.steps=7", "adapter.rank=5"], inputs.parent / "other"
+    assert main(["run", *arguments[:flags_at], "--dry-run", *arguments[flags_at:]]) == 0
     printed = capsys.readouterr().out
     assert "7 steps of 3 pictures" in printed and "rank = 5" in printed
-    told = [str(inputs), f"data.cache={other}", "training.steps=7"]
-    assert main(["cache", *told[:flags_at], "--part", "0/2", *told[flags_at:]]) == 0
+    arguments = [str(inputs), f"data.cache={other}", "training.steps=7"]
+    assert main(["cache", *arguments[:flags_at], "--part", "0/2", *arguments[flags_at:]]) == 0
     assert f"part 0 of 2 is cached in {other}" in capsys.readouterr().out
 
 

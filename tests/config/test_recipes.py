@@ -35,9 +35,11 @@ def test_what_the_recipes_are_named_for() -> None:
     }
     assert list(loaded) == ["lcm-baseline", "prompts-only", "sd15-12gb", "sdxl-16gb", "sdxl-24gb"]
     assert loaded["lcm-baseline"].method.law == "zero" and loaded["lcm-baseline"].output.eta == 1
-    told = {name for name, each in loaded.items() if each.method.target_time}
-    assert told == loaded.keys() - {"lcm-baseline"} and {each.method.ema_decay for each in loaded.values()} == {0.95}
-    assert {name for name, each in loaded.items() if each.method.weighting == "x0"} == told
+    with_target_time = {name for name, each in loaded.items() if each.method.target_time}
+    assert with_target_time == loaded.keys() - {"lcm-baseline"} and {
+        each.method.ema_decay for each in loaded.values()
+    } == {0.95}
+    assert {name for name, each in loaded.items() if each.method.weighting == "x0"} == with_target_time
     assert {loaded[name].data.resolution for name in ("sdxl-16gb", "sdxl-24gb")} == {1024}
 
 

@@ -87,7 +87,7 @@ def test_squares_alone() -> None:
         assert fit is None or fit.bucket.height == fit.bucket.width <= 512
 
 
-def test_what_a_model_is_told_of_a_crop() -> None:
+def test_the_framing_of_a_crop() -> None:
     fit = Buckets(1024).fit(Size(1500, 3000))
     assert fit is not None and (fit.resized, fit.bucket) == (Size(736, 1472), Size(704, 1472))
     assert fit.framing.to_rows().tolist() == [[1500, 3000, 16, 0, 704, 1472]]

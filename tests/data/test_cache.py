@@ -335,7 +335,7 @@ def test_parts_of_several_processes_are_the_whole(checkpoint: Path, pictures: Pa
     assert same(cached.dataset, alone)
 
 
-def test_data_that_cannot_be_used_is_told_or_skipped(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
+def test_data_that_cannot_be_used_is_reported_or_skipped(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
     (pictures / "broken.png").write_bytes(b"no picture")
     (pictures / "wide0.txt").unlink()
     with pytest.raises(UserError, match=r"1 of 9 pictures do not decode: broken\.png; 2 of 9 pictures have no caption"):

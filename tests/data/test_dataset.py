@@ -36,7 +36,7 @@ def shards(std: float, pooled: bool) -> tuple[list[Shard], Shard]:
 
 
 def join(captions: Sequence[Conditioning], framing: Framing) -> Conditioning:
-    """As the checkpoints of UNets join, with no more of one than what says whether the framing is told."""
+    """Join as UNet checkpoints do; this uses nothing of a checkpoint except whether captions have `pooled`."""
     return UNetCheckpoint.collate(object.__new__(UNetCheckpoint), captions, framing)
 
 
@@ -91,11 +91,11 @@ def test_every_picture_keeps_its_caption_and_its_sizes() -> None:
     for step in range(12):
         batch = dataset.batch(step, 5, seed=0, caption_dropout=0.0)
         which = batch.latents[:, 0, 0, 0]
-        told = batch.cond.tensors
-        for named in (told["context"][:, 3, 3], told["pooled"][:, 2], told["time_ids"][:, 0]):
+        tensors = batch.cond.tensors
+        for named in (tensors["context"][:, 3, 3], tensors["pooled"][:, 2], tensors["time_ids"][:, 0]):
             assert torch.equal(named, which)
         height, width = batch.latents.shape[2:]
-        assert torch.equal(told["time_ids"][:, 4:], torch.tensor([[8.0 * height, 8.0 * width]]).expand(5, -1))
+        assert torch.equal(tensors["time_ids"][:, 4:], torch.tensor([[8.0 * height, 8.0 * width]]).expand(5, -1))
 
 
 def test_the_empty_caption_comes_with_the_sizes_of_the_pictures() -> None:

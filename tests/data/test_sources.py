@@ -55,7 +55,7 @@ def opened(**data: object) -> list[Source]:
     return open_sources(config.from_mapping({"base": {"path": "tiny"}, "data": data, "output": {"folder": "out"}}).data)
 
 
-def told(samples: list[Sample]) -> list[tuple[str, str, str]]:
+def named(samples: list[Sample]) -> list[tuple[str, str, str]]:
     return [(sample.name, sample.caption, sample.problem) for sample in samples]
 
 
@@ -68,7 +68,7 @@ def test_a_folder_is_read_with_those_within_it_and_hidden_files_are_not(tmp_path
     (source,) = opened(folder=str(tmp_path))
     assert isinstance(source, CaptionedFolder)
     samples = list(source.samples())
-    assert told(samples) == [
+    assert named(samples) == [
         ("b.png", "of b", ""),
         ("c.png", "", "have no caption"),
         ("within/deep/a.JPG", "of a", ""),
@@ -83,7 +83,7 @@ def test_a_folder_with_metadata_is_read_by_it(tmp_path: Path) -> None:
     (tmp_path / "metadata.jsonl").write_text("\n\n".join(map(json.dumps, lines)), encoding="utf-8")
     (source,) = opened(folder=str(tmp_path))
     assert isinstance(source, MetadataFolder)
-    assert told(list(source.samples())) == [
+    assert named(list(source.samples())) == [
         ("more/b.png", "of b", ""),
         ("a.png", "", "have no caption"),
         ("no.png", "", "have no caption"),
@@ -116,7 +116,7 @@ def test_shards_are_read_in_their_order_by_the_names_of_webdataset(tmp_path: Pat
     (source,) = opened(folder=str(tmp_path / "s-*.tar"))
     assert isinstance(source, TarShards)
     samples = list(source.samples())
-    assert told(samples) == [
+    assert named(samples) == [
         ("s-0.tar/x/1.jpg", "of one", ""),
         ("s-0.tar/2.png", "two", ""),
         ("s-1.tar/3.webp", "", "have no caption"),
@@ -127,7 +127,7 @@ def test_shards_are_read_in_their_order_by_the_names_of_webdataset(tmp_path: Pat
 
 
 @pytest.mark.parametrize("keep", [100, 700, 1700, 2500])
-def test_of_a_shard_that_breaks_off_what_is_whole_is_read_and_the_rest_is_told(tmp_path: Path, keep: int) -> None:
+def test_of_a_truncated_shard_complete_samples_are_read_and_the_rest_is_reported(tmp_path: Path, keep: int) -> None:
     write_tar(tmp_path / "s.tar", {"1.png": b"x" * 600, "1.txt": b"one", "2.png": b"y" * 600, "2.txt": b"two"})
     whole = (tmp_path / "s.tar").read_bytes()
     (tmp_path / "s.tar").write_bytes(whole[:keep])

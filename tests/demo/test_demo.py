@@ -56,7 +56,7 @@ def test_it_draws_its_captions_in_four_steps_and_closer_to_the_world_than_its_te
     assert metrics[f"{name}, 4 steps"]["frechet"] < metrics["Teacher, 4 steps"]["frechet"]
 
 
-def test_told_where_to_go_it_draws_in_one_step(result: Path) -> None:
+def test_with_the_target_time_it_draws_in_one_step(result: Path) -> None:
     assert read_metrics(result)["TCD S+, 1 step"]["accuracy"] >= 0.9
 
 

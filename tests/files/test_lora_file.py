@@ -139,7 +139,7 @@ def test_what_is_written_is_read_back_before_it_has_its_name(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_is_told_in_words(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_is_described_in_words(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(folder / "lora.safetensors")]) == 0
     said = capsys.readouterr().out
     count = len(load_file(folder / "lora.safetensors")) // 3

@@ -56,10 +56,11 @@ def _stand_in(
     history: Any = None,
     posted: Any = (200, {"prompt_id": "p"}),
     on_terminate: str = "signal.SIG_DFL",
+    **options: Any,
 ) -> ComfyServer:
     answers = {"/system_stats": {}, "/history": {"p": history} if history else {}}
     main = STAND_IN.format(answers=answers, posted=posted, on_terminate=on_terminate)
-    return _server(tmp_path, main)
+    return _server(tmp_path, main, **options)
 
 
 def _server(tmp_path: Path, main: str, **options: Any) -> ComfyServer:
@@ -145,11 +146,9 @@ def test_a_host_that_never_answers_is_ended(tmp_path: Path, started: list[subpro
     assert started[0].poll() is not None
 
 
-def test_no_process_is_left_even_of_a_stubborn_host(
-    tmp_path: Path, started: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(comfy_server, "_STOP_TIMEOUT_S", 0.5)
-    with pytest.raises(KeyboardInterrupt), _stand_in(tmp_path, on_terminate="signal.SIG_IGN"):
+def test_no_process_is_left_even_of_a_stubborn_host(tmp_path: Path, started: list[subprocess.Popen[bytes]]) -> None:
+    stubborn = _stand_in(tmp_path, on_terminate="signal.SIG_IGN", stop_timeout_s=0.5)
+    with pytest.raises(KeyboardInterrupt), stubborn:
         assert started[0].poll() is None
         raise KeyboardInterrupt
     assert started[0].poll() is not None
@@ -189,7 +188,7 @@ def test_packs_are_copied_if_links_cannot_be_made(tmp_path: Path, monkeypatch: p
     lent = server.base / "custom_nodes"
     assert [path.name for path in (lent / "other_pack").iterdir()] == ["__init__.py"]
     assert (lent / PACK_NAME / "__init__.py").read_bytes() == (PACK / "__init__.py").read_bytes()
-    assert (lent / PACK_NAME / "nodes" / "host" / "clock.py").is_file()
+    assert (lent / PACK_NAME / "nodes" / "host" / "model_schedule.py").is_file()
     assert (lent / PACK_NAME / "tcd" / "sampling.py").is_file()
     assert not (lent / PACK_NAME / "trainer").exists()
 

@@ -1,4 +1,4 @@
-"""A checkpoint file comes back as the model that was written, and anything else is told what it is."""
+"""A checkpoint file comes back as the model that was written, and anything else is refused with what it is."""
 
 import json
 from pathlib import Path

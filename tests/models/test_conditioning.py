@@ -1,4 +1,4 @@
-"""What the UNet is told, as one value whose parts stay together."""
+"""Conditioning: the UNet's other inputs, as one value whose parts stay together."""
 
 from types import SimpleNamespace
 
@@ -45,7 +45,7 @@ def test_captions_of_different_lengths_are_not_joined_without_their_model() -> N
         Conditioning.cat([short, long])
 
 
-def test_sizes_are_told_in_the_order_that_sdxl_was_trained_on() -> None:
+def test_sizes_are_in_the_order_that_sdxl_was_trained_on() -> None:
     unet = SimpleNamespace(
         config=SimpleNamespace(addition_time_embed_dim=256),
         add_embedding=SimpleNamespace(linear_1=SimpleNamespace(in_features=6 * 256 + 1280)),

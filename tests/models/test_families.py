@@ -347,7 +347,7 @@ def test_its_owners_word_counts_more(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("broken", ["conditioner.embedders.1.model.ln_final.weight", "conditioner.embedders.0."])
-def test_a_text_encoder_that_is_not_whole_is_told_by_its_name(broken: str, tmp_path: Path) -> None:
+def test_a_text_encoder_that_is_incomplete_is_named(broken: str, tmp_path: Path) -> None:
     state = {name: each for name, each in to_state(random_parts("sdxl")).items() if not name.startswith(broken)}
     base = opened(write(tmp_path / "a.safetensors", state))
     message = "does not hold a whole sdxl text_encoder_2: 1 of its" if "1." in broken else "has no text encoder"

@@ -1,4 +1,4 @@
-"""CLIP's tokenizer, rebuilt from its merge rules, and what each family's UNet is told of a caption."""
+"""CLIP's tokenizer, rebuilt from its merge rules, and each family's conditioning on a caption."""
 
 import pytest
 import torch

@@ -182,7 +182,7 @@ def test_taken_away_the_network_is_the_one_that_was_loaded(unet: UNet2DCondition
 
 
 class Quantised(nn.Module):
-    """A layer as hosts have them: no nn.Linear, its weight packed, and only its attributes tell what it is."""
+    """A layer as hosts have them: no nn.Linear, its weight packed, and recognizable only by its attributes."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -219,7 +219,7 @@ def test_a_network_is_freed_as_soon_as_it_is_dropped_without_waiting_for_the_gar
         gc.enable()
 
 
-def test_layers_are_told_by_their_attributes_not_by_their_class() -> None:
+def test_layers_are_recognized_by_their_attributes_not_by_their_class() -> None:
     network = Small().requires_grad_(False)
     adapter = Adapter(network, "time")
     weights = adapter.add(STUDENT, new_weights(network, ["packed"], rank=2, alpha=1.0, seed=0))

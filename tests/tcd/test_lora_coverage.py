@@ -40,7 +40,7 @@ def test_modules_that_the_model_lacks_are_missing(lora: dict[str, Tensor]) -> No
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (7, 5), (5, 6)])
-def test_a_wrong_shape_is_told_with_both_shapes(lora: dict[str, Tensor], shape: tuple[int, int]) -> None:
+def test_a_wrong_shape_is_reported_with_both_shapes(lora: dict[str, Tensor], shape: tuple[int, int]) -> None:
     report = coverage(lora, {**SHAPES, kohya_name(LINEAR): shape})
     assert report.mismatched == (ShapeMismatch(LINEAR, (6, 5), shape),)
     assert not report.complete
@@ -65,7 +65,7 @@ def test_tensors_that_are_not_a_loras_are_missing(lora: dict[str, Tensor]) -> No
 
 
 @pytest.mark.parametrize("path", ["lora_te_model_x", "lora_te2_x", "text_encoder.text_model.x", "text_encoder_2.x"])
-def test_text_encoders_are_told_apart(lora: dict[str, Tensor], path: str) -> None:
+def test_text_encoders_are_listed_separately(lora: dict[str, Tensor], path: str) -> None:
     halves = {f"{path}.lora_down.weight": torch.zeros(2, 5), f"{path}.lora_up.weight": torch.zeros(5, 2)}
     report = coverage({**lora, **halves}, SHAPES)
     assert report.missing == (path,)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ladders import CLOCKS
-from oracles import MEAN, STD, gaussian_map, in_float64, points_of, told_network
+from oracles import MEAN, STD, gaussian_map, in_float64, points_of, target_time_network
 from trajectory_consistency.tcd import Level, Schedule, TimePoint, add_noise, jump
 from trajectory_consistency.tcd.objective import (
     DistanceName,
@@ -111,10 +111,10 @@ def test_a_network_that_knows_the_point_has_no_loss(law: Law, order: int, count:
 def test_a_network_that_knows_s_can_have_no_loss_at_all(law: Law, count: int, clock: str) -> None:
     """On a Gaussian: its exact trajectories are jumps of a network that is given s, and of none that is not."""
     x0, eps, points, moved = batch(count, clock=clock, law=law)
-    follow = first_order(told_network)
+    follow = first_order(target_time_network)
     for name in get_args(DistanceName):
         distance = distance_of(name, 0.001)
-        found = tcd_loss(follow, follow, told_network, x0, eps, points, moved=moved, distance=distance)
+        found = tcd_loss(follow, follow, target_time_network, x0, eps, points, moved=moved, distance=distance)
         for weighting in get_args(Weighting):
             assert ((weights(points, weighting) * found).abs() < 1e-12).all()
 
@@ -123,17 +123,17 @@ def test_a_network_that_knows_s_can_have_no_loss_at_all(law: Law, count: int, cl
 def test_a_network_that_goes_elsewhere_or_ignores_s_has_a_loss(clock: str) -> None:
     x0, eps, points, _ = batch(32, clock=clock)
     schedule = CLOCKS[clock]
-    assert loss(told_network, told_network, x0, eps, points) < 1e-12
+    assert loss(target_time_network, target_time_network, x0, eps, points) < 1e-12
 
     def elsewhere(x_t: Tensor, t: TimePoint, s: TimePoint, rows: Tensor) -> Tensor:
-        return told_network(x_t, t, in_float64(schedule.point(s.time // 2, 4)), rows)
+        return target_time_network(x_t, t, in_float64(schedule.point(s.time // 2, 4)), rows)
 
     def ignorant(x_t: Tensor, t: TimePoint, s: TimePoint, rows: Tensor) -> Tensor:
         alpha, sigma = t.level
         return MEAN + STD**2 * alpha / (STD**2 * alpha**2 + sigma**2) * (x_t - alpha * MEAN)
 
-    assert loss(elsewhere, told_network, x0, eps, points) > 1e-3
-    assert loss(ignorant, told_network, x0, eps, points) > 1e-3
+    assert loss(elsewhere, target_time_network, x0, eps, points) > 1e-3
+    assert loss(ignorant, target_time_network, x0, eps, points) > 1e-3
 
 
 @each_clock

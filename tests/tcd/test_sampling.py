@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ladders import GAMMAS, LADDERS
-from oracles import MEAN, STD, gaussian_map, randn, told_x0
+from oracles import MEAN, STD, gaussian_map, randn, x0_for_target
 from trajectory_consistency.tcd import (
     ContinuousSchedule,
     DiscreteSchedule,
@@ -38,7 +38,7 @@ def no_noise(sigma_next: Tensor, like: Tensor) -> Tensor:
 
 
 def smooth(x: Tensor, sigma: Tensor, sigma_s: Tensor) -> Tensor:
-    """A network that is neither linear nor told s, and works on each number alone."""
+    """A network that is not linear, does not get s, and works on each number alone."""
     return torch.sin(3 * x / (1 + sigma)) + 0.1 * x / (1 + sigma)
 
 
@@ -48,8 +48,8 @@ def marginal(schedule: Schedule, sigma: Tensor) -> tuple[float, float]:
 
 
 def gaussian_network(schedule: Schedule) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The network whose jump to the s that it is told follows the exact trajectory of data ~ N(MEAN, STD^2)."""
-    return lambda x, sigma, sigma_s: told_x0(x, schedule.level(sigma), schedule.level(sigma_s))
+    """The network whose jump to the target time s follows the exact trajectory of data ~ N(MEAN, STD^2)."""
+    return lambda x, sigma, sigma_s: x0_for_target(x, schedule.level(sigma), schedule.level(sigma_s))
 
 
 @pytest.fixture(params=LADDERS)
@@ -124,17 +124,17 @@ def test_multistep_consistency_is_what_gamma_one_does_on_a_flow() -> None:
     torch.testing.assert_close(out, x_2)
 
 
-# The order of things, and who is told what
+# The order of calls, and their arguments
 
 
 @pytest.mark.parametrize("gamma", GAMMAS)
-def test_order_of_a_step_and_what_the_network_is_told(ladder, gamma: float) -> None:
+def test_order_of_a_step_and_what_the_network_gets(ladder, gamma: float) -> None:
     schedule, sigmas = ladder(3)
     events: list[tuple[str, float]] = []
 
     def denoise(x: Tensor, sigma: Tensor, sigma_s: Tensor) -> Tensor:
         events.append(("denoise", float(sigma)))
-        events.append(("told", float(sigma_s)))
+        events.append(("target", float(sigma_s)))
         return smooth(x, sigma, sigma_s)
 
     def noise(sigma_next: Tensor, like: Tensor) -> Tensor:
@@ -147,8 +147,8 @@ def test_order_of_a_step_and_what_the_network_is_told(ladder, gamma: float) -> N
     sample_tcd(denoise, randn(1, 4), sigmas, schedule=schedule, gamma=gamma, noise=noise, report=report)
     expected: list[tuple[str, float]] = []
     for i, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
-        told = float(schedule.target(sigma_next, gamma))
-        expected += [("denoise", float(sigma)), ("told", told), ("report", i)]
+        target = float(schedule.target_sigma(sigma_next, gamma))
+        expected += [("denoise", float(sigma)), ("target", target), ("report", i)]
         if gamma > 0 and sigma_next > 0:
             expected.append(("noise", float(sigma_next)))
     assert events == expected

@@ -126,7 +126,7 @@ class VariancePreserving:
     def level(self, sigma: Tensor) -> Level:
         return Level((1 - sigma**2).clamp(min=0).sqrt(), sigma)
 
-    def target(self, sigma_next: Tensor, gamma: float) -> Tensor:
+    def target_sigma(self, sigma_next: Tensor, gamma: float) -> Tensor:
         s = torch.floor((1 - gamma) * torch.searchsorted(self.sigmas, sigma_next))
         return torch.minimum(self.sigmas[s.long()], sigma_next)
 

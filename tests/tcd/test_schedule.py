@@ -111,20 +111,20 @@ def test_sigmas_that_are_no_schedule_are_refused(sigmas: list[float]) -> None:
 )
 def test_discrete_targets_of_four_steps(discrete: DiscreteSchedule, gamma: float, targets: list[int]) -> None:
     sigmas = discrete.sigma(torch.tensor([759, 499, 259]))
-    found = [discrete.timestep(discrete.target(sigma, gamma)) for sigma in sigmas]
+    found = [discrete.timestep(discrete.target_sigma(sigma, gamma)) for sigma in sigmas]
     assert [int(t) for t in found] == targets
 
 
 def test_discrete_target_floors_the_single_precision_product(discrete: DiscreteSchedule) -> None:
     # In double precision (1 - 0.9) * 500 falls short of 50.
-    target = discrete.target(discrete.sigma(torch.tensor(500)), 0.9)
+    target = discrete.target_sigma(discrete.sigma(torch.tensor(500)), 0.9)
     assert int(discrete.timestep(target)) == 50
 
 
 def test_discrete_target_never_rises_above_a_sigma_between_timesteps(discrete: DiscreteSchedule) -> None:
     for sigma in torch.logspace(-3, 1.2, 300, dtype=torch.float64):
         for gamma in (1e-9, 0.3, 1.0):
-            assert discrete.target(sigma, gamma) <= sigma
+            assert discrete.target_sigma(sigma, gamma) <= sigma
 
 
 @pytest.fixture
@@ -154,9 +154,11 @@ def test_a_distilled_model_has_the_targets_of_all_timesteps(
     discrete: DiscreteSchedule, distilled: DiscreteSchedule
 ) -> None:
     sigmas = discrete.sigma(torch.tensor([759, 499, 259]))
-    torch.testing.assert_close(distilled.target(sigmas, 0.3), discrete.target(sigmas, 0.3), rtol=2e-3, atol=0)
-    assert torch.equal(distilled.target(sigmas, 1.0), distilled.sigmas[[0, 0, 0]])
-    assert distilled.target(distilled.sigmas[0], 0.3) == distilled.sigmas[0]
+    torch.testing.assert_close(
+        distilled.target_sigma(sigmas, 0.3), discrete.target_sigma(sigmas, 0.3), rtol=2e-3, atol=0
+    )
+    assert torch.equal(distilled.target_sigma(sigmas, 1.0), distilled.sigmas[[0, 0, 0]])
+    assert distilled.target_sigma(distilled.sigmas[0], 0.3) == distilled.sigmas[0]
 
 
 @pytest.mark.parametrize("num_timesteps", [1, 3, 0, -2])
@@ -213,10 +215,10 @@ def test_timesteps_are_typed_on_the_clock_of_the_network(discrete: DiscreteSched
 
 def test_a_bridge_keeps_what_it_has(discrete: DiscreteSchedule) -> None:
     bridge, sigmas = BridgeSchedule(discrete.sigmas), discrete.sigmas_for(4)
-    assert torch.equal(bridge.target(sigmas, 0.0), sigmas)
-    assert torch.equal(bridge.target(sigmas[-1:], 0.3), sigmas[-1:])  # one step: gamma has no say
+    assert torch.equal(bridge.target_sigma(sigmas, 0.0), sigmas)
+    assert torch.equal(bridge.target_sigma(sigmas[-1:], 0.3), sigmas[-1:])  # one step: gamma has no say
     with pytest.raises(ValueError, match=r"gamma \(eta\) is 0.3, .* knows no noise: set it to 0, or go in one step"):
-        bridge.target(sigmas[1:], 0.3)
+        bridge.target_sigma(sigmas[1:], 0.3)
 
 
 # What all schedules have in common
@@ -229,22 +231,22 @@ def test_target_is_sigma_next_itself_without_gamma_and_at_the_end(
 ) -> None:
     schedule = {"discrete": discrete, "flow": FlowSchedule(), "edm": ContinuousSchedule()}[name]
     for sigma in torch.linspace(0.001, 0.999, 50, dtype=dtype):
-        assert torch.equal(schedule.target(sigma, 0.0), sigma)
-        assert schedule.target(sigma, 0.3).dtype == dtype
+        assert torch.equal(schedule.target_sigma(sigma, 0.0), sigma)
+        assert schedule.target_sigma(sigma, 0.3).dtype == dtype
     for gamma in GAMMAS:
-        assert schedule.target(torch.zeros((), dtype=dtype), gamma) == 0
+        assert schedule.target_sigma(torch.zeros((), dtype=dtype), gamma) == 0
 
 
 def test_flow_target_is_on_the_flow_clock() -> None:
     sigma = torch.tensor(0.6, dtype=torch.float64)
-    assert float(FlowSchedule().target(sigma, 0.3)) == pytest.approx(0.7 * 0.6)
-    assert float(FlowSchedule().target(sigma, 1.0)) == 0
+    assert float(FlowSchedule().target_sigma(sigma, 0.3)) == pytest.approx(0.7 * 0.6)
+    assert float(FlowSchedule().target_sigma(sigma, 1.0)) == 0
 
 
 @pytest.mark.parametrize("sigma", [0.002, 1.0, 80.0])
 @pytest.mark.parametrize("gamma", GAMMAS)
 def test_continuous_target_is_on_the_flow_clock(sigma: float, gamma: float) -> None:
-    target = float(ContinuousSchedule().target(torch.tensor(sigma, dtype=torch.float64), gamma))
+    target = float(ContinuousSchedule().target_sigma(torch.tensor(sigma, dtype=torch.float64), gamma))
     assert target / (1 + target) == pytest.approx((1 - gamma) * sigma / (1 + sigma))
 
 

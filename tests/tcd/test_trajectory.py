@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from oracles import gaussian_map, randn, told_x0
+from oracles import gaussian_map, randn, x0_for_target
 from trajectory_consistency.tcd import Level, add_noise, jump, renoise, vp_level
 
 
@@ -45,12 +45,12 @@ def test_jumps_along_one_trajectory_compose(scale: str, x0: Tensor, eps: Tensor)
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_jumps_of_a_network_told_its_target_compose_on_a_gaussian(scale: str, eps: Tensor) -> None:
+def test_jumps_of_a_network_with_target_time_compose_on_a_gaussian(scale: str, eps: Tensor) -> None:
     t, u, s = levels(scale, 0.9, 0.5, 0.2)
-    x_u = jump(eps, told_x0(eps, t, u), t, u)
-    direct = jump(eps, told_x0(eps, t, s), t, s)
+    x_u = jump(eps, x0_for_target(eps, t, u), t, u)
+    direct = jump(eps, x0_for_target(eps, t, s), t, s)
     torch.testing.assert_close(direct, gaussian_map(eps, t, s))
-    torch.testing.assert_close(jump(x_u, told_x0(x_u, u, s), u, s), direct)
+    torch.testing.assert_close(jump(x_u, x0_for_target(x_u, u, s), u, s), direct)
 
 
 @pytest.mark.parametrize("scale", SCALES)

@@ -75,7 +75,7 @@ def begun(config: Config) -> Training:
     return Training(student_of(config), data_of(config), config)
 
 
-def told(checkpoint: FlowCheckpoint, captions: tuple[str, ...] = CAPTIONS) -> Conditioning:
+def conditioning(checkpoint: FlowCheckpoint, captions: tuple[str, ...] = CAPTIONS) -> Conditioning:
     """Conditioning of captions of different lengths, in one batch."""
     rows = checkpoint.load_text_encoder(FLOAT, CPU).encode(captions)
     return checkpoint.collate(rows, Framing.whole(64, 64, len(captions)))
@@ -111,11 +111,11 @@ def test_what_a_row_predicts_does_not_depend_on_the_rows_and_the_padding_beside_
     checkpoint, model = checkpoint_of(config), student_of(config)
     for parameter in model.adapter.weights[STUDENT].parameters():
         parameter += 0.1
-    cond = told(checkpoint)
+    cond = conditioning(checkpoint)
     assert len({int(row.sum()) for row in cond.tensors["mask"]}) == len(CAPTIONS), "the captions differ in length"
     x, t = noisy(model, len(CAPTIONS))
     together = model.x0(x, t, cond, t)
-    alone = [model.x0(x[k : k + 1], t.rows(slice(k, k + 1)), told(checkpoint, (c,)), t.rows(slice(k, k + 1)))
+    alone = [model.x0(x[k : k + 1], t.rows(slice(k, k + 1)), conditioning(checkpoint, (c,)), t.rows(slice(k, k + 1)))
              for k, c in enumerate(CAPTIONS)]  # fmt: skip
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(together, model.x0(x, t, padded(cond, LONGEST, 9.0), t), rtol=1e-4, atol=1e-5)
@@ -171,7 +171,7 @@ def test_an_exact_model_is_sampled_exactly(values: Values, steps: int, gamma: fl
     """Without fresh noise, every number of steps ends where the trajectory ends; with it, in the same distribution."""
     config = from_mapping(values)
     base = checkpoint_of(config).load(FLOAT, CPU)
-    model, cond = GaussianFlow(base.network, base.schedule, skip=20, w=3.0), told(checkpoint_of(config))
+    model, cond = GaussianFlow(base.network, base.schedule, skip=20, w=3.0), conditioning(checkpoint_of(config))
     noise = initial_noise(0, (len(cond), *LATENTS.shape(512, 512)))
     sigmas = model.schedule.sigmas_for(steps)
     x0 = sample_latents(model, cond, sigmas=sigmas, gamma=gamma, noise=noise, seed=1)
@@ -188,7 +188,7 @@ def test_an_exact_model_is_sampled_exactly(values: Values, steps: int, gamma: fl
 def test_the_exact_map_is_that_of_its_levels() -> None:
     """The oracle: from pure noise to the data, and back, in one jump."""
     noise, (start, clean) = oracles.randn(5), (Level(torch.tensor(0.0), torch.tensor(1.0)), Level(1.0, torch.tensor(0)))
-    torch.testing.assert_close(oracles.told_x0(noise, start, clean), oracles.MEAN + oracles.STD * noise)
+    torch.testing.assert_close(oracles.x0_for_target(noise, start, clean), oracles.MEAN + oracles.STD * noise)
 
 
 def test_training_resumes_to_the_last_bit(values: Values, tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_a_file_has_the_engines_names_and_is_read_back_by_them(values: Values, t
     for _ in range(2):
         training.train_step()
     trained, fresh = training.model, checkpoint_of(config).load(FLOAT, CPU)
-    cond = told(checkpoint_of(config))
+    cond = conditioning(checkpoint_of(config))
     write_lora(path, trained, config, {}, cond[:1], final=True)
     with safe_open(path, "pt") as file:
         names = set(file.keys())
@@ -271,7 +271,7 @@ def sampled(config: Config, prompt: str, steps: int, gamma: float, cfg: float, l
     checkpoint, model = checkpoint_of(config), checkpoint_of(config).load(FLOAT, CPU)
     if lora:
         model.adapter.add(FILE, load_weights(model, lora))
-    cond, uncond = told(checkpoint, (prompt,)), told(checkpoint, ("",))
+    cond, uncond = conditioning(checkpoint, (prompt,)), conditioning(checkpoint, ("",))
     latents = sample_latents(
         model,
         cond,

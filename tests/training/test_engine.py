@@ -53,7 +53,7 @@ def records(net: UNetModel, config: Config) -> list[loop.StepRecord]:
     return seen
 
 
-def test_an_observer_is_told_what_each_step_did_when_it_is_done(checkpoint: Path, values: Values) -> None:
+def test_an_observer_gets_the_record_of_each_step_when_it_is_done(checkpoint: Path, values: Values) -> None:
     net, parameters = adapted(checkpoint)
     config = small_config(values, steps=3, batch=4, warmup_steps=1)
     states: list[torch.Tensor] = []
@@ -294,7 +294,7 @@ def test_an_optimizer_in_8_bits_goes_on_from_a_checkpoint_to_the_last_bit(
     assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in expected)
 
 
-def test_a_full_memory_is_told_from_other_errors(values: Values) -> None:
+def test_a_full_memory_is_distinguished_from_other_errors(values: Values) -> None:
     advice = training_advice(small_config(values), 3)
     for full in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("can't allocate memory: 1")):
         with pytest.raises(MemoryFullError, match="out of memory with 3 pictures of 64 px"), memory_advice(advice):

@@ -88,10 +88,10 @@ def test_a_run_killed_at_any_moment_and_started_again_is_the_run_never_killed(va
 
     def assert_never_killed() -> None:
         names = sorted(path.name for path in (tmp_path / "killed").iterdir() if not path.name.startswith("."))
-        assert names == sorted([*FINISHED, "previews"]), told
+        assert names == sorted([*FINISHED, "previews"]), context
         expected, got = lora(never), lora(killed)
-        assert all(torch.equal(expected[key], got[key]) for key in expected), told
-        assert [row.step for row in read_log(tmp_path / "killed")] == [1, 2, 3, 4], told
+        assert all(torch.equal(expected[key], got[key]) for key in expected), context
+        assert [row.step for row in read_log(tmp_path / "killed")] == [1, 2, 3, 4], context
 
     shutil.rmtree(tmp_path / "cache")
     while deaths < KILLS:
@@ -99,14 +99,14 @@ def test_a_run_killed_at_any_moment_and_started_again_is_the_run_never_killed(va
         process.join(moments.uniform(0, length))
         process.kill()
         process.join()
-        told = f"KILL_SEED={seed}, after {deaths} kills"
-        assert process.exitcode in (0, -signal.SIGKILL), told
+        context = f"KILL_SEED={seed}, after {deaths} kills"
+        assert process.exitcode in (0, -signal.SIGKILL), context
         deaths += process.exitcode != 0
         if process.exitcode == 0:  # it was faster than its death: the next begins with nothing
             assert_never_killed()
             shutil.rmtree(tmp_path / "killed")
             shutil.rmtree(tmp_path / "cache")
-    assert child_runs.finish(killed) == 0, told
+    assert child_runs.finish(killed) == 0, context
     assert_never_killed()
 
 

@@ -1,4 +1,4 @@
-"""TCF(S+): the student is told s and the teacher never, the embedding is trained, kept, written and read back."""
+"""TCF(S+): the student gets s and the teacher never does, the embedding is trained, kept, written and read back."""
 
 from pathlib import Path
 

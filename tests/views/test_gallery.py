@@ -54,9 +54,9 @@ def test_all_that_can_be_said_is_heeded(done: Config, tmp_path: Path) -> None:
     lora = tmp_path / "elsewhere.safetensors"
     save_file(load_file(done.lora_path), lora)  # without metadata, and with no configuration beside it
     vae = str(write_base(tmp_path / "other.safetensors", seed=1))
-    told = ["sample", str(lora), "--base", done.base.path, "--out", str(tmp_path / "out"), "--width", "80"]
-    told += ["--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--seed", "3", "4", "--steps", "1", "4"]
-    assert main([*told, "--height", "80", "--eta", "1", "--cfg", "3", "--device", "cpu", "--vae", vae]) == 0
+    arguments = ["sample", str(lora), "--base", done.base.path, "--out", str(tmp_path / "out"), "--width", "80"]
+    arguments += ["--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--seed", "3", "4", "--steps", "1", "4"]
+    assert main([*arguments, "--height", "80", "--eta", "1", "--cfg", "3", "--device", "cpu", "--vae", vae]) == 0
     names = picture_names(PROMPTS, [3, 4])
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert written == {f"{name}-steps-{steps}.png" for name in names for steps in (1, 4)} | {GRID_NAME}
@@ -91,7 +91,7 @@ def test_files_that_cannot_be_used_are_said(done: Config, tmp_path: Path, capsys
 
     tensors = load_file(done.lora_path)
     save_file(tensors, tmp_path / "alone.safetensors")
-    assert "to tell the base of alone.safetensors: name it with --base" in refused("alone.safetensors")
+    assert "to name the base of alone.safetensors: use --base" in refused("alone.safetensors")
     save_file({f"other_{key}": value for key, value in tensors.items()}, tmp_path / "other.safetensors")
     (tmp_path / "torn.safetensors").write_bytes(done.lora_path.read_bytes()[:-10])
     base = "--base", done.base.path

@@ -141,7 +141,7 @@ def test_what_is_asked_for_and_not_installed_is_said_at_the_start(monkeypatch: p
         trackers.check_installed(LogConfig(wandb_project="mine"))
 
 
-def test_weights_and_biases_is_told_every_number_under_a_name_that_lasts(
+def test_weights_and_biases_gets_every_number_under_a_name_that_lasts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Wandb:

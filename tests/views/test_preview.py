@@ -109,7 +109,7 @@ def test_the_grid_has_the_teacher_and_in_groups_the_start_and_the_step(
 
 @pytest.fixture
 def redrawn(done: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """Start a run's previews once more, with other settings, and tell what was drawn: the steps of each drawing."""
+    """Start a run's previews once more, with other settings, and return what was drawn: the steps of each drawing."""
     folder = tmp_path / "out"
     shutil.copytree(done.output_folder, folder)
     real, counts = preview.sample_previews, []

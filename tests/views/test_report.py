@@ -153,8 +153,8 @@ def test_the_loss_by_t_and_by_the_gap_are_means_over_pictures(tmp_path: Path, ru
     rows = "1,300,0,1000,1,1.0\n1,300,200,1000,3,5.0\n1,900,200,1000,2,0.5\n"
     (tmp_path / "loss_by_time.csv").write_text("step,t,gap,num_times,pictures,loss\n" + rows, encoding="utf-8")
     page = write_report(tmp_path).read_text(encoding="utf-8")
-    told = re.findall(r"<title>(t|t - s), in training times (\d+): ([\d.]+)</title>", page)
-    assert told == [("t", "350", "4"), ("t", "950", "0.5"), ("t - s", "50", "1"), ("t - s", "250", "3.2")]
+    titles = re.findall(r"<title>(t|t - s), in training times (\d+): ([\d.]+)</title>", page)
+    assert titles == [("t", "350", "4"), ("t", "950", "0.5"), ("t - s", "50", "1"), ("t - s", "250", "3.2")]
     assert "<title>t 300-399, t - s 200-299: 5</title>" in page
 
 

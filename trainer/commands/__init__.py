@@ -1,7 +1,8 @@
 """The commands of `tcd-train`, one module each.
 
-A module has HELP, one line; `add_arguments`, which declares the arguments; and `execute`, which runs the command and
-returns the exit code. Heavy imports are inside `execute`, so that `--help` and typos do not wait for torch.
+Each module has HELP, a line of help; `add_arguments`, which declares the arguments; and `execute`, which runs the
+command and returns the exit code. Slow imports are inside `execute`, so that `--help` and typing errors do not wait for
+torch.
 """
 
 COMMANDS = ("cache", "check", "export", "inspect", "report", "run", "sample")

@@ -1,4 +1,4 @@
-"""`tcd-train cache`: encode the pictures and captions of a configuration in advance of a run."""
+"""`tcd-train cache`: encode the pictures and captions of a configuration into the cache, before a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ..config.settings import Config
     from ..data.survey import Survey
 
-HELP = "encode pictures and captions into the cache, and check the files that are in it"
+HELP = "encode pictures and captions into the cache, and check its files"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
-    """Examine the data, encode what is not cached, verify what is, and print a report."""
+    """Examine the data, check the cached files, encode missing rows, and print a report."""
     config = load_config(options)
     part, parts = _parse_part(options.part)
 

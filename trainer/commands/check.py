@@ -7,7 +7,7 @@ import sys
 
 from .run import add_config, load_config
 
-HELP = "describe what a run would do, read and need, without starting it"
+HELP = "check all inputs of a run, and describe the run and the memory it needs, without starting it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""`tcd-train run`: distill a model as a configuration file says."""
+"""`tcd-train run`: distill a model according to a configuration file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..config import recipes
 if TYPE_CHECKING:
     from ..config.settings import Config
 
-HELP = "distill a model as a configuration file says"
+HELP = "distill a model according to a configuration file"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +39,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def load_config(options: argparse.Namespace) -> Config:
-    """Load the configuration that the arguments of `add_config` name, with its overrides."""
+    """Load the configuration named by the arguments of `add_config`, with its overrides."""
     from ..config.settings import load
 
     return load(recipes.find(options.config), options.overrides)

@@ -77,7 +77,7 @@ def execute(options: argparse.Namespace) -> int:
 
 
 def _base(options: argparse.Namespace) -> BaseConfig:
-    """Return the base of the options or, without --base, that of the config.toml beside the LoRA."""
+    """Return the base named by --base, or else the base in the config.toml beside the LoRA."""
     from ..config.settings import FILE_NAME, BaseConfig, load
 
     given = {key: getattr(options, key) for key in ("vae", "prediction", "zero_snr", "dtype") if getattr(options, key)}
@@ -85,14 +85,14 @@ def _base(options: argparse.Namespace) -> BaseConfig:
         return BaseConfig(path=options.base, **given)
     config_path = options.file.with_name(FILE_NAME)
     if not config_path.is_file():
-        raise UserError(f"there is no {config_path} to tell the base of {options.file.name}: name it with --base")
+        raise UserError(f"there is no {config_path} to name the base of {options.file.name}: use --base")
     return replace(load(config_path).base, **given)
 
 
 def _recommended(metadata: Mapping[str, str], key: str, default: float) -> float:
-    """The value of a metadata key such as tcd.eta as a number of the default's type, or the default without the key.
+    """Return the value of a metadata key such as tcd.eta, converted to the default's type; the default if it is absent.
 
-    Raises UserError if the value is not such a number.
+    Raises UserError if the value is not a number of that type.
     """
     text = metadata.get(key, default)
     try:

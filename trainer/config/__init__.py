@@ -1,1 +1,1 @@
-"""The configuration of a run: reading and validating it, and choosing device and dtype."""
+"""The configuration of a run: its settings, their checks, the recipes, and the choice of device and dtype."""

@@ -1,4 +1,4 @@
-"""Values that exclude one another, of the method or of several sections."""
+"""Checks of settings against each other; the ranges of single settings are checked in schema.py."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 
 def check_together(config: Config) -> None:
-    """Check a configuration of which each value by itself is right.
+    """Check the values of a configuration against each other.
 
-    Raises UserError for values that exclude one another, and says which to change.
+    Raises UserError, with advice on which to change, if two values are incompatible or a value depends on another.
     """
     if config.method.guidance_min > config.method.guidance_max:
         raise UserError(

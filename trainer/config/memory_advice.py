@@ -1,4 +1,4 @@
-"""Advice to the user when memory runs out, for each phase of a run."""
+"""The advice in the message when memory runs out, for each phase of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class MemoryFullError(RunError):
 
 @contextmanager
 def memory_advice(advice: str) -> Iterator[None]:
-    """Turn an out-of-memory error within the block into a MemoryFullError: "out of memory" followed by `advice`."""
+    """Convert an out-of-memory error within the block to a MemoryFullError: "out of memory", followed by `advice`."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""Build dataclasses from nested mappings, and check every key, type, choice and range.
+"""Build a dataclass from nested mappings, and check every key, type, choice and range.
 
 Every error names the key, the value received and what is allowed.
 """
@@ -15,20 +15,20 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..errors import UserError
 
-FREE = {"free": True}
-"""Field metadata of settings that do not affect the result of a run, up to rounding.  They may change on resuming."""
+MAY_CHANGE = {"may_change": True}
+"""Field metadata of settings that do not affect the result of a run, up to rounding. They may change on resuming."""
 
 
-def number(default: object, low: float, high: float = math.inf, *, free: bool = False) -> Any:
-    """Declare a field for a number, or a list of numbers, from `low` to `high`, both allowed; free: as in FREE."""
-    return field(default=default, metadata={"low": low, "high": high, "free": free})
+def number(default: object, low: float, high: float = math.inf, *, may_change: bool = False) -> Any:
+    """Declare a field for a number, or a list of numbers, in [low, high]. may_change: see MAY_CHANGE."""
+    return field(default=default, metadata={"low": low, "high": high, "may_change": may_change})
 
 
 def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
-    """Yield one message for each field that differs between two values of a dataclass, except FREE fields."""
+    """Yield one message for each field that differs between two values of a dataclass, except MAY_CHANGE fields."""
     for entry in fields(old):
         was, now = getattr(old, entry.name), getattr(new, entry.name)
-        if entry.metadata.get("free") or was == now:
+        if entry.metadata.get("may_change") or was == now:
             continue
         if is_dataclass(was):
             yield from differences(was, now, f"{where}{entry.name}.")
@@ -37,9 +37,9 @@ def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
 
 
 def override(values: dict[str, Any], text: str) -> None:
-    """Set `section.key=value` in `values`; a value that is not valid TOML is taken as a string.
+    """Set `section.key=value` in `values`. A value that is not valid TOML is taken as a string.
 
-    Raises UserError if the text is not of this form, or the section is not a mapping.
+    Raises UserError if the text does not have this form, or the section is not a mapping.
     """
     path, separator, given = text.partition("=")
     *sections, key = path.strip().split(".")
@@ -60,7 +60,7 @@ def override(values: dict[str, Any], text: str) -> None:
 def build(kind: type, values: object, where: str = "") -> Any:
     """Build the dataclass `kind` from a mapping, and check every key and value.
 
-    where: the prefix of keys in messages, empty or with a dot at the end.
+    where: the prefix of keys in messages, such as "data."; empty at the top.
     Raises UserError for an unknown or missing key, a wrong type, or a value out of range.
     """
     if not isinstance(values, Mapping):
@@ -88,7 +88,7 @@ def _required(kind: type) -> list[str]:
 
 
 def _check(hint: Any, value: object, key: str, limits: Mapping[str, Any]) -> Any:
-    """Return a value after checking its type, choices and range; whole numbers become floats where a float is due."""
+    """Check the type, choices and range of a value and return it; an int is converted to float if `hint` is float."""
     if is_dataclass(hint):
         return build(hint, value, key + ".")  # type: ignore[arg-type]
     if get_origin(hint) is tuple:
@@ -112,7 +112,7 @@ def _check(hint: Any, value: object, key: str, limits: Mapping[str, Any]) -> Any
 
 
 def _list_hint(hint: Any, value: object, key: str, limits: Mapping[str, Any]) -> str:
-    """Return a hint how to write `value` as a list, for the end of a message."""
+    """Return advice on how to write `value` as a list, for the end of a message."""
     if is_dataclass(hint):
         return f": write [[{key}]] above the keys of each"
     try:

@@ -1,7 +1,6 @@
-"""One run as one validated value.
+"""The settings of a run, read from a TOML file and `section.key=value` overrides into a frozen, validated `Config`.
 
-Flows in: a TOML file and `section.key=value` overrides.  Flows out: a frozen `Config`, or a `UserError` that names the
-key, the value received and what is allowed.
+An invalid setting raises a `UserError` that names the key, the value received and what is allowed.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from ...tcd.objective import DistanceName, Weighting
 from ...tcd.times import Law
 from ..errors import UserError
 from .cross_checks import check_together
-from .schema import FREE, build, differences, override
+from .schema import MAY_CHANGE, build, differences, override
 from .schema import number as _number
 
 FILE_NAME = "config.toml"
-"""Of a run's settings, in its output folder."""
+"""Name of the file in the output folder that contains the run's settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,40 +29,41 @@ class BaseConfig:
     """The model to distill."""
 
     path: str
-    """A single-file checkpoint or a diffusers folder of SD1.5, SD2.x or SDXL, or `tiny`, which is embedded here."""
+    """A single-file checkpoint or a diffusers folder of SD1.5, SD2.x or SDXL, or `tiny`, the embedded tiny model."""
     vae: str = ""
-    """A VAE's file or folder, instead of the one that the model brings along."""
+    """File or folder of a VAE to use instead of the base's own."""
     prediction: Literal["auto", "eps", "v"] = "auto"
-    """What the UNet predicts; `auto` asks the model, and takes eps where it is silent."""
+    """What the UNet predicts. `auto` reads it from the model; if the model does not say, it is eps."""
     zero_snr: Literal["auto", "yes", "no"] = "auto"
-    """Whether the noise schedule ends without any signal; `auto` asks the model, and takes no where it is silent."""
+    """Whether the noise schedule ends at zero SNR. `auto` reads it from the model; if the model does not say, it is
+    no."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the frozen weights: `auto` is bfloat16 on a GPU and float32 on a CPU.  The adapter is always float32."""
+    """Dtype of the frozen weights. `auto` is bfloat16 on a GPU and float32 on a CPU. The adapter is always float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """One of several sources: a table of `[[data.sources]]`."""
+    """One of several sources of pictures: a table `[[data.sources]]`."""
 
     path: str
-    """A folder of images with .txt captions, or with a metadata.jsonl; a .tar shard, or a pattern of them such as
-    `shards/*.tar`; or a .txt file of prompts, one a line."""
+    """A folder of images with .txt captions or a metadata.jsonl, a .tar shard or a pattern such as `shards/*.tar`, or a
+    .txt file with one prompt per line."""
     repeats: float = _number(1.0, 0.001, 10000.0)
-    """How often an epoch shows each of its pictures; of 0.5, every second epoch shows each."""
+    """How often each picture of this source is shown in an epoch; 0.5 shows each in every second epoch."""
     weight: float = _number(0.0, 0.0)
-    """Instead of `repeats`: what share of an epoch is from here, relative to the weights of the others."""
+    """Instead of `repeats`: this source's share of an epoch, relative to the weights of the other sources."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DrawConfig:
-    """How the teacher draws the latents of prompts that have no pictures."""
+    """How the teacher draws latents for prompts without pictures."""
 
     per_prompt: int = _number(1, 1, 10000)
-    """Pictures of each prompt, from different noise."""
+    """Number of pictures for each prompt, each from different noise."""
     steps: int = _number(25, 1, 50)
-    """Steps of DPM-Solver++(2M), which is deterministic."""
+    """Number of sampling steps of DPM-Solver++(2M), which is deterministic."""
     guidance: float = _number(6.0, 1.0)
-    """Scale of the classifier-free guidance that they are drawn with; 1 is none."""
+    """Guidance scale with which the teacher draws; 1 means no guidance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,26 +71,28 @@ class DataConfig:
     """The pictures to distill on."""
 
     folder: str = ""
-    """Images, each with a caption of the same name in a .txt file beside it, or all with theirs in metadata.jsonl."""
+    """Folder of images with captions: each in a .txt file of the image's name, or all in one metadata.jsonl."""
     prompts: str = ""
-    """A text file, one prompt a line: the teacher draws the pictures itself."""
+    """Text file with one prompt per line; the teacher draws the pictures."""
     sources: tuple[SourceConfig, ...] = ()
-    """Several of these, each as a table `[[data.sources]]`."""
+    """Several sources, each a table `[[data.sources]]`."""
     draw: DrawConfig = field(default_factory=DrawConfig)
     resolution: int = _number(512, 8, 4096)
-    """Pictures are trained at about resolution^2 pixels; a multiple of the latent stride, 8 of a UNet."""
+    """Pictures have at most resolution^2 pixels; must be a multiple of the latent stride, which is 8 for UNets."""
     buckets: bool = True
-    """Keep the aspect of pictures, in buckets from 1:4 to 4:1; otherwise they are cropped to squares."""
+    """Keep the aspect ratio of pictures, in buckets from 1:4 to 4:1. If false, pictures are cropped to squares."""
     bucket_step: int = _number(64, 8, 512)
-    """Sides of buckets are multiples of it; a multiple of the latent stride, too."""
+    """The sides of buckets are multiples of this number; must be a multiple of the latent stride."""
     upscale: bool = False
-    """Enlarge pictures that are smaller than `resolution`, which otherwise get smaller buckets."""
+    """Enlarge pictures that are smaller than `resolution`. If false, they get smaller buckets."""
     skip_bad: bool = False
-    """Leave out, and count, what does not decode, is too small or has no caption; otherwise a run refuses to start."""
+    """Leave out and count pictures that do not decode, are too small or have no caption. If false, they are an
+    error."""
     caption_dropout: float = _number(0.0, 0.0, 1.0)
-    """Share of the captions that are replaced by the empty one."""
-    cache: str = field(default="", metadata=FREE)
-    """Folder of cached latents and embeddings, which several runs can share; empty is `cache` in the output folder."""
+    """Fraction of the captions that are replaced by the empty caption."""
+    cache: str = field(default="", metadata=MAY_CHANGE)
+    """Folder of cached latents and embeddings, which several runs may share; by default `cache` in the output
+    folder."""
 
     def __post_init__(self) -> None:
         if self.bucket_step > self.resolution:
@@ -107,53 +109,56 @@ class DataConfig:
 
     @property
     def named_sources(self) -> list[tuple[str, SourceConfig]]:
-        """All sources, each with the key that names it in messages."""
+        """All sources, each with its key for messages."""
         alone = [(f"data.{key}", getattr(self, key)) for key in ("folder", "prompts")]
         several = [(f"data.sources[{i}].path", source) for i, source in enumerate(self.sources)]
         return [(key, SourceConfig(path=path)) for key, path in alone if path] + several
 
     @property
     def summary(self) -> str:
-        """The sources by their paths, in one line."""
+        """The paths of the sources, in one line."""
         return ", ".join(source.path for _, source in self.named_sources)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
-    """The distillation."""
+    """The distillation method."""
 
     law: Law = "uniform"
-    """How the target time s is drawn: `uniform` on the grid up to t_next is TCD, `zero` is LCM, `segment` is TSCD (of
-    Hyper-SD), `phase` is PCM, `target` is TDD."""
+    """How the target time s is drawn. `uniform` draws a point of the grid up to t_next (TCD); `zero` is LCM, `segment`
+    is TSCD (Hyper-SD), `phase` is PCM and `target` is TDD."""
     phases: tuple[int, ...] = (8, 4, 2, 1)
-    """For `segment` and `phase`, into how many parts time is divided; if several, each has an equal share of the steps.
-    PCM is one number, that of the steps which will be sampled."""
+    """For the laws `segment` and `phase`: number of parts that the clock is divided into. If there are several numbers,
+    each is used for an equal share of the training steps. For PCM, give one number: the number of sampling steps."""
     order: Literal[1, 2] = 1
-    """Of the student's jump: 1 is TCF(1), 2 is TCF(2), with two calls of the network for one."""
+    """Order of the student's jump. 1 is TCF(1); 2 is TCF(2), which calls the network twice for each jump."""
     origin_steps: int = _number(50, 1, 1000)
-    """Points of the timestep grid on which t is drawn: 50 is 19, 39 ... 999."""
+    """Number of points of the grid on which t is drawn; 50 is 19, 39 ... 999."""
     skip: int = _number(20, 1, 999)
     """Length k of the teacher's solver step, in training timesteps."""
     guidance_min: float = _number(2.0, 0.0)
-    """Least scale of the teacher's guidance, which is drawn for each picture, uniformly up to `guidance_max`."""
+    """Lowest guidance scale of the teacher. The scale is drawn uniformly for each picture, up to `guidance_max`."""
     guidance_max: float = _number(8.0, 0.0)
-    """Greatest scale of the teacher's guidance; if both are 1, there is none."""
+    """Highest guidance scale of the teacher. If both are 1, there is no guidance."""
     distance: DistanceName = "huber"
-    """Pseudo-Huber of each element, or of the root mean square of each picture; or the mean square."""
+    """Distance between prediction and target. `huber` is pseudo-Huber of each element, `huber_sample` pseudo-Huber of
+    each picture's root mean square, `l2` the mean square."""
     huber_c: float = _number(0.001, 1e-6)
-    """Pseudo-Huber: errors well above c count linearly, errors well below it quadratically."""
+    """c of the pseudo-Huber distances: errors well above c count linearly, errors well below c quadratically."""
     weighting: Weighting = "none"
-    """Of a picture: `gap` divides by the jump's length in solver steps, `x0` by the weight that x0 has in the jump."""
+    """Weight of a picture's distance. `gap` divides it by the jump's length in solver steps, `x0` by the coefficient of
+    x0 in the jump."""
     ema_decay: float = _number(0.0, 0.0, 0.9999)
-    """The target is an exponential moving average of the adapter with this decay; with 0 it is the student itself."""
+    """Decay of the exponential moving average of the adapter that computes the target. With 0, the student itself
+    computes it."""
     target_time: bool = False
-    """Tell the network the target time (TCF(S+)), by an embedding of it that is trained along with the LoRA."""
+    """The network also gets the target time (TCF(S+)), through an embedding that is trained together with the LoRA."""
     target_input: TargetInput = "s"
-    """With `target_time`, what is embedded: the target time, or how far before t it is."""
+    """With `target_time`: the quantity that is embedded, the target time s or the jump's length t - s."""
 
     @property
     def embedded(self) -> TargetInput | None:
-        """What of the target time is embedded, or None."""
+        """The quantity that is embedded for the target time, or None without an embedding."""
         return self.target_input if self.target_time else None
 
 
@@ -162,92 +167,94 @@ class AdapterConfig:
     """The LoRA."""
 
     rank: int = _number(64, 1, 1024)
-    """Rank of the update of each layer: a higher one can learn more, and makes a larger file."""
+    """Rank of each layer's update. A higher rank can learn more, but makes a larger file."""
     alpha: float = _number(64.0, 1e-6)
-    """The update is scaled by alpha / rank."""
+    """The update is multiplied by alpha / rank."""
     targets: tuple[str, ...] = ("all",)
-    """Groups of modules, `all`, `attention`, `feed_forward` and `convolution`, or kinds of module, such as `to_q`."""
+    """Layers that get a LoRA: `all`, the groups `attention`, `feed_forward` and `convolution`, or names such as
+    `to_q`."""
     start_from: str = ""
-    """A LoRA file of the same rank, alpha and targets to begin with; nothing is the identity."""
+    """LoRA file to start from, with the same rank, alpha and targets. If empty, the initial LoRA changes nothing."""
     freeze: bool = False
-    """Leave the LoRA as it is, and train nothing but the embedding of `method.target_time`."""
+    """Train only the embedding of `method.target_time`; the LoRA, usually that of `start_from`, stays unchanged."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """The optimization."""
+    """The optimizer, and how a step is computed."""
 
     steps: int = _number(1000, 1)
     """Number of updates of the weights."""
     batch: int = _number(8, 1)
-    """Pictures of a step, over all processes and parts."""
-    accumulate: int = _number(1, 1, free=True)
-    """Parts in which a process takes its share of a step, one after another: more parts need less memory and more
-    time; the result is the same to rounding."""
-    gradient_checkpointing: bool = field(default=False, metadata=FREE)
-    """Keep few activations for the gradient, and compute the others again: less memory, more time."""
-    compile: bool = field(default=False, metadata=FREE)
+    """Number of pictures in a step, over all processes and accumulated parts."""
+    accumulate: int = _number(1, 1, may_change=True)
+    """Number of parts into which each process divides its pictures of a step. More parts need less memory and more
+    time; the result is the same up to rounding."""
+    gradient_checkpointing: bool = field(default=False, metadata=MAY_CHANGE)
+    """Recompute most activations in the backward pass instead of keeping them: less memory, more time."""
+    compile: bool = field(default=False, metadata=MAY_CHANGE)
     """Run the network through `torch.compile`, which takes minutes at the start."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    """`adamw8bit` keeps its moments in 8 bits, a quarter of the memory; it needs bitsandbytes."""
+    """`adamw8bit` keeps Adam's moments in 8 bits, in a quarter of the memory; it needs bitsandbytes."""
     lr: float = _number(1e-4, 0.0)
-    """Peak learning rate of AdamW; it falls to zero along a cosine."""
+    """Peak learning rate; from there it falls to zero along a cosine."""
     target_time_lr: float = _number(1e-3, 0.0)
-    """The same of the embedding of `method.target_time`."""
+    """Peak learning rate of the embedding of `method.target_time`."""
     warmup_steps: int = _number(0, 0)
-    """Steps at the start in which the learning rate rises linearly to its peak."""
+    """Number of steps at the start in which the learning rate rises linearly to its peak."""
     weight_decay: float = _number(1e-2, 0.0)
-    """AdamW's decay of the adapter's weights towards zero."""
+    """AdamW's weight decay of the adapter's weights."""
     clip: float = _number(1.0, 1e-9)
-    """Greatest norm of the gradient."""
+    """Maximum norm of the gradient; a larger gradient is scaled down to it."""
     seed: int = _number(0, 0, 2**63 - 1)
-    """Of everything random: the adapter's first weights, the order of the pictures, the times and the noise."""
-    device: str = field(default="auto", metadata=FREE)
-    """`auto`, `cpu`, `cuda`, `cuda:1`, `mps` ...; each of several processes takes a GPU of its own."""
-    checkpoint_every: int = _number(500, 1, free=True)
-    """Steps from one checkpoint to the next; a run that was ended goes on from the last when it is started again."""
-    keep_checkpoints: int = _number(2, 1, free=True)
-    """Number of checkpoints kept, the newest; they are removed when the run is finished."""
+    """Seed of everything random: the adapter's initial weights, the order of the pictures, the times and the noise."""
+    device: str = field(default="auto", metadata=MAY_CHANGE)
+    """`auto`, `cpu`, `cuda`, `cuda:1`, `mps` ... With several processes, each uses its own GPU."""
+    checkpoint_every: int = _number(500, 1, may_change=True)
+    """Number of steps between checkpoints. A stopped run resumes from the last checkpoint."""
+    keep_checkpoints: int = _number(2, 1, may_change=True)
+    """Number of checkpoints to keep. All are removed when the run is finished."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutputConfig:
-    """Where the LoRA goes, and what it says of itself."""
+    """The path of the LoRA file, and the sampling settings that its metadata recommend to the nodes."""
 
     folder: str
-    """Folder of the LoRA, its configuration, checkpoints, previews and report; one for each run."""
+    """Folder for the LoRA, its configuration, checkpoints, previews and report. Each run needs its own."""
     name: str = "tcd-lora"
-    """The file is `folder/name.safetensors`."""
+    """Name of the LoRA file, without folder and extension; it becomes `folder/name.safetensors`."""
     dtype: Literal["float16", "bfloat16"] = "float16"
-    """Of the tensors in the file."""
+    """Dtype of the tensors in the file."""
     steps: int = _number(DEFAULT_STEPS, 1, 50)
-    """Number of sampling steps that the file recommends, in its metadata, which the nodes read."""
+    """Recommended number of sampling steps, written into the file's metadata, which the nodes read."""
     eta: float = _number(DEFAULT_ETA, 0.0, 1.0)
-    """Eta, the paper's gamma, that the file recommends: 0 adds no noise between steps, 1 as much as LCM does."""
+    """Recommended eta, the paper's gamma: with 0 sampling adds no noise between steps, with 1 as much as LCM."""
     cfg: float = _number(DEFAULT_CFG, 0.0)
-    """Guidance scale that the file recommends; 1 is none."""
+    """Recommended guidance scale; 1 means no guidance."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewConfig:
-    """Pictures drawn while training, each time from the LoRA file that could be taken away then."""
+    """Pictures drawn during training, with a LoRA file that is written for each preview."""
 
     prompts: tuple[str, ...] = ()
-    """What to draw; with none there are no previews."""
+    """Prompts to draw; without any there are no previews."""
     every: int = _number(250, 1)
-    """Steps from one preview to the next; there is one before the first step and one after the last, too."""
+    """Number of training steps between previews. There is also one before the first step and one after the last."""
     seeds: tuple[int, ...] = _number((0,), 0, 2**63 - 1)
-    """Each prompt is drawn from each of these seeds."""
+    """Seeds; each prompt is drawn once for each seed."""
     steps: tuple[int, ...] = _number((1, 2, 4, 8), 1, 50)
-    """Each is drawn with each of these numbers of sampling steps."""
+    """Numbers of sampling steps; each prompt and seed is drawn with each of them."""
     eta: float = _number(DEFAULT_ETA, 0.0, 1.0)
-    """Eta with which the student is sampled; the teacher adds no noise."""
+    """Eta of the student's sampler; the teacher's sampler adds no noise."""
     cfg: float = _number(DEFAULT_CFG, 0.0)
-    """Guidance scale of the student; the teacher has 50 steps at the middle of `method`'s guidance range."""
+    """Guidance scale of the student. The teacher's pictures take 50 steps, with the middle of `method`'s guidance
+    range."""
     width: int = _number(0, 0, 4096)
-    """Of the pictures, in pixels, a multiple of the latent stride; 0 is `data.resolution`."""
+    """Width of the pictures in pixels, a multiple of the latent stride; 0 means `data.resolution`."""
     height: int = _number(0, 0, 4096)
-    """Of the pictures, in pixels, a multiple of the latent stride; 0 is `data.resolution`."""
+    """Height of the pictures in pixels, a multiple of the latent stride; 0 means `data.resolution`."""
 
     def __post_init__(self) -> None:
         for key in ("seeds", "steps"):
@@ -257,12 +264,12 @@ class PreviewConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """Where the numbers of each step go, besides log.csv in the output folder."""
+    """Where each step's loss and other numbers are logged, besides log.csv in the output folder."""
 
     tensorboard: bool = False
-    """Write event files into the folder tensorboard in the output folder; it needs the package tensorboard."""
+    """Write event files into the folder `tensorboard` in the output folder; needs the package tensorboard."""
     wandb_project: str = ""
-    """The Weights & Biases project to log to; it needs the package wandb."""
+    """Weights & Biases project to log to; needs the package wandb."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,15 +282,15 @@ class Config:
     method: MethodConfig = field(default_factory=MethodConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    preview: PreviewConfig = field(default_factory=PreviewConfig, metadata=FREE)
-    log: LogConfig = field(default_factory=LogConfig, metadata=FREE)
+    preview: PreviewConfig = field(default_factory=PreviewConfig, metadata=MAY_CHANGE)
+    log: LogConfig = field(default_factory=LogConfig, metadata=MAY_CHANGE)
 
     def __post_init__(self) -> None:
         check_together(self)
 
     @property
     def output_folder(self) -> Path:
-        """The folder of the LoRA and of the configuration that made it."""
+        """The folder of the LoRA and its configuration."""
         return Path(self.output.folder).expanduser()
 
     @property
@@ -293,11 +300,11 @@ class Config:
 
     @property
     def lora_path(self) -> Path:
-        """The file that the run writes."""
+        """The path of the LoRA file that the run writes."""
         return self.output_folder / f"{self.output.name}.safetensors"
 
     def to_toml(self) -> str:
-        """The resolved configuration, as a file that `load` reads back to an equal value.
+        """Return the resolved configuration as the text of a TOML file; `load` reads it back to an equal Config.
 
         Raises UserError if tomli-w is not installed.
         """
@@ -309,9 +316,9 @@ class Config:
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a TOML file, apply overrides such as `training.steps=500`, and validate the whole.
+    """Read a TOML file, apply overrides such as `training.steps=500`, and validate the result.
 
-    Raises UserError for a missing or malformed file and for anything that `from_mapping` refuses.
+    Raises UserError for a missing or malformed file, and if `from_mapping` does.
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -334,5 +341,5 @@ def from_mapping(values: Mapping[str, Any]) -> Config:
 
 
 def changes(old: Config, new: Config) -> list[str]:
-    """The settings, in words, of which another value would give another LoRA."""
+    """Return one message for each setting that differs and affects the result."""
     return list(differences(old, new))

@@ -45,7 +45,7 @@ class Fit(NamedTuple):
 
     @property
     def framing(self) -> Framing:
-        """The same for models that are told, as one row."""
+        """The same as a Framing of one row."""
         numbers = (*self.original, self.top, self.left, *self.bucket)
         return Framing.from_rows(torch.tensor([numbers], dtype=torch.int32))
 
@@ -93,7 +93,7 @@ def _bucket_sizes(resolution: int, step: int, square: bool) -> tuple[Size, ...]:
 
 
 def _nearest_aspect(original: Size, sizes: tuple[Size, ...]) -> Size:
-    """Return the size for which least is cropped; in a tie the one with most pixels, then the one closest to square."""
+    """Return the size that crops least; in a tie, the size with most pixels, then the size closest to square."""
     aspect = log(original.width / original.height)
 
     def preference(size: Size) -> tuple[float, int, int]:

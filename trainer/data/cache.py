@@ -5,7 +5,8 @@
     CACHE/captions-HASH/  text embeddings, by the digest of the caption
     CACHE/index-HASH.safetensors   the rows that belong to one data set; written last
 
-A folder's HASH is of the model and the settings that its rows depend on; an index's also covers the source files.
+A folder's HASH covers a fingerprint of the model and the settings that affect its rows. An index's HASH also covers the
+source files.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def cache_paths(config: Config, checkpoint: Checkpoint, dtype: torch.dtype) -> C
     model = {"version": VERSION, "model": prints.base, "dtype": str(dtype)}
     buckets = {key: getattr(data, key) for key in ("resolution", "bucket_step", "buckets", "upscale")}
     teacher = {**model, "prediction": base.prediction, "zero_snr": base.zero_snr}
-    draw = {**asdict(data.draw), "per_prompt": None}  # with more drawings of a prompt, the earlier ones stay valid
+    draw = {**asdict(data.draw), "per_prompt": None}  # a larger per_prompt adds rows and keeps the existing ones
     settings = {
         "latents": {**autoencoder, **buckets},
         "captions": model,

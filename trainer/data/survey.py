@@ -88,7 +88,7 @@ class Survey:
 def survey(config: Config, part: int = 0, parts: int = 1) -> Survey:
     """Read and decode the pictures of every `parts`-th file from `part` on, and count them and their problems.
 
-    Raises UserError if a source cannot be opened, and one that lists all problems unless `data.skip_bad` is set.
+    Raises UserError if a source cannot be opened, and if there are problems, unless `data.skip_bad` is set.
     """
     found, buckets = Survey(), configured_buckets(config.data)
     for number, source in enumerate(open_sources(config.data)):

@@ -2,7 +2,7 @@
 
     python -m trajectory_consistency.trainer.demo --out demo-out
 
-It needs no download and no GPU. If a ComfyUI is found, the grid has rows that were sampled there with the same LoRA.
+It needs no download and no GPU. If a ComfyUI is found, the grid also has rows that ComfyUI sampled with the same LoRA.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ WORLD = "Fresh data"
 COMFY_TOLERANCE = 1e-4  # relative difference between latents of ComfyUI and of the trainer
 CHECKED_ROW = "TCD S+, 4 steps"
 MIN_ACCURACY = 0.5  # of CHECKED_ROW; it is near 0 without distillation
-# LoRA name -> (method settings, learning rate): the best ones in docs/quality.md.
+# LoRA name -> (method settings, learning rate): the settings that are best in docs/quality.md.
 RECIPES: dict[str, tuple[dict[str, Any], float]] = {
     "target-time": ({"law": "uniform", "weighting": "x0", "target_time": True}, 1e-3),
     "tcd": ({"law": "uniform"}, 1e-3),

@@ -1,4 +1,4 @@
-"""A small classifier for the shapes world, trained when it is needed: it predicts labels and computes features."""
+"""A small classifier for the shapes world, which is trained when needed. It gives labels and features of pictures."""
 
 from __future__ import annotations
 

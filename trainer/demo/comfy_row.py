@@ -1,4 +1,4 @@
-"""The demo's last rows: sample the same captions and noise with the same LoRA file in ComfyUI, by the pack's nodes."""
+"""The demo's last rows: the same captions and noise, sampled with the same LoRA file by the nodes in ComfyUI."""
 
 from __future__ import annotations
 

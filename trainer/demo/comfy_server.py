@@ -28,13 +28,12 @@ from typing import Any, Self
 
 PACK = Path(__file__).resolve().parents[2]
 PACK_NAME = "trajectory-consistency"
-PACK_PARTS = ("__init__.py", "pyproject.toml", "locales", "nodes", "tcd", "workflows")  # the parts that the host needs
+PACK_PARTS = ("__init__.py", "pyproject.toml", "locales", "nodes", "tcd", "workflows")  # what the host needs
 
 Prompt = Mapping[str, Any]
 """A node graph: {node id: {"class_type": ..., "inputs": {...}}}; an input is a value or [node id, output index]."""
 
 _POLL_S = 0.05
-_STOP_TIMEOUT_S = 10
 _LOG_LINES = 30
 
 
@@ -101,10 +100,12 @@ class ComfyServer:
         host: Host | None = None,
         threads: int | None = None,
         start_timeout_s: float = 300,
+        stop_timeout_s: float = 10,
     ) -> None:
         """Create the base folder, into which models can be copied before the host starts.
 
-        threads: CPU threads of the host; None for all cores. On a busy computer, one thread is much faster. Raises
+        threads: CPU threads of the host; None for all cores. On a busy computer, one thread is much faster.
+        stop_timeout_s: how long the host may take to end when it is stopped, before it is killed. Raises
         HostNotFoundError if `host` is None and none is found.
         """
         self.host = host or find_host()
@@ -114,7 +115,7 @@ class ComfyServer:
         self.log = self.base / "comfyui.log"
         self.url = ""
         self._threads = threads
-        self._start_timeout_s = start_timeout_s
+        self._start_timeout_s, self._stop_timeout_s = start_timeout_s, stop_timeout_s
         self._client_id = uuid.uuid4().hex
         self._process: subprocess.Popen[bytes] | None = None
         for folder in ("custom_nodes", "input", "output", "user", "models/checkpoints", "models/loras"):
@@ -156,7 +157,7 @@ class ComfyServer:
             return
         process.terminate()
         try:
-            process.wait(timeout=_STOP_TIMEOUT_S)
+            process.wait(timeout=self._stop_timeout_s)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -218,8 +219,8 @@ class ComfyServer:
             raise
 
     def _command(self) -> list[str | Path]:
-        # Only options that the oldest supported host knows. The database is put into the base folder, too, so that
-        # nothing is written into the host's own folder.
+        # Only options that the oldest supported host has. The database is in the base folder too, so that nothing is
+        # written into the host's own folder.
         options: list[str | Path] = ["--cpu", "--base-directory", self.base, "--listen", "127.0.0.1"]
         options += ["--disable-auto-launch", "--disable-api-nodes", "--preview-method", "none"]
         options += ["--database-url", f"sqlite:///{(self.base / 'user' / 'comfyui.db').as_posix()}"]

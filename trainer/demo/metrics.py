@@ -17,14 +17,14 @@ FEATURE_SPACE = f"{NUM_FEATURES} features, each of about unit variance, of a cla
 
 
 class Metrics(TypedDict):
-    """Metrics of a set of pictures, and the sample counts and feature space that a Frechet distance depends on."""
+    """Metrics of a set of pictures. A Frechet distance also depends on the sample counts and the feature space."""
 
     frechet: float
     """Squared Frechet distance to the reference pictures."""
     accuracy: float
     """Fraction of pictures that show everything their caption says."""
     accuracy_of: dict[str, float]
-    """The same for each part of the caption, by the names in `LABELS`."""
+    """Fraction of pictures that show each part of their caption, by the names in `LABELS`."""
     samples: int
     reference_samples: int
     feature_space: str
@@ -76,8 +76,8 @@ def caption_accuracy(
 def evaluate(classifier: Classifier, pictures: Tensor, scenes: Sequence[Scene], reference_features: Tensor) -> Metrics:
     """Evaluate pictures [B, 3, 64, 64], uint8 or floats in [-1, 1], that were sampled for the captions of `scenes`.
 
-    reference_features: [M, D], of held-out pictures. Raises ValueError if the pictures, the number of scenes or the
-    features are invalid, as `as_signal`, `caption_accuracy` and `frechet_distance` do.
+    reference_features: [M, D], features of held-out pictures. Raises ValueError if `as_signal`, `caption_accuracy` or
+    `frechet_distance` does.
     """
     features = classifier.features(pictures)
     accuracy, accuracy_of = caption_accuracy(classifier, features, scenes)

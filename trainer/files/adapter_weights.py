@@ -79,7 +79,7 @@ def initial_weights(model: Model, config: Config) -> AdapterWeights:
 def start_from(model: Model, weights: AdapterWeights, path: Path) -> None:
     """Overwrite weights to be trained with those of a LoRA file; for weights on the meta device, check the file only.
 
-    If the file has no target-time embedding, that of `weights` keeps its initial values.
+    If the file has no target-time embedding, the embedding of `weights` keeps its initial values.
 
     Raises UserError if the file is not a LoRA, or differs from `weights` in modules, shapes, alpha or target input.
     """

@@ -1,4 +1,4 @@
-"""Writes a new safetensors file that is compared bit for bit with what was meant to be written."""
+"""Writes a new safetensors file, reads it back, and compares it bit for bit with the tensors in memory."""
 
 from __future__ import annotations
 

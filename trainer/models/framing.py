@@ -1,4 +1,4 @@
-"""The framing of training pictures: how each was cut out of its original, for models that are told."""
+"""The framing of training pictures: how each was cut out of its original. SDXL, among others, gets it as input."""
 
 from __future__ import annotations
 

@@ -271,7 +271,7 @@ class Checkpoint(Protocol):
         ...
 
     def fingerprints(self) -> Fingerprints:
-        """Return content hashes of the files that affect training."""
+        """Return the fingerprints (fingerprint.py) of the files that affect training."""
         ...
 
     def lora_metadata(self) -> Mapping[str, str]:

@@ -1,7 +1,7 @@
-"""Training examples: latents, captions and everything random in a micro-batch; for a GPU, read one ahead.
+"""Training examples: the latents, captions, times, noise and guidance scales of a micro-batch.
 
-Every random number is a function of (seed, step, row). It does not depend on how the rows are divided over processes,
-and a checkpoint needs no generator state.
+Every random number is a function of (seed, step, row). So it does not depend on how the rows are divided over
+processes, and a checkpoint needs no generator state. On a GPU, a thread reads the next micro-batch in advance.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Examples(NamedTuple):
     times: Times
     """Training times of the schedule, int64 [b] each."""
     moved: Tensor
-    """Indices of the rows with s < t_next, int64; only for these is the target network called."""
+    """Indices of the rows with s < t_next, int64; the target network is called only for these."""
     guidance: Tensor
     """Guidance scales w of the teacher, float32 [b]."""
 
@@ -101,7 +101,7 @@ def read_examples(config: Config, dataset: Dataset, schedule: Schedule, step: in
 
 @dataclass
 class Prefetcher:
-    """Reads micro-batches; with `ahead`, the next one in a thread while the current one is trained on."""
+    """Reads micro-batches; with `ahead`, a thread reads the next one while the current one is trained on."""
 
     config: Config
     dataset: Dataset
@@ -119,7 +119,7 @@ class Prefetcher:
         """((step, index), examples) of the micro-batch that is being read."""
 
     def get(self, step: int, index: int) -> Examples:
-        """Return micro-batch `index` of a step; with `ahead`, start reading the next. Raises what reading raised."""
+        """Return micro-batch `index` of a step and, with `ahead`, start reading the next; raises errors of reading."""
         if self._next is not None and self._next[0] == (step, index):
             examples = self._next[1].result()
         else:

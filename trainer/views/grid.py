@@ -33,7 +33,7 @@ class Row:
     numbers: Mapping[str, str] = field(default_factory=dict)
     """Texts at the right of the pictures, by column name, which may have several lines."""
     starts_group: bool = False
-    """Whether the row is the first of a group, which a line divides from the row above, if there is one."""
+    """Whether the row is the first of a group; a line then separates it from the row above, if there is one."""
 
 
 def draw_grid(rows: Sequence[Row], captions: Sequence[str], title: str, *, scale: float = 2) -> Image.Image:

@@ -67,9 +67,9 @@ class Previews:
         log.info("step %d: look at %s", record.step, grid_path(self.folder, record.step))
 
     def _remove_outdated(self) -> None:
-        """Remove pictures of the teacher and of step 0 that were drawn with other settings than today's.
+        """Remove pictures of the teacher and of step 0 that were drawn with different settings.
 
-        Compared are the settings that are not part of the file names; they are stored in the folder.
+        The settings that file names do not contain are stored in the folder, and compared with the current ones.
         """
         config, path = self.config, self.folder / _SETTINGS
         settings = {

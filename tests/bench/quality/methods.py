@@ -1,4 +1,4 @@
-"""The methods that are compared, by what the trainer calls them; each has one learning rate, found in the same way."""
+"""The methods that are compared, as settings of the trainer."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ STEPS = (1, 2, 4, 8, 16, 32)
 GAMMAS = (0.0, 0.3, 1.0)
 SEEDS = (100, 1, 2)
 TUNING_SEED = SEEDS[0]
-"""Of the runs by which a learning rate is chosen, of which the best is then the first of those that are reported."""
+"""Seed of the runs that choose the learning rate. The best of them is also the first of the reported runs."""
 TUNED_AT = (1, 2, 4, 8)
 EMA_DECAY, HUBER_C = 0.95, 0.03
-"""The same for all methods: of the average that gives the target, and of the distance to it."""
+"""The same for all methods: decay of the average that computes the target, and c of the distance."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to distill."""
+    """A distillation method."""
 
     name: str
     about: str
     gamma: float
-    """Of its own sampler."""
+    """Gamma of the method's own sampler."""
     changed: Mapping[str, Any] = field(default_factory=dict)
-    """Of the trainer's section [method], beside what all have in common."""
+    """Settings of the trainer's section [method] that differ from the common ones."""
     of: str = ""
-    """The method that this is a variation of."""
+    """For a variation: the name of the method that it varies."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Its section [method] of a configuration."""
+        """The section [method] of a configuration."""
         return {"ema_decay": EMA_DECAY, "huber_c": HUBER_C, "phases": [1], **self.changed}
 
     @property
     def config(self) -> MethodConfig:
-        """The same, as the trainer has it."""
+        """The section [method] as the trainer's dataclass."""
         return MethodConfig(**{**self.settings, "phases": tuple(self.settings["phases"])})
 
 
 def cells(method: Method, most: int = STEPS[-1]) -> list[tuple[int, float]]:
-    """The numbers of steps and gammas at which a method is measured, and of gammas not its own up to `most` steps.
+    """Return the (steps, gamma) at which a method is measured: gammas of other methods only up to `most` steps.
 
-    A single step has no noise to add, and so is the same at every gamma.
+    One step adds no noise, so it is the same at every gamma.
     """
     return [(steps, gamma) for steps in STEPS for gamma in GAMMAS if gamma == method.gamma or 1 < steps <= most]
 
@@ -56,13 +56,16 @@ def _by_name(*methods: Method) -> dict[str, Method]:
 
 METHODS = _by_name(
     Method("LCM", "s = 0", 1.0, {"law": "zero"}),
-    Method("PCM", "s = the edge below t, of four phases", 0.0, {"law": "phase", "phases": [4]}),
+    Method("PCM", "s = the start of t's phase, one of four", 0.0, {"law": "phase", "phases": [4]}),
     Method(
-        "TSCD", "s uniform in the segment of t, of 8, 4, 2, 1 in turn", 0.3, {"law": "segment", "phases": [8, 4, 2, 1]}
+        "TSCD",
+        "uniformly in t's segment, one of 8, then of 4, 2 and 1",
+        0.3,
+        {"law": "segment", "phases": [8, 4, 2, 1]},
     ),
-    Method("TDD", "s = times of samplers of 4 to 8 steps, near below t", 0.3, {"law": "target"}),
-    Method("TCD", "s uniform from 0 to t", 0.3, {"law": "uniform"}),
-    Method("TCD S+", "the same, and the network is told s", 0.3, {"law": "uniform", "target_time": True}),
+    Method("TDD", "from the times of samplers of 4 to 8 steps, shortly below t", 0.3, {"law": "target"}),
+    Method("TCD", "uniformly from 0 to t", 0.3, {"law": "uniform"}),
+    Method("TCD S+", "as TCD, and the network gets s", 0.3, {"law": "uniform", "target_time": True}),
 )
 
 
@@ -72,12 +75,12 @@ def _changed(of: str, name: str, **changed: Any) -> Method:
 
 
 PLAIN = _by_name(*(_changed(name, "plain", ema_decay=0.0) for name in ("LCM", "TCD", "TCD S+")))
-"""The target is the student itself, with a learning rate found for that."""
+"""Methods whose target is computed by the student itself, with their own learning rates."""
 VARIATIONS = _by_name(
     _changed("TCD", "weighting x0", weighting="x0"),
-    _changed("TCD S+", "told t - s", target_input="t-s"),
+    _changed("TCD S+", "input t - s", target_input="t-s"),
     _changed("TCD S+", "weighting gap", weighting="gap"),
     _changed("TCD S+", "weighting x0", weighting="x0"),
     _changed("TCD S+", "Huber, c = 0.001", huber_c=0.001),
 )
-"""Other choices, at the learning rate of what they are variations of."""
+"""Methods with one setting changed, and the learning rate of the method that they vary."""

@@ -23,21 +23,23 @@ DOCS = HERE.parents[2] / "docs"
 
 
 class Results(NamedTuple):
-    """Of one world, by method where it says so."""
+    """The results of one world."""
 
     tries: Mapping[str, Mapping[float, float]]
-    """Score by learning rate."""
+    """Score by method and learning rate."""
     lr: Mapping[str, float]
+    """Chosen learning rate by method."""
     runs: Mapping[str, Sequence[Any]]
+    """Results by method, one for each seed."""
     references: Sequence[Mapping[str, Mapping[str, float]]]
-    """Of each seed, by name."""
+    """For each seed: results of the teacher's samplers and of fresh data, by name."""
 
 
 ALL = METHODS | PLAIN | VARIATIONS
 
 
 class Measure(NamedTuple):
-    """How a table of something measured is written."""
+    """How the table of a measured quantity is written."""
 
     title: str
     scale: float
@@ -46,17 +48,17 @@ class Measure(NamedTuple):
 
 
 class About(NamedTuple):
-    """What a world measures: the distance, and others by the names that they have in the results."""
+    """What is measured in a world: the distance, and other quantities by their names in the results."""
 
     distance_is: str
     others: Mapping[str, Measure]
     goals: Mapping[str, str]
-    """What the goals are asked of, and how it is called."""
+    """The quantities that have goals, and their names in the text."""
 
 
 ABOUT = {
     checkerboard.NAME: About(
-        f"Energy distance to the data, times 1000, of {checkerboard.POINTS} points. Fresh data have {{fresh}}.",
+        f"Energy distance to the data, times 1000, of {checkerboard.POINTS} points. For fresh data it is {{fresh}}.",
         {
             "covered": Measure("Squares with at least half of their points, in %", 100, "{:.0f}"),
             "strays": Measure("Points on no square, in %", 100, "{:.1f}"),
@@ -65,24 +67,25 @@ ABOUT = {
     ),
     shapes.NAME: About(
         f"Energy distance to the world's own pictures, times 1000, in {NUM_FEATURES} features of a classifier, each of "
-        f"unit variance: of {shapes.PICTURES} pictures, one of each caption that there is, to {shapes.REFERENCES} of "
-        "each; pictures of the same caption are not compared. Fresh pictures have {fresh}.",
+        f"unit variance. {shapes.PICTURES} pictures, one for each caption, are compared with {shapes.REFERENCES} "
+        "reference pictures for each caption; pairs of the same caption are left out. For fresh pictures of the world "
+        "it is {fresh}.",
         {
             "from_teacher": Measure(
-                "Energy distance to the teacher's pictures in 50 steps, times 1000",
+                "Energy distance to the teacher's pictures with 50 steps, times 1000",
                 1e3,
                 "{:.1f}",
-                f"The same, but to {shapes.TEACHERS} of each caption by the teacher, from other noise: how much the "
-                "distillation lost.",
+                f"As above, but the references are {shapes.TEACHERS} pictures for each caption that the teacher draws "
+                "from other noise. This shows how much the distillation lost.",
             ),
             "covered": Measure(
                 "Coverage, in %",
                 100,
                 "{:.0f}",
-                "Of the world's pictures, those with a drawn one as near as their own five nearest: whether what a "
-                "caption leaves open is drawn in all its ways.",
+                "The share of the world's pictures that have a drawn picture at least as near as their fifth nearest "
+                "neighbor in the world. It shows whether all variants that a caption allows are drawn.",
             ),
-            "right": Measure("Captions that are right in all four parts, in %", 100, "{:.0f}"),
+            "right": Measure("Pictures that show all four parts of their caption, in %", 100, "{:.0f}"),
         },
         {"distance": "distance to the world", "from_teacher": "distance to the teacher"},
     ),
@@ -90,7 +93,7 @@ ABOUT = {
 
 
 def page(found: Mapping[str, Results]) -> str:
-    """The text of docs/quality.md, or of one world where there is one."""
+    """Return the text of docs/quality.md, or if there is only one world, the tables of that world."""
     parts = {name: part(name, results) for name, results in found.items()}
     if len(parts) == 1:
         return next(iter(parts.values()))
@@ -101,8 +104,8 @@ def page(found: Mapping[str, Results]) -> str:
         methods="\n".join(f"| {each.name} | {each.about} | {each.gamma:g} |" for each in METHODS.values()),
         checkerboard_size=f"{checkerboard.ITERATIONS} iterations of {checkerboard.BATCH} points, "
         f"{len(checkerboard.LEARNING_RATES)} learning rates tried.",
-        shapes_size=f"{shapes.ITERATIONS} iterations of {shapes.BATCH} pictures, "
-        f"{len(shapes.LEARNING_RATES)} learning rates tried, in {shapes.TRY_ITERATIONS} iterations.",
+        shapes_size=f"{shapes.ITERATIONS} iterations of {shapes.BATCH} pictures; "
+        f"{len(shapes.LEARNING_RATES)} learning rates tried, with {shapes.TRY_ITERATIONS} iterations each.",
         guidance=f"{TEACHER_GUIDANCE:g}",
         torch=torch.__version__,
         machine=f"{platform.system()} {platform.machine()}",
@@ -111,7 +114,7 @@ def page(found: Mapping[str, Results]) -> str:
 
 
 def part(name: str, results: Results) -> str:
-    """The tables of one world."""
+    """Return the tables of one world."""
     about = ABOUT[name]
     return (
         Template((HERE / "world.md").read_text(encoding="utf-8"))
@@ -133,13 +136,13 @@ def part(name: str, results: Results) -> str:
 
 
 def _other(results: Results, key: str, measure: Measure) -> str:
-    """The section of something measured besides the distance."""
+    """Return the section of a measured quantity other than the distance."""
     table = _table(results, results.lr, key, measure.scale, measure.form)
     return "\n\n".join(filter(None, (f"### {measure.title}", measure.note, table)))
 
 
 def write(found: Mapping[str, Results], made: Path) -> None:
-    """Write the page, its plots, and pictures by the students that are in `made`."""
+    """Write the page, its plots, and pictures drawn by the students in the folder `made`."""
     folder = DOCS / "quality"
     folder.mkdir(exist_ok=True)
     for world in (checkerboard, shapes):
@@ -156,7 +159,7 @@ def _sample(run: Mapping[str, Any], steps: int, gamma: float) -> Mapping[str, fl
 
 
 def _distances(results: Results, name: str, gamma: float, measure: str = "distance") -> list[float]:
-    """Mean over seeds, times 1000, by steps; NaN where it was not measured."""
+    """Return the mean over seeds, times 1000, by steps; NaN if it was not measured."""
     runs, own = results.runs[name], ALL[name].gamma
 
     def mean(steps: int, gamma: float) -> float:
@@ -179,7 +182,7 @@ def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _table(results: Results, names: Iterable[str], measure: str, scale: float, form: str) -> str:
-    """By method and steps, each with its own gamma, and by the teacher's solvers."""
+    """Return the table by steps, of methods with their own gammas and of the teacher's solvers."""
 
     def cell(name: str, steps: int) -> str:
         return _spread([scale * _sample(run, steps, ALL[name].gamma)[measure] for run in results.runs[name]], form)
@@ -194,7 +197,7 @@ def _table(results: Results, names: Iterable[str], measure: str, scale: float, f
 
 
 def _variations(results: Results, measures: Mapping[str, str]) -> str:
-    """What came of each variation that was run, beside what it is one of."""
+    """Return the tables of the variations, together with the methods that they vary."""
     others = [name for name in results.runs if name not in results.lr]
     names = [*dict.fromkeys(ALL[name].of for name in others), *others]
     tables = (
@@ -220,7 +223,7 @@ def _by_gamma(results: Results, measure: str) -> str:
 
 
 def _errors(results: Results, name: str) -> dict[str, float]:
-    """Mean over seeds, by "t → s", of a method or of the teacher's own jump."""
+    """Return the mean error over seeds, by "t → s", of a method's jumps or of the teacher's own."""
     teacher = [each["DDIM"] for each in results.references]
     runs = [run["trajectory"] for run in results.runs[name]] if name in results.runs else teacher
     return {pair.replace(" ", " → "): statistics.mean(run[pair] for run in runs) for pair in runs[0]}
@@ -238,38 +241,46 @@ def _tries(results: Results) -> str:
         [name, *(f"{1e3 * results.tries[name][lr]:.1f}" for lr in rates), f"{results.lr[name]:g}"]
         for name in results.lr
     ]
-    return _rows(["1000 × mean distance of the try", *(f"{lr:g}" for lr in rates), "taken"], rows)
+    return _rows(["1000 × mean distance, by learning rate", *(f"{lr:g}" for lr in rates), "chosen"], rows)
 
 
 def _goals(results: Results, measures: Mapping[str, str]) -> list[str]:
-    """What the methods were to reach, what they reached, and whether that is enough."""
+    """Return one line for each goal, with the result and whether it is met."""
     kinds = [kind for kind in ("", ", plain", ", weighting x0") if f"TCD S+{kind}" in results.runs]
     found = [_goals_of(results, kind, *each) for each in measures.items() for kind in kinds]
     return [f"{text}: **{'met' if met else 'not met'}**" for goals in found for text, met in goals]
 
 
 def _goals_of(results: Results, kind: str, measure: str, called: str) -> list[tuple[str, bool]]:
-    """Of the methods of a kind, beside LCM of that kind, or LCM where that has no such kind."""
+    """Return the goals of TCD and TCD S+ of one kind, such as ", plain", compared with LCM (of that kind if run)."""
     baseline = f"LCM{kind}" if f"LCM{kind}" in results.runs else "LCM"
-    lcm, tcd, told = (
+    lcm, tcd, s_plus = (
         _distances(results, name, ALL[name].gamma, measure) for name in (baseline, f"TCD{kind}", f"TCD S+{kind}")
     )
     best = min(lcm)
     goals = [
         (
-            f"TCD{kind} from 4 to 32 steps, {called}: {tcd[2]:.1f} to {tcd[5]:.1f} (LCM: {lcm[2]:.1f} to {lcm[5]:.1f})",
+            f"TCD{kind}, {called}: {tcd[2]:.1f} with 4 steps and {tcd[5]:.1f} with 32 "
+            f"(goal: not worse with 32; LCM: {lcm[2]:.1f} and {lcm[5]:.1f})",
             tcd[5] <= tcd[2],
         ),
-        (f"TCD S+{kind} at 2 steps, {called}, {told[1]:.1f}, at most LCM's best, {best:.1f}", told[1] <= best),
         (
-            f"TCD S+{kind} at 4 steps, {called}, {told[2]:.1f}, at most 0.6 of that, {0.6 * best:.1f}",
-            told[2] <= 0.6 * best,
+            f"TCD S+{kind}, {called} with 2 steps: {s_plus[1]:.1f} (goal: at most LCM's best, {best:.1f})",
+            s_plus[1] <= best,
+        ),
+        (
+            f"TCD S+{kind}, {called} with 4 steps: {s_plus[2]:.1f} "
+            f"(goal: at most 0.6 times LCM's best, {0.6 * best:.1f})",
+            s_plus[2] <= 0.6 * best,
         ),
     ]
     if measure == "distance":
         limit = 1.5 * statistics.mean(1e3 * each["DDIM 50"]["distance"] for each in results.references)
-        text = f"TCD S+{kind} at 8 steps, {called}, {told[3]:.1f}, at most 1.5 of the teacher's at 50, {limit:.1f}"
-        goals.append((text, told[3] <= limit))
+        text = (
+            f"TCD S+{kind}, {called} with 8 steps: {s_plus[3]:.1f} "
+            f"(goal: at most 1.5 times the teacher's with 50 steps, {limit:.1f})"
+        )
+        goals.append((text, s_plus[3] <= limit))
     return goals
 
 

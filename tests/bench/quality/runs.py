@@ -1,4 +1,4 @@
-"""All runs of a world: which there are, several at a time, each in a process of its own, and none of them twice."""
+"""Do all runs of a world, several at a time in separate processes; results that exist are not computed again."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ALL = METHODS | PLAIN | VARIATIONS
 
 
 def compare(name: str, folder: Path) -> report.Results:
-    """The learning rates tried of each method, each with its score, the one taken, and what came of it by seed."""
+    """Choose each method's learning rate, run it with every seed, and return all results of a world."""
     world = WORLDS[name]
     folder.mkdir(parents=True, exist_ok=True)
     world.prepare(folder)
@@ -46,20 +46,20 @@ def compare(name: str, folder: Path) -> report.Results:
 
 
 def at_once(what: str, work: Any, jobs: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """The results of all jobs, of which each core does one at a time, by itself."""
+    """Return the results of all jobs; each core works on one at a time."""
     count = os.cpu_count() or 1
     with ProcessPoolExecutor(count, get_context("spawn"), initializer=_alone) as pool:
         return list(tqdm(pool.map(work, *zip(*jobs, strict=True)), what, len(jobs), unit="run"))
 
 
 def _alone() -> None:
-    """Begin a process that has one core, and no place for its bars among those of the others."""
+    """Initialize a process: use one thread, and discard its progress bars."""
     torch.set_num_threads(1)
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115, until the process ends
 
 
 def try_out(name: str, folder: Path, method: str, lr: float) -> float:
-    """The score of a learning rate."""
+    """Return the score of a learning rate: the geometric mean of its distances."""
     world, tried = WORLDS[name], ALL[method]
     distances = done(
         folder / f"try-{method}-{lr:g}.json",
@@ -69,17 +69,17 @@ def try_out(name: str, folder: Path, method: str, lr: float) -> float:
 
 
 def measure(name: str, folder: Path, method: str, lr: float, seed: int) -> Any:
-    """All that is reported of a run."""
+    """Return the measured results of a run."""
     return done(folder / f"{method}-{lr:g}-{seed}.json", lambda: WORLDS[name].measure(ALL[method], lr, seed, folder))
 
 
 def measure_references(name: str, folder: Path, seed: int) -> Any:
-    """What is reported of the teacher, and of fresh data."""
+    """Return the measured results of the teacher's samplers and of fresh data."""
     return done(folder / f"references-{seed}.json", lambda: WORLDS[name].measure_references(seed, folder))
 
 
 def done(path: Path, make: Any) -> Any:
-    """What `make` gives, as it is in the file, or is put there."""
+    """Return the result in the file; if there is none, compute it with `make` and write it."""
     if not path.exists():
         unfinished = path.with_suffix(".unfinished")
         unfinished.write_text(json.dumps(make(), indent=1), encoding="utf-8")

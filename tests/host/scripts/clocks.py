@@ -121,7 +121,7 @@ def grids(host: Any, model_sampling: Any) -> dict[str, Any]:
     if type(schedule).__name__ in ("DiscreteSchedule", "BridgeSchedule"):
         found["table"] = model_sampling.sigmas.tolist()
     if type(schedule).__name__ != "BridgeSchedule":
-        found["targets"] = {gamma: schedule.target(inner, gamma).tolist() for gamma in GAMMAS}
+        found["targets"] = {gamma: schedule.target_sigma(inner, gamma).tolist() for gamma in GAMMAS}
     return found
 
 

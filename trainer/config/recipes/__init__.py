@@ -1,4 +1,4 @@
-"""Configurations to begin with, by name: what a run needs besides a model, pictures and a place for its output."""
+"""Ready configurations, by name; a run then needs only a model, pictures and an output folder."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ _FOLDER = Path(__file__).parent
 
 
 def names() -> list[str]:
-    """The names of all recipes."""
+    """Return the names of all recipes."""
     return sorted(path.stem for path in _FOLDER.glob("*.toml"))
 
 
 def find(given: Path) -> Path:
-    """The configuration file that is meant by a path or by the name of a recipe; a file of that name comes first."""
+    """Return the configuration file for a path or a recipe's name; an existing file takes precedence over a recipe."""
     return given if given.exists() or str(given) not in names() else _FOLDER / f"{given}.toml"

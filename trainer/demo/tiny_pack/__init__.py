@@ -1,8 +1,8 @@
 """A ComfyUI pack, installed by the demo and by tests, that adds support for the tiny family.
 
 With it, the stock CheckpointLoaderSimple loads the UNet and the text encoder of a tiny checkpoint. The node
-TinyShapesVAE loads the VAE, since the stock loader always builds one with 128 channels. The shapes are those in
-trainer/models/unet/families/tiny. The tiny models have 4 groups in each GroupNorm, where the host always builds 32.
+TinyShapesVAE loads the VAE, because the stock loader always builds a VAE with 128 channels. The sizes are those in
+trainer/models/unet/families/tiny. Each GroupNorm of the tiny models has 4 groups, but the host always builds 32.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ VAE_CONFIG = {
 
 @contextmanager
 def patched_group_norm() -> Iterator[None]:
-    """Within the block, every new GroupNorm has NORM_GROUPS groups, whatever number is asked for."""
+    """Within the block, every new GroupNorm has NORM_GROUPS groups, and ignores the number in its arguments."""
     build = torch.nn.GroupNorm.__init__
 
     def build_with_norm_groups(

@@ -113,7 +113,7 @@ class UNetCheckpoint:
         return Fingerprints(fingerprint(self.path), fingerprint(self._vae_source.path) if own_vae else None)
 
     def fingerprints(self) -> Fingerprints:
-        """Return content hashes of the base and, if base.vae is set, of the VAE."""
+        """Return the fingerprints of the base and, if base.vae is set, of the VAE."""
         return self._fingerprints
 
     def lora_metadata(self) -> Mapping[str, str]:
@@ -189,7 +189,7 @@ def _open(path: str) -> SingleFile | DiffusersFolder:
 
 
 def _short_hash(path: Path) -> str:
-    """Return the short model hash that web UIs show for a checkpoint: of 64 KiB from offset 1 MiB."""
+    """Return the short model hash that web UIs show for a checkpoint, a hash of 64 KiB from offset 1 MiB."""
     with open(path, "rb") as file:
         file.seek(0x100000)
         return hashlib.sha256(file.read(0x10000)).hexdigest()[:8]

@@ -32,7 +32,7 @@ _UNSUPPORTED = {
     "edm_mean": "Playground v2.5, whose noise schedule is EDM's",
     "edm_vpred.sigma_max": "a CosXL model, whose noise schedule is EDM's",
 }
-# SD2.x v-prediction models have a larger standard deviation of this bias: ComfyUI tells them apart by it, too.
+# SD2.x v-prediction models have a larger standard deviation of this bias: ComfyUI distinguishes them by it too.
 _SD2_BIAS = ldm.UNET_PREFIX + "output_blocks.11.1.transformer_blocks.0.norm1.bias"
 _SD2_V_STD = 0.09
 
@@ -76,7 +76,7 @@ class SingleFile(SafetensorsFile):
             return names[name], "its metadata"
         if self.shapes.get(_CONV_IN) and self.family() == "sd2" and _SD2_BIAS in self.shapes:
             std = self.tensor(_SD2_BIAS).float().std(unbiased=False).item()
-            return "v" if std > _SD2_V_STD else "eps", "its weights, as ComfyUI tells SD2.x models apart"
+            return "v" if std > _SD2_V_STD else "eps", "its weights, as ComfyUI distinguishes SD2.x models"
         return None, ""
 
     def zero_snr(self) -> bool | None:

@@ -1,4 +1,4 @@
-"""Converts the host's model_sampling, for every kind of model, to a schedule of tcd/.
+"""Convert the host's model_sampling, for every kind of model, to a schedule of tcd/, and return sigmas for the host.
 
 Sigmas are in the host's scale: variance exploding (x = x0 + sigma * eps), or rectified flow for a flow model.
 """
@@ -13,12 +13,13 @@ from ...tcd import BridgeSchedule, ContinuousSchedule, DiscreteSchedule, FlowSch
 
 
 def schedule_of(model_sampling: Any) -> Schedule:
-    """Return the schedule of a model, chosen by the class of its model_sampling."""
+    """Return the schedule of a model; its class follows from the class of model_sampling."""
     bridge: Any = getattr(comfy.model_sampling, "IMG_TO_IMG_FLOW", ())  # older hosts lack the class
-    if isinstance(model_sampling, bridge):  # before CONST, of which it is a subclass
+    if isinstance(model_sampling, bridge):  # must precede CONST, which is its base class
         return BridgeSchedule(model_sampling.sigmas)
     if isinstance(model_sampling, comfy.model_sampling.CONST):
-        # u is time in [0, 1] before the shift: timestep(1) is the model's unit of time, and sigma() applies the shift.
+        # u is the time in [0, 1] before the shift. sigma() applies the shift, and expects time in the model's own unit:
+        # timestep(1) is u = 1 in that unit, such as 1000.
         return FlowSchedule(lambda u: model_sampling.sigma(u * model_sampling.timestep(torch.ones(()))))
     # StableCascadeSampling is a ModelSamplingDiscrete by class, but its time is continuous.
     is_cascade = isinstance(model_sampling, comfy.model_sampling.StableCascadeSampling)
@@ -28,9 +29,10 @@ def schedule_of(model_sampling: Any) -> Schedule:
 
 
 def tcd_sigmas(model: Any, *, steps: int, denoise: float, timesteps: str) -> Tensor:
-    """Return SIGMAS [N + 1] ending in 0, at the typed timesteps if there are any, else N steps evenly spaced in time.
+    """Return SIGMAS [N + 1] ending in 0: at the typed timesteps, or if `timesteps` is blank, for N = steps.
 
-    Empty if denoise = 0; the host then does nothing. Raises ValueError if Schedule.sigmas_for or sigmas_at does.
+    With denoise = 0 the result is empty, and the host does nothing. Raises ValueError if Schedule.sigmas_for or
+    sigmas_at does.
     """
     schedule = schedule_of(model.get_model_object("model_sampling"))
     return schedule.sigmas_at(timesteps) if timesteps.strip() else schedule.sigmas_for(steps, denoise)
@@ -39,7 +41,8 @@ def tcd_sigmas(model: Any, *, steps: int, denoise: float, timesteps: str) -> Ten
 def scheduler_sigmas(model_sampling: Any, steps: int) -> Tensor:
     """Return SIGMAS [steps + 1] ending in 0. This is the function registered in the host's scheduler list.
 
-    If denoise is below 1, the host asks for steps / denoise steps and keeps the last ones. A discrete model therefore
-    also uses timesteps between those of the distillation grid. Raises ValueError if it has fewer than `steps`.
+    If denoise is below 1, the host asks for steps / denoise steps and uses the last ones. That can be more than the 50
+    timesteps of the distillation grid, so a model with timesteps then gets a finer grid. Raises ValueError if the model
+    has fewer than `steps` timesteps.
     """
     return schedule_of(model_sampling).sigmas_for(steps, refine=True)

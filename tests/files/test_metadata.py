@@ -1,0 +1,17 @@
+"""The metadata of a run's LoRA file."""
+
+from typing import get_args
+
+from trajectory_consistency.tcd.times import Law
+from trajectory_consistency.trainer.config.settings import from_mapping
+from trajectory_consistency.trainer.files.metadata import lora_metadata
+from trajectory_consistency.trainer.models import open_checkpoint
+
+
+def test_every_law_has_the_name_of_a_method_of_its_own() -> None:
+    names = set()
+    for law in get_args(Law):
+        settings = {"base": {"path": "tiny"}, "data": {"folder": "in"}, "output": {"folder": "out"}}
+        config = from_mapping({**settings, "method": {"law": law}})
+        names.add(lora_metadata(config, open_checkpoint(config.base))["tcd.method"])
+    assert len(names) == len(get_args(Law))
