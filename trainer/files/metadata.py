@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-from importlib.metadata import version
+import tomllib
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from ...tcd.lora_metadata import CFG_KEY, ETA_KEY, STEPS_KEY, TARGET_TIME_KEY
 from ..config.settings import Config
@@ -27,7 +29,7 @@ def lora_metadata(config: Config, checkpoint: Checkpoint) -> dict[str, str]:
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(config.adapter.rank),
         "ss_network_alpha": str(config.adapter.alpha),
-        "tcd.version": version("trajectory-consistency"),
+        "tcd.version": own_version(),
         "tcd.method": _METHODS[method.law],
         "tcd.law": method.law,
         "tcd.grid": str(method.origin_steps),
@@ -40,6 +42,16 @@ def lora_metadata(config: Config, checkpoint: Checkpoint) -> dict[str, str]:
         CFG_KEY: str(output.cfg),
         CONFIG_DIGEST_KEY: config_digest(config),
     }
+
+
+def own_version() -> str:
+    """Return the version of this project."""
+    try:
+        return version("trajectory-consistency")
+    except PackageNotFoundError:
+        # In ComfyUI's custom_nodes the project is a folder, with its pyproject.toml, and no installed package.
+        project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        return str(project["version"])
 
 
 def config_digest(config: Config) -> str:
