@@ -97,11 +97,10 @@ def train(
     ):
         while training.step < steps:
             record, stop = training.train_step(stop_requested)
-            if processes.main:
-                bar.update(batch)
-                bar.set_postfix(loss=f"{_mean(training.losses[-50:]):.4f}", refresh=False)
-                for observe in observers:
-                    observe(record)
+            bar.update(batch)
+            bar.set_postfix(loss=f"{_mean(training.losses[-50:]):.4f}", refresh=False)
+            for observe in observers if processes.main else ():
+                observe(record)
             save = checkpoints and (stop or training.step == steps or checkpoints.due(training.step))
             if checkpoints and save and processes.main:
                 checkpoints.save(training.step, training.state_dict())
