@@ -276,6 +276,8 @@ def test_masters_stay_float32_beside_a_base_in_half_precision(dtype: torch.dtype
     shake(weights, 0.5)
     y = network(torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).to(dtype))
     assert y.dtype == dtype
+    read = Lora(torch.ones(2, 3, dtype=dtype), torch.ones(4, 2, dtype=dtype), 2.0)  # as from a file
+    assert {parameter.dtype for parameter in read.parameters()} == {torch.float32}
     y.float().square().mean().backward()
     for parameter in weights.parameters():
         assert parameter.dtype == torch.float32 and parameter.grad is not None

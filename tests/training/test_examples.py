@@ -13,7 +13,7 @@ from trajectory_consistency.tcd import DiscreteSchedule, scaled_linear_alpha_bar
 from trajectory_consistency.trainer.config.settings import Config
 from trajectory_consistency.trainer.training import examples
 from trajectory_consistency.trainer.training.examples import Examples, Prefetcher, read_examples
-from trajectory_consistency.trainer.training.processes import Processes, _buckets
+from trajectory_consistency.trainer.training.processes import Processes
 
 SCHEDULE = DiscreteSchedule.from_alpha_bar(scaled_linear_alpha_bar())
 
@@ -102,10 +102,27 @@ def test_a_run_that_resumes_reads_from_its_step(config: Config) -> None:
     prefetcher.close()
 
 
-def test_gradients_are_exchanged_in_buckets_that_hold_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trajectory_consistency.trainer.training.processes._BUCKET_BYTES", 100)
-    given = [torch.zeros(size) for size in (10, 10, 10, 40, 1)] + [torch.zeros(3, dtype=torch.float64)]
-    found = list(_buckets(given))
-    assert [tensor for bucket in found for tensor in bucket] == given
-    assert [[tensor.numel() for tensor in bucket] for bucket in found] == [[10, 10], [10], [40], [1], [3]]
-    assert list(_buckets([])) == []
+def test_gradients_are_exchanged_in_place_and_in_buckets_of_32_mb(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[torch.Tensor] = []
+
+    def all_reduce(flat: torch.Tensor) -> None:
+        sent.append(flat)
+        flat.mul_(3)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    million = 2**20
+    given = [
+        torch.full((size,), float(value)) for value, size in enumerate((3 * million, 4 * million, 9 * million, 1, 1), 1)
+    ]
+    given += [torch.full((2, 3), 6.0, dtype=torch.float64)]
+    memory = [tensor.data_ptr() for tensor in given]
+    Processes(0, 2).all_reduce(given)
+    assert [(flat.numel(), flat.dtype) for flat in sent] == [
+        (7 * million, torch.float32),
+        (9 * million, torch.float32),
+        (2, torch.float32),
+        (6, torch.float64),
+    ], "together up to 32 MB of one dtype, and what is larger by itself"
+    assert [tensor.data_ptr() for tensor in given] == memory
+    for value, tensor in enumerate(given, 1):
+        assert (tensor == 3 * value).all()

@@ -14,6 +14,7 @@ from trajectory_consistency.tcd.adapter import AVERAGE
 from trajectory_consistency.trainer.models import open_checkpoint
 from trajectory_consistency.trainer.run import load_student
 from trajectory_consistency.trainer.training import loop
+from trajectory_consistency.trainer.training.examples import read_examples
 
 GPU = torch.device("meta")
 aten = torch.ops.aten
@@ -64,7 +65,8 @@ def test_a_step_waits_for_the_gpu_once(method: str, tmp_path: Path) -> None:
     config = small_config({**write_inputs(tmp_path), "method": METHODS[method]}, batch=4, accumulate=2)
     model = load_student(config, open_checkpoint(config.base), GPU, torch.float32)
     training = loop.Training(model, random_dataset(), config)
-    assert any(len(training.prefetcher._read(0, part).moved) for part in range(2)), "the target is called too"
+    first = [read_examples(config, random_dataset(), model.schedule, 0, rows) for rows in training.micro_batches]
+    assert any(len(each.moved) for each in first), "the target is called too"
     with training, Waits() as waits:
         for _ in range(2):
             training.train_step()
