@@ -65,7 +65,7 @@ def test_stages_have_equal_shares_of_the_steps(
 def test_the_average_follows_the_adapter_and_is_not_trained(
     values: dict[str, dict[str, object]], net: UNetModel
 ) -> None:
-    values["method"] = {"ema_decay": 0.5}
+    values["method"] = {"ema_decay": 0.9}
     student = with_adapter(net)
     training = loop.Training(net, random_dataset(), small_config(values, steps=4))
     average = net.adapter.weights[AVERAGE]
@@ -75,7 +75,7 @@ def test_the_average_follows_the_adapter_and_is_not_trained(
     for _ in range(3):
         training.train_step()
         for name, tensor in student.tensors().items():
-            expected[name] = 0.5 * expected[name] + 0.5 * tensor.detach()
+            expected[name] = 0.9 * expected[name] + 0.1 * tensor.detach()
     for name, tensor in average.tensors().items():
         torch.testing.assert_close(tensor, expected[name])
     assert not all(torch.equal(tensor, student.tensors()[name]) for name, tensor in average.tensors().items())

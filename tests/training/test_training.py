@@ -1,5 +1,6 @@
 """The trainer's parts on a real, tiny UNet: network, adapter, loop and file."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -373,15 +374,32 @@ def test_the_gradient_is_clipped_before_the_step(
     assert norms == [pytest.approx(1e-4, rel=1e-2)]
 
 
-def test_a_loss_that_is_no_number_stops_before_the_weights(
-    values: dict[str, dict[str, object]], net: UNetModel, monkeypatch: pytest.MonkeyPatch
+def no_number(losses: torch.Tensor) -> torch.Tensor:
+    return losses * float("nan")
+
+
+def infinite_gradient(losses: torch.Tensor) -> torch.Tensor:
+    losses.register_hook(lambda gradient: gradient * float("inf"))
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(no_number, "step 1: loss nan"), (infinite_gradient, r"step 1: loss 0\.\d+, .* norm (nan|inf)")],
+)
+def test_a_loss_or_gradient_that_is_no_number_stops_before_the_weights(
+    values: dict[str, dict[str, object]],
+    net: UNetModel,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[torch.Tensor], torch.Tensor],
+    message: str,
 ) -> None:
     config = small_config(values, steps=3)
     parameters = list(with_adapter(net).parameters())
     before = [parameter.detach().clone() for parameter in parameters]
     real = loop.step_losses
-    monkeypatch.setattr(loop, "step_losses", lambda *arguments: real(*arguments) * float("nan"))
-    with pytest.raises(loop.NonFiniteError, match="step 1: loss nan"):
+    monkeypatch.setattr(loop, "step_losses", lambda *arguments: change(real(*arguments)))
+    with pytest.raises(loop.NonFiniteError, match=message):
         loop.train(net, random_dataset(), config)
     assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
 
