@@ -64,6 +64,18 @@ def test_the_student_heeds_s_and_the_teacher_does_not(base: Path) -> None:
         x0(model, None)
 
 
+def test_the_embedding_of_s_is_added_to_what_the_network_makes_of_t(base: Path) -> None:
+    """So to the output of the last Linear of its MLP: after its activation, as in the nodes."""
+    model, outputs = student(base), []
+    model.network.time_embedding.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    x0(model, FAR)
+    with model.adapter.off():
+        x0(model, None)
+    embedding = model.adapter.weights[STUDENT].target_time
+    assert embedding is not None
+    torch.testing.assert_close(outputs[0], outputs[1] + embedding(T, FAR), rtol=0, atol=0)
+
+
 def test_weights_with_an_embedding_of_s_and_without_share_a_network(base: Path, tmp_path: Path) -> None:
     expected, paths = {}, {}
     for name, target_input in (("with", "s"), ("without", None)):
