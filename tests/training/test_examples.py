@@ -1,6 +1,7 @@
 """What a step trains on: a function of (seed, step, row), read one part ahead, and each process only its own rows."""
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,14 @@ def test_however_a_step_is_divided_its_rows_are_the_same(config: Config, count: 
         assert torch.equal(torch.cat(several), expected)
     moved = torch.cat([each.moved + part.start for each, part in zip(divided, parts, strict=True)])
     assert torch.equal(moved, whole.moved)
+
+
+def test_captions_are_dropped_as_often_as_the_configuration_says(config: Config) -> None:
+    for rate in (0.0, 1.0):
+        changed = replace(config, data=replace(config.data, caption_dropout=rate))
+        rows = read_examples(changed, random_dataset(), SCHEDULE, 0, slice(0, 6))
+        dropped = [torch.equal(rows.cond.tensors["context"][k], rows.uncond.tensors["context"][0]) for k in range(6)]
+        assert dropped == [rate == 1.0] * 6
 
 
 def test_a_process_draws_the_noise_of_its_own_rows_alone(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
