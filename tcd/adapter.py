@@ -113,7 +113,8 @@ class Adapter:
     def add(self, state: str, weights: AdapterWeights) -> AdapterWeights:
         """Add a set of weights as `state`, move each LoRA to its layer's device, and make it the set in use.
 
-        Raises KeyError if `state` is OFF or already exists, and AttributeError if the network has no layer at a path.
+        Raises KeyError if `state` is OFF or already exists, AttributeError if the network has no layer at a path, and
+        ValueError if something else has replaced the `forward` of a layer.
         """
         if state in (OFF, *self.weights):
             raise KeyError(f"the adapter has {state} already")
@@ -175,6 +176,8 @@ class Adapter:
         """Return the layer's LoRA by state; on the first call for a layer, replace its `forward`."""
         if path not in self._loras:
             layer = self.network.get_submodule(path)
+            if "forward" in vars(layer):
+                raise ValueError(f"{path} has a replaced forward already, such as another adapter's: remove that first")
             self._loras[path] = {}
             # The instance attribute takes precedence over the class's method; state_dict, hooks and FSDP do not see it.
             layer.forward = _AdaptedForward(self, layer, self._loras[path], is_time=path == self.time_layer)
@@ -212,7 +215,8 @@ def new_weights(
     """Return trainable weights for the layers at `paths`, initialized to change nothing: down is random, up is zero.
 
     For layers on the meta device, the weights are on the meta device too. Raises ValueError if a layer is neither a
-    Linear nor an ungrouped, non-transposed convolution, and AttributeError if the network has no layer at a path.
+    Linear nor an ungrouped, non-transposed convolution that pads with zeros, and AttributeError if the network has
+    no layer at a path.
     """
     generator = torch.Generator().manual_seed(seed)
     loras = {path: _new_lora(path, network.get_submodule(path), rank, alpha, generator) for path in paths}
@@ -229,8 +233,8 @@ def layer_shape(layer: Any) -> tuple[int, ...] | None:
     if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
         return int(layer.out_features), int(layer.in_features)
     if hasattr(layer, "kernel_size") and hasattr(layer, "in_channels") and getattr(layer, "groups", 0) == 1:
-        transposed = getattr(layer, "transposed", False)
-        return None if transposed else (int(layer.out_channels), int(layer.in_channels), *layer.kernel_size)
+        other_kind = getattr(layer, "transposed", False) or getattr(layer, "padding_mode", "zeros") != "zeros"
+        return None if other_kind else (int(layer.out_channels), int(layer.in_channels), *layer.kernel_size)
     return None
 
 

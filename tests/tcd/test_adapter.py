@@ -259,12 +259,22 @@ def test_layers_that_cannot_have_a_lora_are_refused() -> None:
     network = nn.ModuleDict(
         {"norm": nn.LayerNorm(4), "grouped": nn.Conv2d(4, 4, 3, groups=2), "back": nn.ConvTranspose2d(4, 4, 2)}
     )
+    network["around"] = nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")
     for path in network:
         assert layer_shape(network[path]) is None
         with pytest.raises(ValueError, match=f"{path} is a {type(network[path]).__name__}, which has no LoRA"):
             new_weights(network, [path], rank=1, alpha=1.0, seed=0)
     with pytest.raises(AttributeError):
         new_weights(network, ["nowhere"], rank=1, alpha=1.0, seed=0)
+
+
+def test_a_layer_whose_forward_is_replaced_already_is_refused_and_left_alone() -> None:
+    network = nn.ModuleDict({"layer": nn.Linear(4, 4)})
+    Adapter(network, "layer").add(STUDENT, new_weights(network, ["layer"], rank=1, alpha=1.0, seed=0))
+    first = network["layer"].forward
+    with pytest.raises(ValueError, match="layer has a replaced forward already"):
+        Adapter(network, "layer").add(STUDENT, new_weights(network, ["layer"], rank=1, alpha=1.0, seed=0))
+    assert network["layer"].forward is first
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
