@@ -89,7 +89,7 @@ class Schedule(Protocol):
         """
         ...
 
-    def visited(self, steps: int, origin_steps: int) -> list[int]:
+    def sampler_times(self, steps: int, origin_steps: int) -> list[int]:
         """Return the training times that a sampler of `steps` steps visits, descending, without the clean end.
 
         origin_steps: the size of the distillation grid that the sampler chooses from, if the model has timesteps.
@@ -215,9 +215,9 @@ class DiscreteSchedule:
 
     def grid(self, origin_steps: int) -> Tensor:
         """Return 0 and the origin_steps timesteps of timestep_grid, int64, ascending, without duplicates."""
-        return torch.tensor(sorted({0, *self.visited(origin_steps, origin_steps)}))
+        return torch.tensor(sorted({0, *self.sampler_times(origin_steps, origin_steps)}))
 
-    def visited(self, steps: int, origin_steps: int) -> list[int]:
+    def sampler_times(self, steps: int, origin_steps: int) -> list[int]:
         """Return the timesteps of timestep_grid, descending; raises ValueError if timestep_grid does."""
         return timestep_grid(steps, num_timesteps=self.num_timesteps, origin_steps=origin_steps)
 

@@ -70,7 +70,7 @@ def sample_times(
     up to 260 below that one. The drawn time is multiplied by 1 - 0.3 u, with u uniform in [0, 1] (TDD, arXiv
     2409.01347).
 
-    If a law gives an s above t_next, s is t_next. Raises ValueError if schedule.grid or schedule.visited does.
+    If a law gives an s above t_next, s is t_next. Raises ValueError if schedule.grid or schedule.sampler_times does.
     """
     # t cannot be 0, although 0 is a point of the grid: there is no earlier time to jump to.
     grid = schedule.grid(origin_steps)
@@ -83,7 +83,7 @@ def sample_times(
     elif law == "segment":
         s = _segment(t, t_next, schedule.num_times, phases, generator)
     elif law == "phase":
-        s = _phase(t, schedule.visited(phases, origin_steps))
+        s = _phase(t, schedule.sampler_times(phases, origin_steps))
     else:
         s = _target(t_next, schedule, origin_steps, generator)
     return Times(t, t_next, torch.minimum(s, t_next))
@@ -109,7 +109,7 @@ def _phase(t: Tensor, visited: list[int]) -> Tensor:
 
 
 def _target(t_next: Tensor, schedule: Schedule, origin_steps: int, generator: torch.Generator) -> Tensor:
-    visited = {time for steps in TARGET_STEPS for time in schedule.visited(steps, origin_steps)}
+    visited = {time for steps in TARGET_STEPS for time in schedule.sampler_times(steps, origin_steps)}
     points = torch.tensor(sorted({0, *visited} - {schedule.num_times - 1}))
     highest = points[torch.searchsorted(points, t_next, right=True) - 1]
     chosen = _uniform(points, (highest - TARGET_REACH).clamp(min=0), highest, generator)

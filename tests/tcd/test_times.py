@@ -106,7 +106,7 @@ def test_a_phase_ends_where_the_run_of_the_schedule_does(phases: int, clock: str
 @each_clock
 def test_targets_are_of_the_runs_of_4_to_8_steps_but_for_the_top(clock: str) -> None:
     schedule = CLOCKS[clock]
-    runs = {time for steps in range(4, 9) for time in schedule.visited(steps, 50)} - {schedule.num_times - 1}
+    runs = {time for steps in range(4, 9) for time in schedule.sampler_times(steps, 50)} - {schedule.num_times - 1}
     t, t_next, s = draw("target", 100_000, clock=clock)
     for chosen in schedule.grid(50)[[1, 10, 30, 50]].tolist():
         highest = max(time for time in (0, *runs) if time <= max(chosen - 20, 0))

@@ -23,7 +23,7 @@ def dpm_solver_sample(
     Each step from t to s is a jump along the trajectory, with x0 extrapolated to the middle of the step:
     D = x0 + (x0 - x0_previous) h / (2 h_previous), where h is the length of a step in half-log-SNR.
     """
-    times = model.schedule.visited(steps, origin_steps=ORIGIN_STEPS)
+    times = model.schedule.sampler_times(steps, origin_steps=ORIGIN_STEPS)
     points = [model.schedule.point(torch.full((len(noise),), t, device=noise.device), noise.ndim) for t in times]
     scale = torch.full((len(noise),), guidance, device=noise.device)
     x = noise
