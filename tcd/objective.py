@@ -86,7 +86,7 @@ def second_order(predict: Predict, midpoint: Callable[[TimePoint, TimePoint], Ti
     return follow
 
 
-def weights(points: Points, weighting: Weighting) -> Tensor:
+def loss_weights(points: Points, weighting: Weighting) -> Tensor:
     """Return the factor of each example's distance in the loss, [B].
 
     none: 1.

@@ -16,9 +16,9 @@ from trajectory_consistency.tcd.objective import (
     Weighting,
     distance_of,
     first_order,
+    loss_weights,
     second_order,
     tcd_loss,
-    weights,
 )
 from trajectory_consistency.tcd.times import Law, Points, Times, sample_times
 
@@ -101,7 +101,7 @@ def test_a_network_that_knows_the_point_has_no_loss(law: Law, order: int, count:
     for name in get_args(DistanceName):
         found = tcd_loss(follow, follow, knows, x0, eps, points, moved=moved, distance=distance_of(name, 0.001))
         for weighting in get_args(Weighting):
-            weighted = weights(points, weighting) * found
+            weighted = loss_weights(points, weighting) * found
             assert weighted.shape == (count,) and (weighted.abs() < 1e-12).all()
 
 
@@ -116,7 +116,7 @@ def test_a_network_that_knows_s_can_have_no_loss_at_all(law: Law, count: int, cl
         distance = distance_of(name, 0.001)
         found = tcd_loss(follow, follow, target_time_network, x0, eps, points, moved=moved, distance=distance)
         for weighting in get_args(Weighting):
-            assert ((weights(points, weighting) * found).abs() < 1e-12).all()
+            assert ((loss_weights(points, weighting) * found).abs() < 1e-12).all()
 
 
 @each_clock
@@ -272,7 +272,7 @@ def test_the_loss_never_looks_at_a_number(order: int, clock: str) -> None:
                 follow, follow, gaussian_x0, x0, x0, points, moved=moved, distance=distance_of(name, 0.001)
             )
             for weighting in get_args(Weighting):
-                weighted = weights(points, weighting) * found
+                weighted = loss_weights(points, weighting) * found
                 assert weighted.shape == (4,) and weighted.dtype == torch.float32
 
 
@@ -328,16 +328,16 @@ def test_the_two_hubers_differ_where_errors_are_uneven() -> None:
 def test_weights_by_the_length_of_the_jump_and_by_what_it_keeps_of_x0(clock: str) -> None:
     times = Times(torch.tensor([999, 519, 39]), torch.tensor([979, 499, 19]), torch.tensor([0, 499, 0]))
     points = exact_points(CLOCKS[clock], times)
-    assert weights(points, "none").tolist() == [1, 1, 1]
-    assert weights(points, "gap").tolist() == pytest.approx([20 / 999, 1.0, 20 / 39])
+    assert loss_weights(points, "none").tolist() == [1, 1, 1]
+    assert loss_weights(points, "gap").tolist() == pytest.approx([20 / 999, 1.0, 20 / 39])
     # An error of x0 moves the jump's end by 1 / weight.
     x = torch.randn(3, 1, 2, 2, dtype=torch.float64)
     follow = first_order(lambda x, *_: torch.zeros_like(x)), first_order(lambda x, *_: torch.ones_like(x))
     x_s = [each(x, points.t, points.s, torch.arange(3)) for each in follow]
-    torch.testing.assert_close((x_s[1] - x_s[0]).mean((1, 2, 3)), 1 / weights(points, "x0"))
+    torch.testing.assert_close((x_s[1] - x_s[0]).mean((1, 2, 3)), 1 / loss_weights(points, "x0"))
 
 
 def test_on_a_flow_x0s_share_of_a_jump_is_the_part_of_its_way() -> None:
     times = Times(torch.tensor([1000, 500, 40]), torch.tensor([980, 480, 20]), torch.tensor([0, 480, 10]))
-    share = 1 / weights(points_of(CLOCKS["flow"], times), "x0")
+    share = 1 / loss_weights(points_of(CLOCKS["flow"], times), "x0")
     torch.testing.assert_close(share, torch.tensor([1.0, 20 / 500, 30 / 40]))

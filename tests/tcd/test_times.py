@@ -9,7 +9,7 @@ from torch import Tensor
 from ladders import CLOCKS, DISCRETE
 from oracles import points_of
 from trajectory_consistency.tcd import DiscreteSchedule, timestep_grid
-from trajectory_consistency.tcd.objective import Weighting, weights
+from trajectory_consistency.tcd.objective import Weighting, loss_weights
 from trajectory_consistency.tcd.times import Law, Times, sample_times
 from trajectory_consistency.trainer.config.settings import from_mapping
 from trajectory_consistency.trainer.errors import UserError
@@ -88,7 +88,7 @@ def test_on_every_grid_t_is_above_zero_and_t_next_below_t(law: Law, origin_steps
             assert set(times.t.tolist()) == set(grid) - {0}
             points = points_of(schedule, times)
             for weighting in get_args(Weighting):
-                weight = weights(points, weighting)
+                weight = loss_weights(points, weighting)
                 assert weight.isfinite().all() and (weight > 0).all() and weight.shape == (count,)
 
 

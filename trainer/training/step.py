@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...tcd import Schedule, TimePoint
 from ...tcd.adapter import AVERAGE
-from ...tcd.objective import distance_of, first_order, second_order, tcd_loss, weights
+from ...tcd.objective import distance_of, first_order, loss_weights, second_order, tcd_loss
 from ...tcd.times import Points
 from ..config.settings import Config, MethodConfig
 from ..errors import UserError
@@ -61,4 +61,4 @@ def step_losses(model: Model, examples: Examples, config: Config) -> Tensor:
         moved=examples.moved,
         distance=distance_of(method.distance, method.huber_c),
     )
-    return weights(points, method.weighting) * distances
+    return loss_weights(points, method.weighting) * distances
