@@ -53,12 +53,14 @@ def run(config: Config) -> Path:
     checkpoints = processes.on_main_process(lambda: _matching_checkpoints(config, dtype))
     checkpoint = open_checkpoint(config.base)
     metadata = lora_metadata(config, checkpoint)
-    prompts = _preview_prompts(config, checkpoint, device, dtype) if processes.main and config.preview.prompts else None
+    prompts = (
+        _preview_prompts(config, checkpoint, device, dtype) if processes.is_main and config.preview.prompts else None
+    )
     model = load_student(config, checkpoint, device, dtype)
     if sharding.fsdp_requested():
         sharding.shard(model, processes)
     observers: list[Observer] = []
-    if processes.main:
+    if processes.is_main:
         _write_config(config)
         observers += [History(config.output_folder), *start_trackers(config)]
         if prompts is not None:
@@ -66,7 +68,7 @@ def run(config: Config) -> Path:
         if checkpoints.steps():
             log.info("resuming at step %d of %d", checkpoints.steps()[0], config.training.steps)
     train(model, dataset, config, observers=observers, checkpoints=checkpoints, processes=processes)
-    if processes.main:
+    if processes.is_main:
         if sharding.fsdp_requested():
             model = _unsharded(model, checkpoint, device, dtype)
         report = write_report(config.output_folder)

@@ -35,7 +35,7 @@ class Processes:
     count: int = 1
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the main process, the only one that writes files, shows progress and logs."""
         return self.rank == 0
 
@@ -74,7 +74,7 @@ class Processes:
         if self.count == 1:
             return function()
         result: list[Any] = [None]
-        if self.main:
+        if self.is_main:
             try:
                 result = [function()]
             except (UserError, RunError, OSError) as error:
