@@ -157,7 +157,7 @@ class MethodConfig:
     """With `target_time`: the quantity that is embedded, the target time s or the jump's length t - s."""
 
     @property
-    def embedded(self) -> TargetInput | None:
+    def embedded_input(self) -> TargetInput | None:
         """The quantity that is embedded for the target time, or None without an embedding."""
         return self.target_input if self.target_time else None
 

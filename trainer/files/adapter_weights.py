@@ -65,7 +65,7 @@ def initial_weights(model: Model, config: Config) -> AdapterWeights:
         alpha=adapter.alpha,
         seed=config.training.seed,
         targets=adapter.targets,
-        target_input=config.method.embedded,
+        target_input=config.method.embedded_input,
     )
     if adapter.start_from:
         path = Path(adapter.start_from).expanduser()

@@ -178,7 +178,7 @@ def _train(method: Method, lr: float, seed: int, folder: Path) -> Student:
 
 
 def _student(method: Method) -> Student:
-    return Student(method.config.embedded)
+    return Student(method.config.embedded_input)
 
 
 def _follow(student: Student) -> Follow:
