@@ -16,7 +16,7 @@ from .data.buckets import Size
 from .data.encode import load_or_encode
 from .files.adapter_weights import initial_weights
 from .files.metadata import lora_metadata
-from .files.write import write_lora
+from .files.write_lora import write_lora
 from .models import open_checkpoint
 from .models.seam import Checkpoint, Model
 from .preflight import CHECKPOINT_FOLDER, check, checkpoints_of, is_finished, plan
