@@ -16,7 +16,7 @@ from torch import Tensor
 from ..models.conditioning import Conditioning
 from ..models.framing import Framing
 from ..randomness import generator
-from .order import Group, Order
+from .order import BatchOrder, Group
 from .store import DIGESTS
 
 Shard = Mapping[str, Tensor]
@@ -100,5 +100,5 @@ def _sample_posterior(shard: Shard, row: int, draw: torch.Generator) -> Tensor:
 
 
 @lru_cache(maxsize=4)
-def _order_of(groups: tuple[Group, ...], size: int, seed: int) -> Order:
-    return Order(groups, size, seed)
+def _order_of(groups: tuple[Group, ...], size: int, seed: int) -> BatchOrder:
+    return BatchOrder(groups, size, seed)

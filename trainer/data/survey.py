@@ -17,7 +17,7 @@ from ..errors import UserError
 from ..models.seam import LatentFormat
 from . import pictures
 from .buckets import Buckets, Fit, Size
-from .order import Group, Order
+from .order import BatchOrder, Group
 from .sources import PromptFile, Sample, open_sources
 from .store import digest
 
@@ -213,7 +213,7 @@ def bucket_table(found: Survey, config: Config, batch: int) -> str:
         held, shown, steps = (
             sum(group.pictures for group in own),
             sum(group.shown(1) for group in own),
-            Order(own, batch, 0).steps(0),
+            BatchOrder(own, batch, 0).steps(0),
         )
         lines.append(f"{bucket!s:>11} {held:>9} {shown:>9} {steps:>7} {steps * batch - shown:>8}")
     return "\n".join(lines)
