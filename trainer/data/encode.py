@@ -158,10 +158,10 @@ class _CacheFiller:
             self.survey.count(inspection)
             if inspection.problems:
                 continue
-            bucket = inspection.fit.bucket if inspection.fit else Size.parse(store.kind(inspection.key))
+            bucket = inspection.crop.bucket if inspection.crop else Size.parse(store.kind(inspection.key))
             caption = self._add_caption(inspection.sample.caption)
             self.entries[number, bucket].append(("latents", inspection.key, caption))
-            if inspection.fit and inspection.key not in store:
+            if inspection.crop and inspection.key not in store:
                 self._pending_pictures[bucket][inspection.key] = inspection
             if len(self._pending_pictures[bucket]) >= pictures_per_call(bucket, self.device):
                 self._encode_pictures(bucket)
@@ -256,12 +256,12 @@ class _CacheFiller:
         images = torch.stack([each.pixels for each in inspections.values() if each.pixels is not None])
         encoded = self.autoencoder.encode(images.to(self.device))
         for row, (key, inspection) in enumerate(inspections.items()):
-            assert inspection.fit is not None
+            assert inspection.crop is not None
             name = inspection.sample.name
             tensors = {"mean": _to_cached(encoded.mean[row], name)}
             if encoded.std is not None:
                 tensors["std"] = _to_cached(encoded.std[row], name)
-            tensors["sizes"] = inspection.fit.framing.to_rows()[0]
+            tensors["sizes"] = inspection.crop.framing.to_rows()[0]
             self.stores["latents"].add(str(bucket), key, tensors)
 
     def _cached_conditioning(self, captions: list[str], framing: Framing) -> Conditioning:

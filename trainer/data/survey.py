@@ -16,7 +16,7 @@ from ..config.settings import Config, DataConfig
 from ..errors import UserError
 from ..models.seam import LatentFormat
 from . import pictures
-from .buckets import Buckets, Fit, Size
+from .buckets import Buckets, CropPlan, Size
 from .order import BatchOrder, Group
 from .sources import PromptFile, Sample, open_sources
 from .store import digest
@@ -36,10 +36,10 @@ class Inspection(NamedTuple):
     """Why the sample cannot be used; empty if it can."""
     key: bytes = b""
     """Digest of the image file's bytes; empty if there are problems."""
-    fit: Fit | None = None
+    crop: CropPlan | None = None
     """How the picture is resized and cropped; None if it is already cached or has problems."""
     pixels: Tensor | None = None
-    """The resized and cropped picture, uint8 [3, H, W], if requested and `fit` is not None."""
+    """The resized and cropped picture, uint8 [3, H, W], if requested and `crop` is not None."""
 
 
 @dataclass
@@ -100,8 +100,8 @@ def survey(config: Config, part: int = 0, parts: int = 1) -> Survey:
         bar = tqdm(source.samples(part, parts), desc="reading pictures", unit="img", leave=False, delay=2)
         for inspection in parallel_map(lambda sample: inspect_sample(sample, buckets), bar):
             found.count(inspection)
-            if inspection.fit is not None:
-                found.groups[number, inspection.fit.bucket] += 1
+            if inspection.crop is not None:
+                found.groups[number, inspection.crop.bucket] += 1
     raise_for_problems(found, config.data)
     return found
 
@@ -134,10 +134,10 @@ def inspect_sample(
         image = pictures.decode(data)
     except pictures.BrokenPictureError:
         return Inspection(sample, (*problems, BROKEN))
-    fit = buckets.fit(pictures.size_of(image))
-    if fit is None or problems:
-        return Inspection(sample, problems if fit else (*problems, SMALL))
-    return Inspection(sample, (), key, fit, pictures.pixels(image, fit) if pixels else None)
+    crop = buckets.fit(pictures.size_of(image))
+    if crop is None or problems:
+        return Inspection(sample, problems if crop else (*problems, SMALL))
+    return Inspection(sample, (), key, crop, pictures.pixels(image, crop) if pixels else None)
 
 
 def parallel_map(function: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
