@@ -29,7 +29,7 @@ class Times(NamedTuple):
     s: Tensor
 
     @property
-    def moved(self) -> Tensor:
+    def target_rows(self) -> Tensor:
         """The rows with s < t_next, int64 [b], for tcd_loss. If the times are on a GPU, this waits for the GPU."""
         return (self.s < self.t_next).nonzero().flatten()
 

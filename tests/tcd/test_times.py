@@ -134,8 +134,8 @@ def test_segments_divide_the_times_that_a_clock_has() -> None:
 def test_the_rows_that_moved_are_those_with_a_jump_of_the_target(law: Law, clock: str) -> None:
     for count, skip in ((64, 20), (64, 999), (1, 20)):
         times = draw(law, count, skip=skip, clock=clock)
-        assert times.moved.dtype == torch.int64
-        assert times.moved.tolist() == [row for row in range(count) if times.s[row] < times.t_next[row]]
+        assert times.target_rows.dtype == torch.int64
+        assert times.target_rows.tolist() == [row for row in range(count) if times.s[row] < times.t_next[row]]
 
 
 @each_clock

@@ -64,7 +64,7 @@ def test_a_step_waits_for_the_gpu_once(method: str, tmp_path: Path) -> None:
     config = small_config({**write_inputs(tmp_path), "method": METHODS[method]}, batch=4, accumulate=2)
     model = load_student(config, open_checkpoint(config.base), GPU, torch.float32)
     training = loop.Training(model, random_dataset(), config)
-    assert any(len(training.prefetcher._read(0, part).moved) for part in range(2)), "the target is called too"
+    assert any(len(training.prefetcher._read(0, part).target_rows) for part in range(2)), "the target is called too"
     with training, Waits() as waits:
         for _ in range(2):
             training.train_step()

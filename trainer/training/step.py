@@ -58,7 +58,7 @@ def step_losses(model: Model, examples: Examples, config: Config) -> Tensor:
         examples.latents,
         examples.eps,
         points,
-        moved=examples.moved,
+        target_rows=examples.target_rows,
         distance=distance_of(method.distance, method.huber_c),
     )
     return loss_weights(points, method.weighting) * distances

@@ -168,7 +168,7 @@ def _train(method: Method, lr: float, seed: int, folder: Path) -> Student:
             x0,
             eps,
             points,
-            moved=times.moved,
+            target_rows=times.target_rows,
             distance=distance_of(settings.distance, settings.huber_c),
         )
         _descend(optimizer, (loss_weights(points, settings.weighting) * loss).mean(), step, lr)
