@@ -47,7 +47,7 @@ class TimePoint(NamedTuple):
 
 
 class Schedule(Protocol):
-    """The noise schedule of a model. Sampling uses the first four methods, training uses the rest."""
+    """The noise schedule of a model. The nodes use the first four methods; the trainer also uses the rest."""
 
     def level(self, sigma: Tensor) -> Level:
         """Return the noise level (alpha, sigma) in the sampling scale, for sigmas of any shape."""
@@ -79,7 +79,7 @@ class Schedule(Protocol):
 
     @property
     def num_times(self) -> int:
-        """The number of whole training times: T for a table of T timesteps, otherwise 1001."""
+        """The number of whole training times: the number of timesteps if the model has them, otherwise 1001."""
         ...
 
     def grid(self, origin_steps: int) -> Tensor:

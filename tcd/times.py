@@ -17,8 +17,8 @@ Law = Literal["uniform", "zero", "segment", "phase", "target"]
 
 # The law "target", from arXiv 2409.01347.
 TARGET_STEPS = range(4, 9)  # targets are times that samplers with these numbers of steps visit
-TARGET_REACH = 260  # width of the window of targets, in training times; the paper has 1000 timesteps
-TARGET_FALL = 0.3  # largest fraction by which a target is lowered, as a sampler with gamma does
+TARGET_REACH = 260  # s is drawn from targets at most this far below the highest one, in training times
+TARGET_FALL = 0.3  # the drawn target is multiplied by 1 - this u, u in [0, 1]: a sampler's 1 - gamma
 
 
 class Times(NamedTuple):
@@ -66,9 +66,9 @@ def sample_times(
     segment: all training times from the start of t's segment up to t_next. The clock is divided into `phases` equal
     segments (TSCD of Hyper-SD, arXiv 2404.13686).
     phase: only the highest time below t that a sampler of `phases` steps visits, or 0 (PCM, arXiv 2405.18407).
-    target: 0 and the times that samplers of 4 to 8 steps visit: the highest of them that is at most t_next, and those
-    up to 260 below that one. The drawn time is multiplied by 1 - 0.3 u, with u uniform in [0, 1] (TDD, arXiv
-    2409.01347).
+    target: the candidates are 0 and the times that samplers of 4 to 8 steps visit. s is the highest candidate up to
+    t_next, or one at most 260 below it. The drawn time is multiplied by 1 - 0.3 u, with u uniform in [0, 1] (TDD,
+    arXiv 2409.01347).
 
     If a law gives an s above t_next, s is t_next. Raises ValueError if schedule.grid or schedule.sampler_times does.
     """

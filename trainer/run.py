@@ -37,7 +37,7 @@ def run(config: Config) -> Path:
     """Distill, or resume from the last checkpoint in the output folder, and return the LoRA file's path.
 
     With several processes, each encodes a part of the data that are not cached, and trains on a part of each batch.
-    Only the main process checks the input and writes into the output folder.
+    Only the main process checks the input and writes the results; all processes write into the cache.
 
     Raises UserError for bad input, VerificationError if the written LoRA file predicts differently from the trained
     network, and the errors of `load_or_encode` and `train`.

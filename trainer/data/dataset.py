@@ -65,7 +65,7 @@ class Dataset:
         return sum(group.shown(1) for group in self.groups)
 
     def batch(self, step: int, size: int, part: slice = slice(None), *, seed: int, caption_dropout: float) -> Batch:
-        """Return the rows `part` of the `size` rows of a step, which are all of one bucket.
+        """Return the rows `part` of a step's batch of `size` rows. All rows of a step are from one bucket.
 
         The choice of pictures, the caption dropout and the posterior's noise are functions of (seed, step, row), and
         do not depend on how the rows of a step are divided among processes.

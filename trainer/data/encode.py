@@ -67,7 +67,7 @@ def load_or_encode(
     part, parts: this process computes part `part` of `parts`.
     total: the number of samples, for the progress bar.
     barrier: returns once all processes have called it.
-    Raises UserError if a source or sample cannot be used, and MemoryFullError.
+    Raises UserError if a source or sample cannot be used, and MemoryFullError if memory runs out.
     """
     cached = open_cached(config, dtype)
     if cached is None:
@@ -92,12 +92,13 @@ def fill_cache(
     total: int | None = None,
     verify: bool = False,
 ) -> None:
-    """Compute all missing rows of every `parts`-th file from `part` on, and write the index.
+    """Compute all missing rows of one part of the data, and write its index.
 
+    part, parts: every `parts`-th picture, tar file or prompt from `part` on.
     total: the number of samples, for the progress bar.
     verify: recompute files whose checksum does not match; return early if nothing is missing after that.
     If the process is killed, the next call continues with the rows that are still missing.
-    Raises UserError if a source or sample cannot be used, and MemoryFullError.
+    Raises UserError if a source or sample cannot be used, and MemoryFullError if memory runs out.
     """
     checkpoint = open_checkpoint(config.base)
     check_bucket_sizes(config.data, checkpoint.latents)
@@ -231,7 +232,7 @@ class _CacheFiller:
         return Index.from_entries(locations, captions.location_in_cache(_caption_digest("")), self.survey)
 
     def _add_caption(self, caption: str) -> bytes:
-        """Return the digest of a caption, and encode it, at the latest in `finish_encoding`, if it is not cached."""
+        """Return the digest of a caption; a caption that is not cached is encoded in `finish_encoding` or before."""
         key = _caption_digest(caption)
         if key not in self.stores["captions"]:
             self._pending_captions[key] = caption

@@ -159,7 +159,7 @@ def configured_buckets(data: DataConfig) -> Buckets:
 
 
 def check_bucket_sizes(data: DataConfig, latents: LatentFormat) -> None:
-    """Raise UserError if there are buckets that the model's latents do not fill in whole cells."""
+    """Raise UserError unless the sides of all buckets are multiples of the latent stride."""
     latents.check_size("data.resolution", data.resolution)
     latents.check_size("data.bucket_step", data.bucket_step)
 

@@ -121,7 +121,10 @@ class Prefetcher:
         """((step, index), examples) of the micro-batch that is being read."""
 
     def get(self, step: int, index: int) -> Examples:
-        """Return micro-batch `index` of a step and, with `ahead`, start reading the next; raises errors of reading."""
+        """Return micro-batch `index` of a step and, with `ahead`, start reading the next.
+
+        Raises the errors of the thread that read it.
+        """
         if self._next is not None and self._next[0] == (step, index):
             examples = self._next[1].result()
         else:

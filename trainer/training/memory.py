@@ -212,7 +212,7 @@ def _bytes(tensor: Tensor) -> int:
 
 @contextmanager
 def _allocated(known: Iterable[Tensor]) -> Iterator[_Allocations]:
-    """Count allocations within the block, except of the tensors `known`; attention allocates as fused kernels do."""
+    """Count allocations within the block, except the tensors `known`; attention is counted as a fused kernel."""
     with _Allocations(known) as allocations, _fused_attention():
         yield allocations
 

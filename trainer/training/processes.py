@@ -36,7 +36,7 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the main process, the only one that writes files, shows progress and logs."""
+        """Whether this is the main process, the only one that writes results, shows progress and logs."""
         return self.rank == 0
 
     def micro_batches(self, batch: int, accumulate: int) -> list[slice]:

@@ -16,10 +16,10 @@ from .examples import Examples
 
 
 def check_weighting(method: MethodConfig, schedule: Schedule) -> None:
-    """Raise UserError if a jump that is drawn would have an infinite weight; `schedule` is on the CPU.
+    """Raise UserError if method.weighting could give a jump an infinite weight; `schedule` is on the CPU.
 
-    A distilled model knows only each k-th of its timesteps, and the k lowest share one level. Between two of these, x0
-    has no weight in a jump, and method.weighting = "x0" divides by that.
+    The weighting "x0" divides by the coefficient of x0 in the jump. The coefficient is 0 between two times of the same
+    level. A model that was distilled to every k-th timestep has such times: the k lowest ones.
     """
     lowest = schedule.grid(method.origin_steps)[:2]
     alpha, sigma = (torch.as_tensor(part) for part in schedule.point(lowest).level)
