@@ -1,4 +1,4 @@
-"""An adapter for a frozen network: LoRA layers, an optional embedding of the target time, and a switch between sets.
+"""An adapter for a frozen network: LoRA layers, an optional target-time embedding, and switching between weight sets.
 
 The adapter replaces the `forward` of a layer by one that also adds the output of the LoRA in use. The network's weights
 are neither copied nor changed, and its modules keep their names. Teacher, student and average are therefore one network
@@ -185,7 +185,7 @@ class Adapter:
 
 
 class _AdaptedForward:
-    """Replaces the `forward` of one layer: its own output plus that of the LoRA and the embedding in use."""
+    """Replaces the `forward` of one layer: adds the outputs of the LoRA and of the embedding in use."""
 
     def __init__(self, adapter: Adapter, layer: nn.Module, loras: Mapping[str, Lora], *, is_time: bool) -> None:
         self.adapter, self.layer, self.loras, self.is_time = adapter, ref(layer), loras, is_time

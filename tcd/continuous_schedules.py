@@ -37,7 +37,7 @@ class _EvenSchedule(ABC):
         """
         return torch.tensor(even_grid(origin_steps))
 
-    def visited(self, steps: int, origin_steps: int) -> list[int]:
+    def sampler_times(self, steps: int, origin_steps: int) -> list[int]:
         """Return the times of sigmas_for(steps), descending, in whole thousandths, without the final 0.
 
         origin_steps is ignored, because steps are chosen from the whole clock. Raises ValueError unless steps is from

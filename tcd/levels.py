@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .trajectory import Level
 
-# Replaces sigma = infinity, at which a schedule with zero terminal SNR ends, where a finite sigma is needed: in the
+# A schedule with zero terminal SNR ends at sigma = infinity. This value replaces it where sigma must be finite: in the
 # variance exploding scale and in half-log-SNR. The host uses the same value, so its sigmas and these tables agree.
 TERMINAL_SIGMA = 4518.76
 
@@ -81,7 +81,7 @@ class HalfLogSNR:
         middle = (self.at(t) + self.at(s)) / 2
         above = torch.searchsorted(-self.table, -middle).clamp(min=1)
         low, high = self.table[above - 1], self.table[above]
-        # Clamped levels are equal, so their difference is kept away from 0. Between them, any time from s to t will do.
+        # Two clamped levels can be equal, and their difference must not be 0. Any time from s to t is then a midpoint.
         fall = (high - low).clamp(max=-torch.finfo(low.dtype).tiny)
         middle_time = above - 1 + (middle - low) / fall
         return torch.maximum(torch.minimum(middle_time, t.to(low.dtype)), s.to(low.dtype))

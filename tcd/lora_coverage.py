@@ -15,7 +15,7 @@ _TEXT_ENCODER = re.compile(r"lora_te\d?_.*|(base_model\.model\.)?text_encoders?(
 
 
 class ShapeMismatch(NamedTuple):
-    """A LoRA module, or its DoRA scale, whose shape differs from that of the model's weight."""
+    """A LoRA module, or its DoRA scale, whose shape differs from the shape of the model's weight."""
 
     module: str
     found: tuple[int, ...]

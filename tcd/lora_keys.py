@@ -1,4 +1,4 @@
-"""Convert the names of LoRA tensors from every spelling in use to kohya's, with functions from dicts to dicts.
+"""Convert the names of LoRA tensors from every spelling in use to kohya's spelling.
 
 kohya names are the only spelling that both ComfyUI and diffusers map completely for SD1.5 and SDXL. A module is named
 lora_unet_<path with _>, and its tensors are named

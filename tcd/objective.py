@@ -38,15 +38,15 @@ def tcd_loss(
     eps: Tensor,
     points: Points,
     *,
-    moved: Tensor,
+    target_rows: Tensor,
     distance: Distance,
 ) -> Tensor:
     """Return the distances [B] between f(x_t, t -> s) and f(x_next, t_next -> s) of arXiv 2402.19159.
 
     student, target: the two f; only `student` gets a gradient. teacher: predicts x0 at x_t, for the solver step to
     x_next; its argument s is t_next. x0, eps: clean latents and noise [B, C, ...], float32. points: the levels must
-    broadcast over x0. moved: the rows with s < t_next, int64 [b] on the device of x0 (`Times.moved`). `target` is
-    called only for these rows, and not at all if there are none.
+    broadcast over x0. target_rows: the rows with s < t_next, int64 [b] on the device of x0 (`Times.target_rows`).
+    `target` is called only for these rows, and not at all if there are none.
     """
     t, t_next, s = points
     rows = torch.arange(len(x0), device=x0.device)
@@ -54,10 +54,10 @@ def tcd_loss(
     with torch.no_grad():
         x_next = jump(x_t, teacher(x_t, t, t_next, rows), t.level, t_next.level)
         goal = x_next  # correct for rows with s = t_next, because f(x, t -> t) = x
-        if len(moved):
-            among = points.rows(moved)
-            ends = target(x_next.index_select(0, moved), among.t_next, among.s, moved)
-            goal = x_next.index_copy(0, moved, ends.to(x_next.dtype))
+        if len(target_rows):
+            among = points.rows(target_rows)
+            ends = target(x_next.index_select(0, target_rows), among.t_next, among.s, target_rows)
+            goal = x_next.index_copy(0, target_rows, ends.to(x_next.dtype))
     # The student runs last, so that its activations are not in memory together with those of the other two.
     return distance(student(x_t, t, s, rows), goal)
 
@@ -86,7 +86,7 @@ def second_order(predict: Predict, midpoint: Callable[[TimePoint, TimePoint], Ti
     return follow
 
 
-def weights(points: Points, weighting: Weighting) -> Tensor:
+def loss_weights(points: Points, weighting: Weighting) -> Tensor:
     """Return the factor of each example's distance in the loss, [B].
 
     none: 1.

@@ -47,7 +47,7 @@ class TimePoint(NamedTuple):
 
 
 class Schedule(Protocol):
-    """The noise schedule of a model. Sampling uses the first four methods, training uses the rest."""
+    """The noise schedule of a model. The nodes use the first four methods; the trainer also uses the rest."""
 
     def level(self, sigma: Tensor) -> Level:
         """Return the noise level (alpha, sigma) in the sampling scale, for sigmas of any shape."""
@@ -79,7 +79,7 @@ class Schedule(Protocol):
 
     @property
     def num_times(self) -> int:
-        """The number of whole training times: T for a table of T timesteps, otherwise 1001."""
+        """The number of whole training times: the number of timesteps if the model has them, otherwise 1001."""
         ...
 
     def grid(self, origin_steps: int) -> Tensor:
@@ -89,7 +89,7 @@ class Schedule(Protocol):
         """
         ...
 
-    def visited(self, steps: int, origin_steps: int) -> list[int]:
+    def sampler_times(self, steps: int, origin_steps: int) -> list[int]:
         """Return the training times that a sampler of `steps` steps visits, descending, without the clean end.
 
         origin_steps: the size of the distillation grid that the sampler chooses from, if the model has timesteps.
@@ -215,9 +215,9 @@ class DiscreteSchedule:
 
     def grid(self, origin_steps: int) -> Tensor:
         """Return 0 and the origin_steps timesteps of timestep_grid, int64, ascending, without duplicates."""
-        return torch.tensor(sorted({0, *self.visited(origin_steps, origin_steps)}))
+        return torch.tensor(sorted({0, *self.sampler_times(origin_steps, origin_steps)}))
 
-    def visited(self, steps: int, origin_steps: int) -> list[int]:
+    def sampler_times(self, steps: int, origin_steps: int) -> list[int]:
         """Return the timesteps of timestep_grid, descending; raises ValueError if timestep_grid does."""
         return timestep_grid(steps, num_timesteps=self.num_timesteps, origin_steps=origin_steps)
 

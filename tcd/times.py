@@ -17,8 +17,8 @@ Law = Literal["uniform", "zero", "segment", "phase", "target"]
 
 # The law "target", from arXiv 2409.01347.
 TARGET_STEPS = range(4, 9)  # targets are times that samplers with these numbers of steps visit
-TARGET_REACH = 260  # width of the window of targets, in training times; the paper has 1000 timesteps
-TARGET_FALL = 0.3  # largest fraction by which a target is lowered, as a sampler with gamma does
+TARGET_REACH = 260  # s is drawn from targets at most this far below the highest one, in training times
+TARGET_FALL = 0.3  # the drawn target is multiplied by 1 - this u, u in [0, 1]: a sampler's 1 - gamma
 
 
 class Times(NamedTuple):
@@ -29,7 +29,7 @@ class Times(NamedTuple):
     s: Tensor
 
     @property
-    def moved(self) -> Tensor:
+    def target_rows(self) -> Tensor:
         """The rows with s < t_next, int64 [b], for tcd_loss. If the times are on a GPU, this waits for the GPU."""
         return (self.s < self.t_next).nonzero().flatten()
 
@@ -66,11 +66,11 @@ def sample_times(
     segment: all training times from the start of t's segment up to t_next. The clock is divided into `phases` equal
     segments (TSCD of Hyper-SD, arXiv 2404.13686).
     phase: only the highest time below t that a sampler of `phases` steps visits, or 0 (PCM, arXiv 2405.18407).
-    target: 0 and the times that samplers of 4 to 8 steps visit: the highest of them that is at most t_next, and those
-    up to 260 below that one. The drawn time is multiplied by 1 - 0.3 u, with u uniform in [0, 1] (TDD, arXiv
-    2409.01347).
+    target: the candidates are 0 and the times that samplers of 4 to 8 steps visit. s is the highest candidate up to
+    t_next, or one at most 260 below it. The drawn time is multiplied by 1 - 0.3 u, with u uniform in [0, 1] (TDD,
+    arXiv 2409.01347).
 
-    If a law gives an s above t_next, s is t_next. Raises ValueError if schedule.grid or schedule.visited does.
+    If a law gives an s above t_next, s is t_next. Raises ValueError if schedule.grid or schedule.sampler_times does.
     """
     # t cannot be 0, although 0 is a point of the grid: there is no earlier time to jump to.
     grid = schedule.grid(origin_steps)
@@ -83,7 +83,7 @@ def sample_times(
     elif law == "segment":
         s = _segment(t, t_next, schedule.num_times, phases, generator)
     elif law == "phase":
-        s = _phase(t, schedule.visited(phases, origin_steps))
+        s = _phase(t, schedule.sampler_times(phases, origin_steps))
     else:
         s = _target(t_next, schedule, origin_steps, generator)
     return Times(t, t_next, torch.minimum(s, t_next))
@@ -109,7 +109,7 @@ def _phase(t: Tensor, visited: list[int]) -> Tensor:
 
 
 def _target(t_next: Tensor, schedule: Schedule, origin_steps: int, generator: torch.Generator) -> Tensor:
-    visited = {time for steps in TARGET_STEPS for time in schedule.visited(steps, origin_steps)}
+    visited = {time for steps in TARGET_STEPS for time in schedule.sampler_times(steps, origin_steps)}
     points = torch.tensor(sorted({0, *visited} - {schedule.num_times - 1}))
     highest = points[torch.searchsorted(points, t_next, right=True) - 1]
     chosen = _uniform(points, (highest - TARGET_REACH).clamp(min=0), highest, generator)

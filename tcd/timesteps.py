@@ -70,7 +70,7 @@ def check_steps(steps: int, denoise: float) -> None:
 
 def _too_many_steps(steps: int, kept: int, origin_steps: int, denoise: float) -> str:
     remedies = [f"steps of at most {kept}"] if kept else []
-    # Tried in hundredths, because users type two digits, and rounded as in timestep_grid: int(50 * 0.58) is 28.
+    # Hundredths, because users type two digits. int() as in timestep_grid, which rounds down: int(50 * 0.58) is 28.
     enough = [percent / 100 for percent in range(1, 101) if int(origin_steps * (percent / 100)) >= steps]
     if enough:
         remedies.append(f"denoise of at least {enough[0]:g}")

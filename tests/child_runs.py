@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from trajectory_consistency.trainer import preflight, run
 from trajectory_consistency.trainer.config.settings import from_mapping
-from trajectory_consistency.trainer.files import write
+from trajectory_consistency.trainer.files import write_lora
 from trajectory_consistency.trainer.training import checkpoint, loop
 
 _CONTEXT = get_context("forkserver")
@@ -82,7 +82,7 @@ def _child(values: dict[str, Any], death: str, place: tuple[int, int, int] | Non
         os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=count, LOCAL_WORLD_SIZE=count)
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         if place[0] > 0:
-            run.atomic_write = checkpoint.atomic_write = write.atomic_write = _refused
+            run.atomic_write = checkpoint.atomic_write = write_lora.atomic_write = _refused
             preflight.survey = preflight.open_checkpoint = _not_asked
     train = run.train
 
@@ -167,7 +167,7 @@ POINTS: dict[str, Callable[[], None]] = {
     "a third checkpoint": lambda: _at("replace", ".step-00000003*", after=False),
     "an old checkpoint removed": lambda: _at("unlink", "step-*", after=True),
     "after the last step": lambda: setattr(run, "write_lora", die),
-    "half a LoRA": lambda: _half_written(write),
+    "half a LoRA": lambda: _half_written(write_lora),
     "a LoRA without its name": lambda: _at("replace", ".tcd-lora*", after=False),
     "a LoRA with its name": lambda: _at("replace", ".tcd-lora*", after=True),
 }

@@ -102,7 +102,7 @@ def test_no_command_is_left_out() -> None:
 
 def test_each_file_in_the_diagrams_imports_the_next() -> None:
     text = README.read_text(encoding="utf-8")
-    diagrams = re.findall(r"and three files to the equation:\n\n    (.+)$", text, re.MULTILINE)
+    diagrams = re.findall(r"three files before the equation:\n\n    (.+)$", text, re.MULTILINE)
     assert len(diagrams) == text.count("->  tcd/trajectory.py") == 2
     for diagram in diagrams:
         chain = diagram.split("  ->  ")

@@ -16,7 +16,7 @@ from .data.buckets import Size
 from .data.encode import load_or_encode
 from .files.adapter_weights import initial_weights
 from .files.metadata import lora_metadata
-from .files.write import write_lora
+from .files.write_lora import write_lora
 from .models import open_checkpoint
 from .models.seam import Checkpoint, Model
 from .preflight import CHECKPOINT_FOLDER, check, checkpoints_of, is_finished, plan
@@ -37,7 +37,7 @@ def run(config: Config) -> Path:
     """Distill, or resume from the last checkpoint in the output folder, and return the LoRA file's path.
 
     With several processes, each encodes a part of the data that are not cached, and trains on a part of each batch.
-    Only the main process checks the input and writes into the output folder.
+    Only the main process checks the input and writes the results; all processes write into the cache.
 
     Raises UserError for bad input, VerificationError if the written LoRA file predicts differently from the trained
     network, and the errors of `load_or_encode` and `train`.
@@ -53,12 +53,14 @@ def run(config: Config) -> Path:
     checkpoints = processes.on_main_process(lambda: _matching_checkpoints(config, dtype))
     checkpoint = open_checkpoint(config.base)
     metadata = lora_metadata(config, checkpoint)
-    prompts = _preview_prompts(config, checkpoint, device, dtype) if processes.main and config.preview.prompts else None
+    prompts = (
+        _preview_prompts(config, checkpoint, device, dtype) if processes.is_main and config.preview.prompts else None
+    )
     model = load_student(config, checkpoint, device, dtype)
     if sharding.fsdp_requested():
         sharding.shard(model, processes)
     observers: list[Observer] = []
-    if processes.main:
+    if processes.is_main:
         _write_config(config)
         observers += [History(config.output_folder), *start_trackers(config)]
         if prompts is not None:
@@ -66,7 +68,7 @@ def run(config: Config) -> Path:
         if checkpoints.steps():
             log.info("resuming at step %d of %d", checkpoints.steps()[0], config.training.steps)
     train(model, dataset, config, observers=observers, checkpoints=checkpoints, processes=processes)
-    if processes.main:
+    if processes.is_main:
         if sharding.fsdp_requested():
             model = _unsharded(model, checkpoint, device, dtype)
         report = write_report(config.output_folder)

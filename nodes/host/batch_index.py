@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor
 
 _MAX_NUMBERS = 2**26  # search limit, about half a second: up to index 1023 at 1024 x 1024, or 255 for SD3's 16 channels
-_COMPARED = 64  # numbers compared per image; different noises do not agree in that many by accident
+_COMPARED = 64  # the first numbers of each image are compared: enough that different noises never look equal
 _log = logging.getLogger("trajectory-consistency")
 
 

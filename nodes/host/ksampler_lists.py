@@ -18,7 +18,7 @@ _log = logging.getLogger("trajectory-consistency")
 
 
 def set_eta(model: Any, eta: float) -> Any:
-    """Return a clone of the model with an eta (the paper's gamma, in [0, 1]) for the listed sampler "tcd"."""
+    """Return a clone of the model with an eta, the paper's gamma in [0, 1], for the sampler "tcd" of KSampler."""
     if getattr(k_diffusion, f"sample_{NAME}", None) is not sample_tcd:
         _log.warning(
             "%r in KSampler's list belongs to another pack and ignores eta: use SamplerCustom with TCD Sampler", NAME

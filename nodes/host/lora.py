@@ -26,8 +26,8 @@ class _PatchTarget(NamedTuple):
 def apply_lora(model: Any, lora: LoraFile, strength: float, *, allow_partial: bool = False) -> Any:
     """Return a clone of the model with the LoRA applied; the model itself if strength is 0.
 
-    Unless every module of the file is in the model with the same shape, ValueError is raised before any tensor is read.
-    With allow_partial, one such module is enough, and a warning lists the modules that were not applied.
+    Every module of the file must be in the model with the same shape; otherwise ValueError is raised before any tensor
+    is read. With allow_partial, one such module is enough, and a warning lists the modules that were not applied.
     """
     if strength == 0:
         return model

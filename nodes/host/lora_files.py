@@ -24,7 +24,7 @@ def lora_names() -> list[str]:
 def lora_stamp(name: str) -> FileStamp:
     """Return the path, modification time and size of a LoRA file; they change if the file is replaced.
 
-    Raises ValueError for a name that is not in the host's list. A path out of its folders is never in the list.
+    Raises ValueError for a name that is not in the host's list. Files outside the host's folders are never in the list.
     """
     if name not in lora_names():
         raise ValueError(f"there is no {name!r} in the loras folders: choose a file from the list, or copy it there")

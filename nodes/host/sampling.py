@@ -1,4 +1,4 @@
-"""The sampler of tcd/ as the host needs it: as a function like k-diffusion's samplers, and as a SAMPLER object."""
+"""The sampler of tcd/ in the two forms that the host uses: a function like k-diffusion's samplers, and a SAMPLER."""
 
 from functools import cache
 from typing import Any

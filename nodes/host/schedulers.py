@@ -1,4 +1,4 @@
-"""SIGMAS by scheduler name, for the node TCD Sampling Setup: "simple" is TCD's scheduler, the other is the host's."""
+"""SIGMAS by scheduler name, for the node TCD Sampling Setup: "simple" is TCD's scheduler, "sgm_uniform" the host's."""
 
 from typing import Any
 

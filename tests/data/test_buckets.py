@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from trajectory_consistency.trainer.data.buckets import Buckets, Fit, Size
+from trajectory_consistency.trainer.data.buckets import Buckets, CropPlan, Size
 
 SIZES = [Size(h, w) for h in range(40, 2600, 170) for w in range(40, 2600, 130)]
 
@@ -27,10 +27,10 @@ def test_a_large_picture_gets_the_bucket_nearest_to_its_aspect(resolution: int, 
     possible = full_resolution(resolution, step)
     for original in SIZES:
         large = Size(original.height * 40, original.width * 40)
-        fit = Buckets(resolution, step).fit(large)
-        assert fit is not None and fit.bucket in possible
+        crop = Buckets(resolution, step).fit(large)
+        assert crop is not None and crop.bucket in possible
         cropped = {size: abs(math.log(size.width / size.height * large.height / large.width)) for size in possible}
-        assert cropped[fit.bucket] == pytest.approx(min(cropped.values()))
+        assert cropped[crop.bucket] == pytest.approx(min(cropped.values()))
 
 
 @pytest.mark.parametrize("resolution", [512, 768, 1024])
@@ -39,34 +39,36 @@ def test_buckets_have_about_the_area_and_the_turned_picture_gets_the_turned_one(
         assert 0.9 * resolution**2 <= size.height * size.width <= resolution**2
     rule = Buckets(resolution)
     for original in SIZES:
-        fit, turned = rule.fit(original), rule.fit(Size(original.width, original.height))
-        if fit is None or turned is None:
-            assert fit is turned is None
+        crop, turned = rule.fit(original), rule.fit(Size(original.width, original.height))
+        if crop is None or turned is None:
+            assert crop is turned is None
         else:
-            assert turned.bucket == Size(fit.bucket.width, fit.bucket.height)
-            assert (turned.top, turned.left) == (fit.left, fit.top)
+            assert turned.bucket == Size(crop.bucket.width, crop.bucket.height)
+            assert (turned.top, turned.left) == (crop.left, crop.top)
 
 
-def check_geometry(original: Size, fit: Fit, step: int) -> None:
-    assert fit.original == original
-    assert fit.bucket.height % step == fit.bucket.width % step == 0
-    assert fit.resized.height >= fit.bucket.height and fit.resized.width >= fit.bucket.width
-    assert fit.resized.height == fit.bucket.height or fit.resized.width == fit.bucket.width  # no more is cut than must
-    assert abs(fit.top * 2 + fit.bucket.height - fit.resized.height) <= 1  # from the center
-    assert abs(fit.left * 2 + fit.bucket.width - fit.resized.width) <= 1
-    across, down = fit.resized.width / original.width, fit.resized.height / original.height
+def check_geometry(original: Size, crop: CropPlan, step: int) -> None:
+    assert crop.original == original
+    assert crop.bucket.height % step == crop.bucket.width % step == 0
+    assert crop.resized.height >= crop.bucket.height and crop.resized.width >= crop.bucket.width
+    assert (
+        crop.resized.height == crop.bucket.height or crop.resized.width == crop.bucket.width
+    )  # no more is cut than must
+    assert abs(crop.top * 2 + crop.bucket.height - crop.resized.height) <= 1  # from the center
+    assert abs(crop.left * 2 + crop.bucket.width - crop.resized.width) <= 1
+    across, down = crop.resized.width / original.width, crop.resized.height / original.height
     # one scale for both sides, but for rounding to whole pixels
     assert abs(across - down) <= 0.5 / original.width + 0.5 / original.height + 1e-9
 
 
 def test_nothing_is_enlarged_unless_asked_for() -> None:
     for original in SIZES:
-        fit = Buckets(1024).fit(original)
-        if fit is None:
+        crop = Buckets(1024).fit(original)
+        if crop is None:
             assert min(original) < 128
             continue
-        check_geometry(original, fit, 64)
-        assert fit.resized.height <= original.height and fit.resized.width <= original.width
+        check_geometry(original, crop, 64)
+        assert crop.resized.height <= original.height and crop.resized.width <= original.width
         enlarged = Buckets(1024, upscale=True).fit(original)
         assert enlarged is not None
         check_geometry(original, enlarged, 64)
@@ -77,20 +79,20 @@ def test_a_smaller_picture_gets_a_smaller_bucket_of_its_own_aspect() -> None:
     assert Buckets(1024).fit(Size(600, 900)).bucket == Size(512, 768)  # type: ignore[union-attr]
     assert Buckets(1024).fit(Size(1000, 1000)).bucket == Size(896, 896)  # type: ignore[union-attr]
     assert Buckets(512).fit(Size(500, 500)).bucket == Size(448, 448)  # type: ignore[union-attr]
-    assert Buckets(64).fit(Size(64, 64)) == Fit(Size(64, 64), Size(64, 64), Size(64, 64), 0, 0)
+    assert Buckets(64).fit(Size(64, 64)) == CropPlan(Size(64, 64), Size(64, 64), Size(64, 64), 0, 0)
     assert Buckets(64).fit(Size(63, 640)) is None
 
 
 def test_squares_alone() -> None:
     for original in SIZES:
-        fit = Buckets(512, square=True).fit(original)
-        assert fit is None or fit.bucket.height == fit.bucket.width <= 512
+        crop = Buckets(512, square=True).fit(original)
+        assert crop is None or crop.bucket.height == crop.bucket.width <= 512
 
 
 def test_the_framing_of_a_crop() -> None:
-    fit = Buckets(1024).fit(Size(1500, 3000))
-    assert fit is not None and (fit.resized, fit.bucket) == (Size(736, 1472), Size(704, 1472))
-    assert fit.framing.to_rows().tolist() == [[1500, 3000, 16, 0, 704, 1472]]
+    crop = Buckets(1024).fit(Size(1500, 3000))
+    assert crop is not None and (crop.resized, crop.bucket) == (Size(736, 1472), Size(704, 1472))
+    assert crop.framing.to_rows().tolist() == [[1500, 3000, 16, 0, 704, 1472]]
 
 
 def test_a_size_is_read_as_it_is_written() -> None:

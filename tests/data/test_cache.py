@@ -123,13 +123,13 @@ def test_what_is_cached_is_what_is_computed(checkpoint: Path, pictures: Path, tm
     expected = []
     for path in sorted(pictures.glob("*.png")):
         image = decode(path.read_bytes())
-        fit = Buckets(96, 32).fit(size_of(image))
-        assert fit is not None
+        crop = Buckets(96, 32).fit(size_of(image))
+        assert crop is not None
         with torch.no_grad():
-            posterior = vae.encode(signal(pixels(image, fit)[None])).latent_dist
+            posterior = vae.encode(signal(pixels(image, crop)[None])).latent_dist
             (cond,) = text_encoder.encode([path.with_suffix(".txt").read_text(encoding="utf-8").strip()])
         context = cond.tensors["context"]
-        expected.append((posterior.mean[0] * scale, posterior.std[0] * scale, fit.framing, context[0]))
+        expected.append((posterior.mean[0] * scale, posterior.std[0] * scale, crop.framing, context[0]))
     assert len(dataset) == len(expected) == 8
     for mean, std, sizes, context in rows(dataset):
         nearest = min(
@@ -257,8 +257,8 @@ def test_other_settings_have_other_rows(
     rule = Buckets(
         *(getattr(other.data, key) for key in ("resolution", "bucket_step")), not other.data.buckets, other.data.upscale
     )
-    fits = [rule.fit(size_of(decode(path.read_bytes()))) for path in pictures.glob("*.png")]
-    assert sizes == {tuple(fit.bucket) for fit in fits if fit}
+    crops = [rule.fit(size_of(decode(path.read_bytes()))) for path in pictures.glob("*.png")]
+    assert sizes == {tuple(crop.bucket) for crop in crops if crop}
 
 
 def test_another_model_has_other_rows(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:

@@ -128,12 +128,12 @@ def test_the_crop_is_where_it_is_said_to_be(size: tuple[int, int]) -> None:
     height, width = size
     x, y = np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height)
     image = Image.fromarray((np.stack([x, y, 0 * x], 2) * 255).round().astype(np.uint8))
-    fit = Buckets(512).fit(Size(height, width))
-    assert fit is not None
-    found = pixels(image, fit)
-    assert found.shape == (3, *fit.bucket) and found.dtype == torch.uint8
-    left = (torch.arange(fit.bucket.width) + fit.left + 0.5) / fit.resized.width
-    top = (torch.arange(fit.bucket.height) + fit.top + 0.5) / fit.resized.height
+    crop = Buckets(512).fit(Size(height, width))
+    assert crop is not None
+    found = pixels(image, crop)
+    assert found.shape == (3, *crop.bucket) and found.dtype == torch.uint8
+    left = (torch.arange(crop.bucket.width) + crop.left + 0.5) / crop.resized.width
+    top = (torch.arange(crop.bucket.height) + crop.top + 0.5) / crop.resized.height
     inner = slice(4, -4)  # a filter has nothing to weigh beyond the edge
     assert (found[0].float().mean(0) / 255 - left)[inner].abs().max() < 1 / 255
     assert (found[1].float().mean(1) / 255 - top)[inner].abs().max() < 1 / 255

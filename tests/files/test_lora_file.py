@@ -15,7 +15,7 @@ from trajectory_consistency.trainer.files.adapter_weights import load_weights
 from trajectory_consistency.trainer.files.convert import convert
 from trajectory_consistency.trainer.files.describe_file import describe_file
 from trajectory_consistency.trainer.files.merge import merge
-from trajectory_consistency.trainer.files.write import write_lora
+from trajectory_consistency.trainer.files.write_lora import write_lora
 from trajectory_consistency.trainer.models.sampling import initial_noise
 
 COND = context(torch.randn((1, 77, 32), generator=torch.Generator().manual_seed(5)))

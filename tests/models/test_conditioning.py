@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from trajectory_consistency.trainer.data.buckets import Fit, Size
+from trajectory_consistency.trainer.data.buckets import CropPlan, Size
 from trajectory_consistency.trainer.models.conditioning import Conditioning
 from trajectory_consistency.trainer.models.framing import Framing
 from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint
@@ -53,9 +53,9 @@ def test_sizes_are_in_the_order_that_sdxl_was_trained_on() -> None:
     theirs = StableDiffusionXLPipeline._get_add_time_ids(
         SimpleNamespace(unet=unet), (1, 2), (3, 4), (5, 6), torch.float32, text_encoder_projection_dim=1280
     )
-    fit = Fit(original=Size(1, 2), resized=Size(7, 8), bucket=Size(5, 6), top=3, left=4)
+    crop = CropPlan(original=Size(1, 2), resized=Size(7, 8), bucket=Size(5, 6), top=3, left=4)
     caption = Conditioning.of(context=torch.zeros(1, 77, 8), pooled=torch.zeros(1, 6))
-    ours = UNetCheckpoint.collate(object.__new__(UNetCheckpoint), [caption], fit.framing)
+    ours = UNetCheckpoint.collate(object.__new__(UNetCheckpoint), [caption], crop.framing)
     assert torch.equal(ours.tensors["time_ids"], theirs)
 
 
@@ -64,5 +64,5 @@ def test_a_framing_is_what_its_rows_say() -> None:
     framing = Framing.from_rows(rows)
     assert framing.original.tolist() == [[0, 1], [6, 7]] and framing.crop.tolist() == [[2, 3], [8, 9]]
     assert framing.target.tolist() == [[4, 5], [10, 11]] and torch.equal(framing.to_rows(), rows)
-    whole, fit = Framing.whole(5, 6, 2), Fit(Size(5, 6), Size(5, 6), Size(5, 6), 0, 0)
-    assert torch.equal(whole.to_rows(), fit.framing.to_rows().expand(2, -1))
+    whole, crop = Framing.whole(5, 6, 2), CropPlan(Size(5, 6), Size(5, 6), Size(5, 6), 0, 0)
+    assert torch.equal(whole.to_rows(), crop.framing.to_rows().expand(2, -1))

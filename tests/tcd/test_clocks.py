@@ -164,7 +164,7 @@ def test_a_grid_that_the_clock_has_not_is_refused(name: str, origin_steps: int) 
     with pytest.raises(ValueError, match="steps"):
         CLOCKS[name].grid(origin_steps)
     with pytest.raises(ValueError, match="steps"):
-        CLOCKS[name].visited(origin_steps, 50)
+        CLOCKS[name].sampler_times(origin_steps, 50)
 
 
 @pytest.mark.parametrize("shift", [lambda u: 0 * u / (1 - u), lambda u: 1 - u])
@@ -211,7 +211,8 @@ def test_the_levels_of_a_grid_are_those_of_a_run(name: str, steps: int) -> None:
     grid = schedule.grid(steps)
     assert grid.dtype == torch.int64 and grid[0] == 0 and grid[-1] == schedule.num_times - 1
     assert (grid.diff() > 0).all()
-    assert schedule.visited(steps, steps) == [time for time in grid.tolist()[::-1] if time or name in DISCRETE][:steps]
+    expected = [time for time in grid.tolist()[::-1] if time or name in DISCRETE]
+    assert schedule.sampler_times(steps, steps) == expected[:steps]
     if name in DISCRETE:
         if steps % 50:
             return  # of these a run is on the grid of 50
@@ -229,7 +230,7 @@ def test_the_levels_of_a_grid_are_those_of_a_run(name: str, steps: int) -> None:
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 6, 7, 8, 50])
 def test_the_times_visited_are_those_of_a_sampler(name: str, steps: int) -> None:
     schedule = CLOCKS[name]
-    visited = schedule.visited(steps, 50)
+    visited = schedule.sampler_times(steps, 50)
     assert schedule.point_at(schedule.sigmas_for(steps)[:-1]).time.tolist() == visited
 
 

@@ -16,9 +16,9 @@ from trajectory_consistency.tcd.objective import (
     Weighting,
     distance_of,
     first_order,
+    loss_weights,
     second_order,
     tcd_loss,
-    weights,
 )
 from trajectory_consistency.tcd.times import Law, Points, Times, sample_times
 
@@ -35,22 +35,22 @@ def gaussian_x0(x_t: Tensor, t: TimePoint, s: TimePoint, rows: Tensor) -> Tensor
 def batch(
     count: int = 8, seed: int = 0, clock: str = "discrete", law: Law = "uniform"
 ) -> tuple[Tensor, Tensor, Points, Tensor]:
-    """x0, eps, points with levels in float64, and the rows that moved."""
+    """x0, eps, points with levels in float64, and the rows with s < t_next."""
     generator = torch.Generator().manual_seed(seed)
     x0 = 0.5 * torch.randn(count, 4, 8, 8, generator=generator, dtype=torch.float64)
     eps = torch.randn(x0.shape, generator=generator, dtype=torch.float64)
     times = sample_times(
         count, schedule=CLOCKS[clock], law=law, origin_steps=50, skip=20, phases=4, generator=generator
     )
-    return x0, eps, exact_points(CLOCKS[clock], times), times.moved
+    return x0, eps, exact_points(CLOCKS[clock], times), times.target_rows
 
 
 def exact_points(schedule: Schedule, times: Times) -> Points:
     return Points(*map(in_float64, points_of(schedule, times)))
 
 
-def moved_of(points: Points) -> Tensor:
-    return Times(*(point.time for point in points)).moved
+def target_rows_of(points: Points) -> Tensor:
+    return Times(*(point.time for point in points)).target_rows
 
 
 def halfway(clock: str) -> Callable[[TimePoint, TimePoint], TimePoint]:
@@ -62,7 +62,9 @@ def halfway(clock: str) -> Callable[[TimePoint, TimePoint], TimePoint]:
 def loss(student: Predict, teacher: Predict, x0: Tensor, eps: Tensor, points: Points, c: float = 0.001) -> Tensor:
     """TCD's own: first order, the student itself as target, Huber of each element, every example alike."""
     follow, distance = first_order(student), distance_of("huber", c)
-    return tcd_loss(follow, follow, teacher, x0, eps, points, moved=moved_of(points), distance=distance).mean()
+    return tcd_loss(
+        follow, follow, teacher, x0, eps, points, target_rows=target_rows_of(points), distance=distance
+    ).mean()
 
 
 def exponential_integrator(x: Tensor, x0: Tensor, t: Level, s: Level) -> Tensor:
@@ -95,13 +97,15 @@ def test_it_is_the_papers_loss_written_out() -> None:
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("count", [1, 32])
 def test_a_network_that_knows_the_point_has_no_loss(law: Law, order: int, count: int, clock: str) -> None:
-    x0, eps, points, moved = batch(count, clock=clock, law=law)
+    x0, eps, points, target_rows = batch(count, clock=clock, law=law)
     knows: Predict = lambda x_t, t, s, rows: x0[rows]  # noqa: E731
     follow = first_order(knows) if order == 1 else second_order(knows, halfway(clock))
     for name in get_args(DistanceName):
-        found = tcd_loss(follow, follow, knows, x0, eps, points, moved=moved, distance=distance_of(name, 0.001))
+        found = tcd_loss(
+            follow, follow, knows, x0, eps, points, target_rows=target_rows, distance=distance_of(name, 0.001)
+        )
         for weighting in get_args(Weighting):
-            weighted = weights(points, weighting) * found
+            weighted = loss_weights(points, weighting) * found
             assert weighted.shape == (count,) and (weighted.abs() < 1e-12).all()
 
 
@@ -110,13 +114,15 @@ def test_a_network_that_knows_the_point_has_no_loss(law: Law, order: int, count:
 @pytest.mark.parametrize("count", [1, 32])
 def test_a_network_that_knows_s_can_have_no_loss_at_all(law: Law, count: int, clock: str) -> None:
     """On a Gaussian: its exact trajectories are jumps of a network that is given s, and of none that is not."""
-    x0, eps, points, moved = batch(count, clock=clock, law=law)
+    x0, eps, points, target_rows = batch(count, clock=clock, law=law)
     follow = first_order(target_time_network)
     for name in get_args(DistanceName):
         distance = distance_of(name, 0.001)
-        found = tcd_loss(follow, follow, target_time_network, x0, eps, points, moved=moved, distance=distance)
+        found = tcd_loss(
+            follow, follow, target_time_network, x0, eps, points, target_rows=target_rows, distance=distance
+        )
         for weighting in get_args(Weighting):
-            assert ((weights(points, weighting) * found).abs() < 1e-12).all()
+            assert ((loss_weights(points, weighting) * found).abs() < 1e-12).all()
 
 
 @each_clock
@@ -169,7 +175,7 @@ def test_arithmetic_is_in_float32_whatever_the_network_answers_in(clock: str) ->
         x0,
         eps,
         points_of(schedule, times),
-        moved=times.moved,
+        target_rows=times.target_rows,
         distance=distance_of("l2", 0.0),
     )
     assert found.dtype == torch.float32 and (found < 1e-12).all()
@@ -190,7 +196,7 @@ def test_the_order_of_the_batch_does_not_matter(clock: str) -> None:
 
 @each_clock
 def test_only_the_prediction_has_a_gradient_and_the_student_comes_last(clock: str) -> None:
-    x0, eps, points, moved = batch(64, clock=clock)
+    x0, eps, points, target_rows = batch(64, clock=clock)
     weight = torch.ones((), dtype=torch.float64, requires_grad=True)
     calls: list[tuple[str, bool, list[int], list[int], list[int]]] = []
 
@@ -206,11 +212,11 @@ def test_only_the_prediction_has_a_gradient_and_the_student_comes_last(clock: st
         return gaussian_x0(x_t, t, s, rows)
 
     loss(student, teacher, x0, eps, points).backward()
-    assert 0 < len(moved) < 64, "the batch must have rows with s = t_next and others"
+    assert 0 < len(target_rows) < 64, "the batch must have rows with s = t_next and others"
     t, t_next, s = (point.time for point in points)
     assert calls == [
         ("teacher", False, t.tolist(), t_next.tolist(), list(range(64))),
-        ("student", False, t_next[moved].tolist(), s[moved].tolist(), moved.tolist()),
+        ("student", False, t_next[target_rows].tolist(), s[target_rows].tolist(), target_rows.tolist()),
         ("student", True, t.tolist(), s.tolist(), list(range(64))),
     ]
     assert weight.grad is not None and weight.grad != 0
@@ -222,7 +228,7 @@ def test_where_s_is_t_next_the_target_is_the_teachers_step(count: int, clock: st
     x0, eps, _, _ = batch(count)
     times = Times(*(torch.full((count,), time) for time in (519, 499, 499)))
     points = exact_points(CLOCKS[clock], times)
-    assert times.moved.shape == (0,)
+    assert times.target_rows.shape == (0,)
 
     def never_for_the_target(x_t: Tensor, t: TimePoint, s: TimePoint, rows: Tensor) -> Tensor:
         assert torch.is_grad_enabled(), "the target needs no forward here"
@@ -233,13 +239,13 @@ def test_where_s_is_t_next_the_target_is_the_teachers_step(count: int, clock: st
 
 @each_clock
 def test_the_rows_left_out_of_the_target_would_not_have_moved(clock: str) -> None:
-    x0, eps, points, moved = batch(64, clock=clock)
+    x0, eps, points, target_rows = batch(64, clock=clock)
     follow = first_order(gaussian_x0)
     alone, all_rows = (
-        tcd_loss(follow, follow, gaussian_x0, x0, eps, points, moved=rows, distance=distance_of("l2", 0.0))
-        for rows in (moved, torch.arange(64))
+        tcd_loss(follow, follow, gaussian_x0, x0, eps, points, target_rows=rows, distance=distance_of("l2", 0.0))
+        for rows in (target_rows, torch.arange(64))
     )
-    assert len(moved) < 64 and torch.equal(alone, all_rows)
+    assert len(target_rows) < 64 and torch.equal(alone, all_rows)
 
 
 def test_the_target_may_be_another_network_than_the_student() -> None:
@@ -248,11 +254,11 @@ def test_the_target_may_be_another_network_than_the_student() -> None:
     points = points._replace(s=in_float64(CLOCKS["discrete"].point(clean, 4)))
     knows: Predict = lambda x, t, s, rows: x0[rows]  # noqa: E731
     right, wrong = first_order(knows), first_order(lambda x, t, s, rows: x0[rows] + 1)
-    moved, distance = moved_of(points), distance_of("l2", 0.0)
+    target_rows, distance = target_rows_of(points), distance_of("l2", 0.0)
     kept = (points.s.level.sigma / points.t.level.sigma).flatten()
-    assert (tcd_loss(right, right, knows, x0, eps, points, moved=moved, distance=distance) < 1e-12).all()
-    off = tcd_loss(right, wrong, knows, x0, eps, points, moved=moved, distance=distance)
-    assert (off[moved] > 0.9 * (1 - kept[moved]) ** 2).all()
+    assert (tcd_loss(right, right, knows, x0, eps, points, target_rows=target_rows, distance=distance) < 1e-12).all()
+    off = tcd_loss(right, wrong, knows, x0, eps, points, target_rows=target_rows, distance=distance)
+    assert (off[target_rows] > 0.9 * (1 - kept[target_rows]) ** 2).all()
 
 
 @each_clock
@@ -266,13 +272,13 @@ def test_the_loss_never_looks_at_a_number(order: int, clock: str) -> None:
     follow = first_order(gaussian_x0)
     if order == 2:
         follow = second_order(gaussian_x0, lambda t, s: schedule.point(schedule.midpoint(t.time, s.time), 4))
-    for moved in (time[:2], time[:0]):
+    for target_rows in (time[:2], time[:0]):
         for name in get_args(DistanceName):
             found = tcd_loss(
-                follow, follow, gaussian_x0, x0, x0, points, moved=moved, distance=distance_of(name, 0.001)
+                follow, follow, gaussian_x0, x0, x0, points, target_rows=target_rows, distance=distance_of(name, 0.001)
             )
             for weighting in get_args(Weighting):
-                weighted = weights(points, weighting) * found
+                weighted = loss_weights(points, weighting) * found
                 assert weighted.shape == (4,) and weighted.dtype == torch.float32
 
 
@@ -328,16 +334,16 @@ def test_the_two_hubers_differ_where_errors_are_uneven() -> None:
 def test_weights_by_the_length_of_the_jump_and_by_what_it_keeps_of_x0(clock: str) -> None:
     times = Times(torch.tensor([999, 519, 39]), torch.tensor([979, 499, 19]), torch.tensor([0, 499, 0]))
     points = exact_points(CLOCKS[clock], times)
-    assert weights(points, "none").tolist() == [1, 1, 1]
-    assert weights(points, "gap").tolist() == pytest.approx([20 / 999, 1.0, 20 / 39])
+    assert loss_weights(points, "none").tolist() == [1, 1, 1]
+    assert loss_weights(points, "gap").tolist() == pytest.approx([20 / 999, 1.0, 20 / 39])
     # An error of x0 moves the jump's end by 1 / weight.
     x = torch.randn(3, 1, 2, 2, dtype=torch.float64)
     follow = first_order(lambda x, *_: torch.zeros_like(x)), first_order(lambda x, *_: torch.ones_like(x))
     x_s = [each(x, points.t, points.s, torch.arange(3)) for each in follow]
-    torch.testing.assert_close((x_s[1] - x_s[0]).mean((1, 2, 3)), 1 / weights(points, "x0"))
+    torch.testing.assert_close((x_s[1] - x_s[0]).mean((1, 2, 3)), 1 / loss_weights(points, "x0"))
 
 
 def test_on_a_flow_x0s_share_of_a_jump_is_the_part_of_its_way() -> None:
     times = Times(torch.tensor([1000, 500, 40]), torch.tensor([980, 480, 20]), torch.tensor([0, 480, 10]))
-    share = 1 / weights(points_of(CLOCKS["flow"], times), "x0")
+    share = 1 / loss_weights(points_of(CLOCKS["flow"], times), "x0")
     torch.testing.assert_close(share, torch.tensor([1.0, 20 / 500, 30 / 40]))

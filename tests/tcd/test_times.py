@@ -9,7 +9,7 @@ from torch import Tensor
 from ladders import CLOCKS, DISCRETE
 from oracles import points_of
 from trajectory_consistency.tcd import DiscreteSchedule, timestep_grid
-from trajectory_consistency.tcd.objective import Weighting, weights
+from trajectory_consistency.tcd.objective import Weighting, loss_weights
 from trajectory_consistency.tcd.times import Law, Times, sample_times
 from trajectory_consistency.trainer.config.settings import from_mapping
 from trajectory_consistency.trainer.errors import UserError
@@ -88,7 +88,7 @@ def test_on_every_grid_t_is_above_zero_and_t_next_below_t(law: Law, origin_steps
             assert set(times.t.tolist()) == set(grid) - {0}
             points = points_of(schedule, times)
             for weighting in get_args(Weighting):
-                weight = weights(points, weighting)
+                weight = loss_weights(points, weighting)
                 assert weight.isfinite().all() and (weight > 0).all() and weight.shape == (count,)
 
 
@@ -106,7 +106,7 @@ def test_a_phase_ends_where_the_run_of_the_schedule_does(phases: int, clock: str
 @each_clock
 def test_targets_are_of_the_runs_of_4_to_8_steps_but_for_the_top(clock: str) -> None:
     schedule = CLOCKS[clock]
-    runs = {time for steps in range(4, 9) for time in schedule.visited(steps, 50)} - {schedule.num_times - 1}
+    runs = {time for steps in range(4, 9) for time in schedule.sampler_times(steps, 50)} - {schedule.num_times - 1}
     t, t_next, s = draw("target", 100_000, clock=clock)
     for chosen in schedule.grid(50)[[1, 10, 30, 50]].tolist():
         highest = max(time for time in (0, *runs) if time <= max(chosen - 20, 0))
@@ -134,8 +134,8 @@ def test_segments_divide_the_times_that_a_clock_has() -> None:
 def test_the_rows_that_moved_are_those_with_a_jump_of_the_target(law: Law, clock: str) -> None:
     for count, skip in ((64, 20), (64, 999), (1, 20)):
         times = draw(law, count, skip=skip, clock=clock)
-        assert times.moved.dtype == torch.int64
-        assert times.moved.tolist() == [row for row in range(count) if times.s[row] < times.t_next[row]]
+        assert times.target_rows.dtype == torch.int64
+        assert times.target_rows.tolist() == [row for row in range(count) if times.s[row] < times.t_next[row]]
 
 
 @each_clock

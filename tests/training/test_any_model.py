@@ -20,7 +20,7 @@ from trajectory_consistency.trainer.data.dataset import Batch, Dataset
 from trajectory_consistency.trainer.data.encode import fill_cache, load_or_encode
 from trajectory_consistency.trainer.errors import UserError
 from trajectory_consistency.trainer.files.adapter_weights import load_weights
-from trajectory_consistency.trainer.files.write import write_lora
+from trajectory_consistency.trainer.files.write_lora import write_lora
 from trajectory_consistency.trainer.models import open_checkpoint
 from trajectory_consistency.trainer.models.conditioning import Conditioning
 from trajectory_consistency.trainer.models.framing import Framing

@@ -36,8 +36,8 @@ def test_however_a_step_is_divided_its_rows_are_the_same(config: Config, count: 
     divided = [read_examples(config, random_dataset(), SCHEDULE, 1, part) for part in parts]
     for several, expected in zip(zip(*map(tensors, divided), strict=True), tensors(whole), strict=True):
         assert torch.equal(torch.cat(several), expected)
-    moved = torch.cat([each.moved + part.start for each, part in zip(divided, parts, strict=True)])
-    assert torch.equal(moved, whole.moved)
+    target_rows = torch.cat([each.target_rows + part.start for each, part in zip(divided, parts, strict=True)])
+    assert torch.equal(target_rows, whole.target_rows)
 
 
 def test_captions_are_dropped_as_often_as_the_configuration_says(config: Config) -> None:

@@ -22,7 +22,7 @@ from trajectory_consistency.tcd.adapter import STUDENT
 from trajectory_consistency.trainer.data.buckets import Size
 from trajectory_consistency.trainer.config.settings import from_mapping
 from trajectory_consistency.trainer.data.dataset import Dataset, Table, caption_of
-from trajectory_consistency.trainer.files.write import write_lora
+from trajectory_consistency.trainer.files.write_lora import write_lora
 from trajectory_consistency.trainer.training.loop import train
 from trajectory_consistency.trainer.models.conditioning import Conditioning
 from trajectory_consistency.trainer.models.unet.model import UNetModel

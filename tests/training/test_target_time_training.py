@@ -132,9 +132,9 @@ def test_both_ends_of_the_loss_get_s_and_the_teacher_does_not(
     monkeypatch.setattr(UNetModel, "_predict", watched)
     step_losses(model, rows, settings)
     t, t_next, s = (time.tolist() for time in rows.times)
-    moved = [k for k in range(4) if s[k] < t_next[k]]
-    assert len(moved) > 0 and rows.moved.tolist() == moved
-    assert seen == [(t + t, None), ([t_next[k] for k in moved], [s[k] for k in moved]), (t, s)]
+    target_rows = [k for k in range(4) if s[k] < t_next[k]]
+    assert len(target_rows) > 0 and rows.target_rows.tolist() == target_rows
+    assert seen == [(t + t, None), ([t_next[k] for k in target_rows], [s[k] for k in target_rows]), (t, s)]
 
 
 def test_the_embedding_has_a_learning_rate_of_its_own(base: Path, values: Values) -> None:

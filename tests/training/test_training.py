@@ -21,9 +21,9 @@ from trajectory_consistency.tcd import (
 from trajectory_consistency.tcd.adapter import FILE
 from trajectory_consistency.tcd.times import Times, sample_times
 from trajectory_consistency.trainer.errors import UserError
-from trajectory_consistency.trainer.files import write as files_write
+from trajectory_consistency.trainer.files import write_lora as files_write
 from trajectory_consistency.trainer.files.adapter_weights import load_weights
-from trajectory_consistency.trainer.files.write import VerificationError, write_lora
+from trajectory_consistency.trainer.files.write_lora import VerificationError, write_lora
 from trajectory_consistency.trainer.models.sampling import initial_noise, sample_latents
 from trajectory_consistency.trainer.models.unet.model import UNetModel
 from trajectory_consistency.trainer.models.unet.targets import TARGETS

@@ -66,7 +66,7 @@ def test_a_step_waits_for_the_gpu_once(method: str, tmp_path: Path) -> None:
     model = load_student(config, open_checkpoint(config.base), GPU, torch.float32)
     training = loop.Training(model, random_dataset(), config)
     first = [read_examples(config, random_dataset(), model.schedule, 0, rows) for rows in training.micro_batches]
-    assert any(len(each.moved) for each in first), "the target is called too"
+    assert any(len(each.target_rows) for each in first), "the target is called too"
     with training, Waits() as waits:
         for _ in range(2):
             training.train_step()

@@ -18,7 +18,7 @@ from trajectory_consistency.trainer.config import settings
 from trajectory_consistency.trainer.data.buckets import Size
 from trajectory_consistency.trainer.data.dataset import Dataset, Table
 from trajectory_consistency.trainer.data.order import Group
-from trajectory_consistency.trainer.files.write import write_lora
+from trajectory_consistency.trainer.files.write_lora import write_lora
 from trajectory_consistency.trainer.models.conditioning import Conditioning
 from trajectory_consistency.trainer.models.seam import LatentFormat, Model
 from trajectory_consistency.trainer.training.loop import train

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def check_together(config: Config) -> None:
     """Check the values of a configuration against each other.
 
-    Raises UserError, with advice on which to change, if two values are incompatible or a value depends on another.
+    Raises UserError, with advice on which to change, if two values are incompatible or one needs another to be set.
     """
     if config.method.guidance_min > config.method.guidance_max:
         raise UserError(

@@ -135,7 +135,7 @@ class MethodConfig:
     origin_steps: int = _number(50, 1, 1000)
     """Number of points of the grid on which t is drawn; 50 is 19, 39 ... 999."""
     skip: int = _number(20, 1, 999)
-    """Length k of the teacher's solver step, in training timesteps."""
+    """Length k of the teacher's solver step, in training times: timesteps, or thousandths of a flow's clock."""
     guidance_min: float = _number(2.0, 0.0)
     """Lowest guidance scale of the teacher. The scale is drawn uniformly for each picture, up to `guidance_max`."""
     guidance_max: float = _number(8.0, 0.0)
@@ -157,7 +157,7 @@ class MethodConfig:
     """With `target_time`: the quantity that is embedded, the target time s or the jump's length t - s."""
 
     @property
-    def embedded(self) -> TargetInput | None:
+    def embedded_input(self) -> TargetInput | None:
         """The quantity that is embedded for the target time, or None without an embedding."""
         return self.target_input if self.target_time else None
 
@@ -176,7 +176,7 @@ class AdapterConfig:
     start_from: str = ""
     """LoRA file to start from, with the same rank, alpha and targets. If empty, the initial LoRA changes nothing."""
     freeze: bool = False
-    """Train only the embedding of `method.target_time`; the LoRA, usually that of `start_from`, stays unchanged."""
+    """Train only the embedding of `method.target_time`; the LoRA, usually loaded by `start_from`, stays unchanged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,8 +249,8 @@ class PreviewConfig:
     eta: float = _number(DEFAULT_ETA, 0.0, 1.0)
     """Eta of the student's sampler; the teacher's sampler adds no noise."""
     cfg: float = _number(DEFAULT_CFG, 0.0)
-    """Guidance scale of the student. The teacher's pictures take 50 steps, with the middle of `method`'s guidance
-    range."""
+    """Guidance scale of the student. The teacher's pictures take 50 steps, with the mean of
+    `method.guidance_min` and `method.guidance_max`."""
     width: int = _number(0, 0, 4096)
     """Width of the pictures in pixels, a multiple of the latent stride; 0 means `data.resolution`."""
     height: int = _number(0, 0, 4096)

@@ -31,7 +31,7 @@ class Size(NamedTuple):
         return Size(int(height), int(width))
 
 
-class Fit(NamedTuple):
+class CropPlan(NamedTuple):
     """How a picture is brought to its bucket's size: resized, then cropped.
 
     The crop has the bucket's size and starts at (top, left) of the resized picture, in pixels.
@@ -63,7 +63,7 @@ class Buckets:
     upscale: bool = False
     """Enlarge small pictures to the full resolution instead of assigning them smaller buckets."""
 
-    def fit(self, original: Size) -> Fit | None:
+    def fit(self, original: Size) -> CropPlan | None:
         """Return how a picture of this size is resized and center-cropped, or None if every bucket is larger.
 
         The bucket is the one with the nearest aspect ratio at the full resolution.  If it is larger than the picture
@@ -103,9 +103,9 @@ def _nearest_aspect(original: Size, sizes: tuple[Size, ...]) -> Size:
     return min(sizes, key=preference)
 
 
-def _crop_center(original: Size, bucket: Size) -> Fit:
+def _crop_center(original: Size, bucket: Size) -> CropPlan:
     """Resize to the smallest size of the same aspect ratio that covers the bucket, and crop the center."""
     scale = max(bucket.height / original.height, bucket.width / original.width)
     height = max(bucket.height, round(original.height * scale))
     width = max(bucket.width, round(original.width * scale))
-    return Fit(original, Size(height, width), bucket, (height - bucket.height) // 2, (width - bucket.width) // 2)
+    return CropPlan(original, Size(height, width), bucket, (height - bucket.height) // 2, (width - bucket.width) // 2)

@@ -196,7 +196,7 @@ class CachedData:
 def open_cached(config: Config, dtype: torch.dtype) -> CachedData | None:
     """Open the data of a configuration, or return None if the cache is not complete.
 
-    The length of each file is checked, not its content: a file shorter than its header says counts as missing.
+    The length of each file is checked, but not its content. A file that is too short counts as missing.
     Raises UserError if the cache is complete but contains no usable picture.
     """
     checkpoint = open_checkpoint(config.base)
@@ -220,7 +220,7 @@ def open_cached(config: Config, dtype: torch.dtype) -> CachedData | None:
 def input_fingerprints(config: Config, dtype: torch.dtype) -> dict[str, str]:
     """Return fingerprints of a run's inputs (base, its dtype, VAE and data), each of which changes with its input.
 
-    The VAE entry is absent if the base contains it, and the data entry until the cache is complete.
+    There is no VAE entry if the base contains the VAE, and no data entry while the cache is incomplete.
     """
     checkpoint = open_checkpoint(config.base)
     model = checkpoint.fingerprints()

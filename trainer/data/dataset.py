@@ -16,7 +16,7 @@ from torch import Tensor
 from ..models.conditioning import Conditioning
 from ..models.framing import Framing
 from ..randomness import generator
-from .order import Group, Order
+from .order import BatchOrder, Group
 from .store import DIGESTS
 
 Shard = Mapping[str, Tensor]
@@ -65,7 +65,7 @@ class Dataset:
         return sum(group.shown(1) for group in self.groups)
 
     def batch(self, step: int, size: int, part: slice = slice(None), *, seed: int, caption_dropout: float) -> Batch:
-        """Return the rows `part` of the `size` rows of a step, which are all of one bucket.
+        """Return the rows `part` of a step's batch of `size` rows. All rows of a step are from one bucket.
 
         The choice of pictures, the caption dropout and the posterior's noise are functions of (seed, step, row), and
         do not depend on how the rows of a step are divided among processes.
@@ -100,5 +100,5 @@ def _sample_posterior(shard: Shard, row: int, draw: torch.Generator) -> Tensor:
 
 
 @lru_cache(maxsize=4)
-def _order_of(groups: tuple[Group, ...], size: int, seed: int) -> Order:
-    return Order(groups, size, seed)
+def _order_of(groups: tuple[Group, ...], size: int, seed: int) -> BatchOrder:
+    return BatchOrder(groups, size, seed)

@@ -67,7 +67,7 @@ def load_or_encode(
     part, parts: this process computes part `part` of `parts`.
     total: the number of samples, for the progress bar.
     barrier: returns once all processes have called it.
-    Raises UserError if a source or sample cannot be used, and MemoryFullError.
+    Raises UserError if a source or sample cannot be used, and MemoryFullError if memory runs out.
     """
     cached = open_cached(config, dtype)
     if cached is None:
@@ -92,12 +92,13 @@ def fill_cache(
     total: int | None = None,
     verify: bool = False,
 ) -> None:
-    """Compute all missing rows of every `parts`-th file from `part` on, and write the index.
+    """Compute all missing rows of one part of the data, and write its index.
 
+    part, parts: every `parts`-th picture, tar file or prompt from `part` on.
     total: the number of samples, for the progress bar.
     verify: recompute files whose checksum does not match; return early if nothing is missing after that.
     If the process is killed, the next call continues with the rows that are still missing.
-    Raises UserError if a source or sample cannot be used, and MemoryFullError.
+    Raises UserError if a source or sample cannot be used, and MemoryFullError if memory runs out.
     """
     checkpoint = open_checkpoint(config.base)
     check_bucket_sizes(config.data, checkpoint.latents)
@@ -158,10 +159,10 @@ class _CacheFiller:
             self.survey.count(inspection)
             if inspection.problems:
                 continue
-            bucket = inspection.fit.bucket if inspection.fit else Size.parse(store.kind(inspection.key))
+            bucket = inspection.crop.bucket if inspection.crop else Size.parse(store.kind(inspection.key))
             caption = self._add_caption(inspection.sample.caption)
             self.entries[number, bucket].append(("latents", inspection.key, caption))
-            if inspection.fit and inspection.key not in store:
+            if inspection.crop and inspection.key not in store:
                 self._pending_pictures[bucket][inspection.key] = inspection
             if len(self._pending_pictures[bucket]) >= pictures_per_call(bucket, self.device):
                 self._encode_pictures(bucket)
@@ -231,7 +232,7 @@ class _CacheFiller:
         return Index.from_entries(locations, captions.location_in_cache(_caption_digest("")), self.survey)
 
     def _add_caption(self, caption: str) -> bytes:
-        """Return the digest of a caption, and encode it, at the latest in `finish_encoding`, if it is not cached."""
+        """Return the digest of a caption; a caption that is not cached is encoded in `finish_encoding` or before."""
         key = _caption_digest(caption)
         if key not in self.stores["captions"]:
             self._pending_captions[key] = caption
@@ -256,12 +257,12 @@ class _CacheFiller:
         images = torch.stack([each.pixels for each in inspections.values() if each.pixels is not None])
         encoded = self.autoencoder.encode(images.to(self.device))
         for row, (key, inspection) in enumerate(inspections.items()):
-            assert inspection.fit is not None
+            assert inspection.crop is not None
             name = inspection.sample.name
             tensors = {"mean": _to_cached(encoded.mean[row], name)}
             if encoded.std is not None:
                 tensors["std"] = _to_cached(encoded.std[row], name)
-            tensors["sizes"] = inspection.fit.framing.to_rows()[0]
+            tensors["sizes"] = inspection.crop.framing.to_rows()[0]
             self.stores["latents"].add(str(bucket), key, tensors)
 
     def _cached_conditioning(self, captions: list[str], framing: Framing) -> Conditioning:

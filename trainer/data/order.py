@@ -34,7 +34,7 @@ class Group(NamedTuple):
 
 
 @dataclass
-class Order:
+class BatchOrder:
     """An endless sequence of epochs, each of which shows every picture `repeats` times, in batches of one bucket.
 
     The pictures of a group are shuffled in one pass after another, and each epoch takes the next `pictures * repeats`

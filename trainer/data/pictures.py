@@ -12,7 +12,7 @@ from einops import rearrange
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .buckets import Fit, Size
+from .buckets import CropPlan, Size
 
 SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 """Suffixes of image files, lower case."""
@@ -54,11 +54,11 @@ def size_of(image: Image.Image) -> Size:
     return Size(image.height, image.width)
 
 
-def pixels(image: Image.Image, fit: Fit) -> Tensor:
+def pixels(image: Image.Image, crop: CropPlan) -> Tensor:
     """Resize and crop a picture to its bucket, and return it as uint8 [3, H, W]."""
-    if fit.resized != fit.original:
-        image = image.resize((fit.resized.width, fit.resized.height), Image.Resampling.LANCZOS)
-    image = image.crop((fit.left, fit.top, fit.left + fit.bucket.width, fit.top + fit.bucket.height))
+    if crop.resized != crop.original:
+        image = image.resize((crop.resized.width, crop.resized.height), Image.Resampling.LANCZOS)
+    image = image.crop((crop.left, crop.top, crop.left + crop.bucket.width, crop.top + crop.bucket.height))
     return torch.from_numpy(rearrange(np.array(image), "h w c -> c h w"))
 
 

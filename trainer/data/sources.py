@@ -186,7 +186,7 @@ def _read_tar(path: Path) -> Iterator[Sample]:
     try:
         with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r|") as tar:
             yield from _group_members(path, _read_members(tar))
-            if not _is_complete(file):  # tarfile takes a file cut between two members for complete
+            if not _is_complete(file):  # tarfile does not notice that a file ends between two members
                 raise tarfile.ReadError
     except (tarfile.TarError, OSError):
         yield Sample(path.name, bytes, problem=DAMAGED_TAR)

@@ -28,7 +28,7 @@ SHARD_BYTES = 256 * 2**20
 SHARD_SECONDS = 300.0
 """Added rows are written when they reach SHARD_BYTES, or SHARD_SECONDS after the last write."""
 _ABANDONED_SECONDS = 3600.0
-"""Age after which a temporary file is taken to be left by a process that was killed."""
+"""A temporary file older than this was left by a process that was killed."""
 log = logging.getLogger("trajectory-consistency")
 
 

@@ -16,8 +16,8 @@ from ..config.settings import Config, DataConfig
 from ..errors import UserError
 from ..models.seam import LatentFormat
 from . import pictures
-from .buckets import Buckets, Fit, Size
-from .order import Group, Order
+from .buckets import Buckets, CropPlan, Size
+from .order import BatchOrder, Group
 from .sources import PromptFile, Sample, open_sources
 from .store import digest
 
@@ -36,10 +36,10 @@ class Inspection(NamedTuple):
     """Why the sample cannot be used; empty if it can."""
     key: bytes = b""
     """Digest of the image file's bytes; empty if there are problems."""
-    fit: Fit | None = None
+    crop: CropPlan | None = None
     """How the picture is resized and cropped; None if it is already cached or has problems."""
     pixels: Tensor | None = None
-    """The resized and cropped picture, uint8 [3, H, W], if requested and `fit` is not None."""
+    """The resized and cropped picture, uint8 [3, H, W], if requested and `crop` is not None."""
 
 
 @dataclass
@@ -100,8 +100,8 @@ def survey(config: Config, part: int = 0, parts: int = 1) -> Survey:
         bar = tqdm(source.samples(part, parts), desc="reading pictures", unit="img", leave=False, delay=2)
         for inspection in parallel_map(lambda sample: inspect_sample(sample, buckets), bar):
             found.count(inspection)
-            if inspection.fit is not None:
-                found.groups[number, inspection.fit.bucket] += 1
+            if inspection.crop is not None:
+                found.groups[number, inspection.crop.bucket] += 1
     raise_for_problems(found, config.data)
     return found
 
@@ -134,10 +134,10 @@ def inspect_sample(
         image = pictures.decode(data)
     except pictures.BrokenPictureError:
         return Inspection(sample, (*problems, BROKEN))
-    fit = buckets.fit(pictures.size_of(image))
-    if fit is None or problems:
-        return Inspection(sample, problems if fit else (*problems, SMALL))
-    return Inspection(sample, (), key, fit, pictures.pixels(image, fit) if pixels else None)
+    crop = buckets.fit(pictures.size_of(image))
+    if crop is None or problems:
+        return Inspection(sample, problems if crop else (*problems, SMALL))
+    return Inspection(sample, (), key, crop, pictures.pixels(image, crop) if pixels else None)
 
 
 def parallel_map(function: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
@@ -159,7 +159,7 @@ def configured_buckets(data: DataConfig) -> Buckets:
 
 
 def check_bucket_sizes(data: DataConfig, latents: LatentFormat) -> None:
-    """Raise UserError if there are buckets that the model's latents do not fill in whole cells."""
+    """Raise UserError unless the sides of all buckets are multiples of the latent stride."""
     latents.check_size("data.resolution", data.resolution)
     latents.check_size("data.bucket_step", data.bucket_step)
 
@@ -213,7 +213,7 @@ def bucket_table(found: Survey, config: Config, batch: int) -> str:
         held, shown, steps = (
             sum(group.pictures for group in own),
             sum(group.shown(1) for group in own),
-            Order(own, batch, 0).steps(0),
+            BatchOrder(own, batch, 0).steps(0),
         )
         lines.append(f"{bucket!s:>11} {held:>9} {shown:>9} {steps:>7} {steps * batch - shown:>8}")
     return "\n".join(lines)

@@ -54,7 +54,7 @@ def using_file(model: Model, path: Path) -> Iterator[None]:
 
 
 def initial_weights(model: Model, config: Config) -> AdapterWeights:
-    """Return the student's weights as training begins: new ones, or those of adapter.start_from.
+    """Return the student's weights at the start of training: new ones, or the weights of adapter.start_from.
 
     For a model on the meta device they have no data, and the file is only checked. Raises UserError if adapter.targets
     has unknown names, or the file of adapter.start_from is missing or does not fit the adapter.
@@ -65,7 +65,7 @@ def initial_weights(model: Model, config: Config) -> AdapterWeights:
         alpha=adapter.alpha,
         seed=config.training.seed,
         targets=adapter.targets,
-        target_input=config.method.embedded,
+        target_input=config.method.embedded_input,
     )
     if adapter.start_from:
         path = Path(adapter.start_from).expanduser()
@@ -77,7 +77,7 @@ def initial_weights(model: Model, config: Config) -> AdapterWeights:
 
 @torch.no_grad()
 def start_from(model: Model, weights: AdapterWeights, path: Path) -> None:
-    """Overwrite weights to be trained with those of a LoRA file; for weights on the meta device, check the file only.
+    """Copy the weights of a LoRA file into trainable `weights`; if these are on the meta device, only check the file.
 
     If the file has no target-time embedding, the embedding of `weights` keeps its initial values.
 

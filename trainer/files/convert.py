@@ -28,7 +28,7 @@ def convert(source: Path, target: Path, *, naming: Naming, dtype: torch.dtype) -
     lora = read_lora(source)
     tensors = _kohya_tensors(lora) if naming == "kohya" else _peft_tensors(lora, source)
     cast = {name: tensor if name.endswith(ALPHA) else tensor.to(dtype) for name, tensor in tensors.items()}
-    # The tensors include the alphas now; a reader would multiply by the alphas of the PEFT config again.
+    # The PEFT config is left out: its alphas are in the tensors now, and a reader would apply them a second time.
     metadata = {key: value for key, value in lora.metadata.items() if key != PEFT_CONFIG_KEY}
     write_verified(target, cast, metadata)
 

@@ -53,7 +53,7 @@ def module_scale(module: LoraModule) -> float:
 
 
 def read_lora(path: Path) -> LoraFile:
-    """Read a LoRA file. A module without an alpha of its own gets that of the PEFT config in the metadata, or its rank.
+    """Read a LoRA file. A module without alpha gets the alpha of the PEFT config in the metadata, or else its rank.
 
     Raises UserError if the file is missing, damaged, or not a LoRA.
     """

@@ -35,7 +35,7 @@ def _open_unet(base: BaseConfig) -> Checkpoint:
 ENGINES: list[Callable[[BaseConfig], Checkpoint | None]] = [_open_unet]
 """For each engine, a function that opens a model of its kind, or returns None: the first that can is used.
 
-The last one does not return None, but raises UserError with what the model is instead."""
+The last one never returns None: it raises a UserError that says what the model is."""
 
 
 def lora_layouts() -> Iterator[LoraLayout]:

@@ -13,7 +13,7 @@ from torch import Tensor
 class Conditioning:
     """Named tensors [B, ...] with one row per example; each model defines the names that it uses.
 
-    A mask of padding is one of these tensors, so that whoever selects, moves or repeats rows does the same to it.
+    If rows are padded, the mask is one of these tensors, so it is selected, moved and repeated together with them.
     """
 
     tensors: Mapping[str, Tensor]

@@ -11,10 +11,10 @@ says how LoRA files for its networks are laid out. `open_checkpoint` and `lora_l
 Latents are [B, C, h, w] of pictures, and [B, C, F, h, w] of videos. They are normalized everywhere outside an
 `Autoencoder`, which shifts and scales them as the network expects.
 
-Conditioning is named tensors whose names only the engine reads. The rows of captions may differ in length: the trainer
-keeps each as it was encoded, and `Checkpoint.collate` makes a batch of some of them, padded to the longest one, with a
-mask among the named tensors. The trainer selects rows of a batch, and never joins two. Rows are padded differently in
-other batches, processes and micro-batches, so what a network predicts for a row must not depend on the padding.
+Conditioning is named tensors whose names only the engine reads. Encoded captions may differ in length. The trainer
+stores each one without padding. `Checkpoint.collate` makes a batch of them: it pads them to the longest one, and adds a
+mask to the named tensors. The trainer selects rows of a batch, and never joins two batches. The padding of a
+row differs between batches, processes and micro-batches, so the network's prediction must not depend on it.
 
 The clock is the engine's: the trainer knows times, levels and network times only through `Model.schedule`.
 """
@@ -41,9 +41,9 @@ class LatentFormat(NamedTuple):
     stride: int
     """Pixels per latent cell, along height and width; picture sizes are multiples of it."""
     frames: int | None = None
-    """Frames of a video, as it is seen; None for pictures, whose latents have no frame dimension."""
+    """Frames of a decoded video; None for pictures, whose latents have no frame dimension."""
     frame_stride: int = 1
-    """Frames of a video per latent frame; the first has a latent frame of its own, as in a causal autoencoder."""
+    """Frames per latent frame of a video. The first frame has its own latent frame, as in a causal autoencoder."""
 
     def shape(self, height: int, width: int) -> tuple[int, ...]:
         """Return the shape of one latent for height x width pixels: [C, h, w], or [C, F, h, w] with frames."""
@@ -79,12 +79,12 @@ class LoraLayout(NamedTuple):
 
 
 class Fingerprints(NamedTuple):
-    """Content hashes of a model's files; what was computed with one of them is invalid once its hash changes."""
+    """Content hashes of a model's files. If a hash changes, rows that were computed with these files are invalid."""
 
     base: str
-    """Of the network and the text encoders, and of the autoencoder unless that has files of its own."""
+    """The hash of the network and the text encoders, and of the autoencoder unless it has its own files."""
     autoencoder: str | None = None
-    """Of the autoencoder, if it has files of its own, as with base.vae."""
+    """The hash of the autoencoder if it has its own files, as with base.vae; otherwise None."""
 
 
 class TextEncoder(Protocol):
@@ -110,13 +110,13 @@ class Autoencoder(Protocol):
     """Pictures -> normalized latents, and back. Only an autoencoder knows the shift and the scale of normalization."""
 
     def encode(self, pixels: Tensor) -> LatentDistribution:
-        """Encode pictures, uint8 [B, 3, H, W]; for a model of videos each is a video in which nothing moves."""
+        """Encode pictures, uint8 [B, 3, H, W]; a video model encodes each as a video without motion."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode normalized latents [B, *LatentFormat.shape] to pictures, uint8 [B, 3, H, W].
 
-        The frames of a video are one picture, side by side: W is the width of all of them together.
+        A video becomes one picture, with its frames side by side: W is the sum of their widths.
         """
         ...
 
@@ -158,7 +158,8 @@ class Model(Protocol):
     def x0(self, x_t: Tensor, t: TimePoint, cond: Conditioning, s: TimePoint | None = None) -> Tensor:
         """Predict x0, float32 [B, C, ...], from x_t [B, C, ...] at t; s: target time, for an adapter that embeds it.
 
-        A network that has the guidance scale as an input gets one of the engine's choice: the student is used with it.
+        If the network has the guidance scale as an input, the engine chooses its value here: the scale that the
+        finished LoRA is used with.
         """
         ...
 

@@ -17,13 +17,13 @@ def dpm_solver_sample(
 ) -> Tensor:
     """Sample latents [B, C, ...] from unit noise of the same shape; the solver is deterministic.
 
-    steps: number of calls of the teacher, 1 to 50, at timesteps of the distillation grid; the last one returns x0.
-    guidance: scale of all rows; 1 is no guidance. Raises ValueError for other numbers of steps.
+    steps: number of calls of the teacher, at the times of model.schedule.sampler_times; the last one returns x0.
+    guidance: scale of all rows; 1 is no guidance. Raises ValueError if sampler_times does.
 
     Each step from t to s is a jump along the trajectory, with x0 extrapolated to the middle of the step:
     D = x0 + (x0 - x0_previous) h / (2 h_previous), where h is the length of a step in half-log-SNR.
     """
-    times = model.schedule.visited(steps, origin_steps=ORIGIN_STEPS)
+    times = model.schedule.sampler_times(steps, origin_steps=ORIGIN_STEPS)
     points = [model.schedule.point(torch.full((len(noise),), t, device=noise.device), noise.ndim) for t in times]
     scale = torch.full((len(noise),), guidance, device=noise.device)
     x = noise

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: everything needed to resume it, each written atomically to one file.
+"""Checkpoints of a training run: each is one file with everything needed to resume, written atomically.
 
 Generator states and the position in the data are not saved: both are functions of (seed, step).
 """

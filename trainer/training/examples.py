@@ -44,7 +44,7 @@ class Examples(NamedTuple):
     """The empty caption's conditioning, b rows."""
     times: Times
     """Training times of the schedule, int64 [b] each."""
-    moved: Tensor
+    target_rows: Tensor
     """Indices of the rows with s < t_next, int64; the target network is called only for these."""
     guidance: Tensor
     """Guidance scales w of the teacher, float32 [b]."""
@@ -64,7 +64,7 @@ class Examples(NamedTuple):
             self.cond.map(change),
             self.uncond.map(change),
             Times(*map(change, self.times)),
-            change(self.moved),
+            change(self.target_rows),
             change(self.guidance),
         )
 
@@ -96,7 +96,9 @@ def read_examples(config: Config, dataset: Dataset, schedule: Schedule, step: in
         for row in range(training.batch)[rows]
     ]
     times = Times(*(time[rows] for time in drawn.times))
-    return Examples(batch.latents, torch.stack(eps), batch.cond, batch.uncond, times, times.moved, drawn.guidance[rows])
+    return Examples(
+        batch.latents, torch.stack(eps), batch.cond, batch.uncond, times, times.target_rows, drawn.guidance[rows]
+    )
 
 
 @dataclass
@@ -119,7 +121,10 @@ class Prefetcher:
         """((step, index), examples) of the micro-batch that is being read."""
 
     def get(self, step: int, index: int) -> Examples:
-        """Return micro-batch `index` of a step and, with `ahead`, start reading the next; raises errors of reading."""
+        """Return micro-batch `index` of a step and, with `ahead`, start reading the next.
+
+        Raises the errors of the thread that read it.
+        """
         if self._next is not None and self._next[0] == (step, index):
             examples = self._next[1].result()
         else:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_SAME_CTRL_C = 1.0  # seconds within which two signals count as one Ctrl-C: a launcher passes on what the terminal sent
+# Seconds within which two signals count as one Ctrl-C: the terminal sends one, and a launcher may send it again.
+_SAME_CTRL_C = 1.0
 
 
 class Interrupted(KeyboardInterrupt):

@@ -87,7 +87,7 @@ def train(
         desc="distilling",
         unit="img",
         unit_scale=True,
-        disable=not processes.main,
+        disable=not processes.is_main,
     )
     with (
         bar,
@@ -99,10 +99,10 @@ def train(
             record, stop = training.train_step(stop_requested)
             bar.update(batch)
             bar.set_postfix(loss=f"{_mean(training.losses[-50:]):.4f}", refresh=False)
-            for observe in observers if processes.main else ():
+            for observe in observers if processes.is_main else ():
                 observe(record)
             save = checkpoints and (stop or training.step == steps or checkpoints.due(training.step))
-            if checkpoints and save and processes.main:
+            if checkpoints and save and processes.is_main:
                 checkpoints.save(training.step, training.state_dict())
             if stop:
                 kept = "saved; the same command resumes there" if save else "nothing was saved"

@@ -79,7 +79,7 @@ class MemorySettings(NamedTuple):
             ema=config.method.ema_decay > 0,
             student_calls=config.method.order,
             targets=config.adapter.targets,
-            target_input=config.method.embedded,
+            target_input=config.method.embedded_input,
             preview=Size(preview.height or side, preview.width or side) if preview.prompts else None,
             encode_batch=pictures_per_call(Size(side, side), device),
             teacher_samples=any(
@@ -212,7 +212,7 @@ def _bytes(tensor: Tensor) -> int:
 
 @contextmanager
 def _allocated(known: Iterable[Tensor]) -> Iterator[_Allocations]:
-    """Count allocations within the block, except of the tensors `known`; attention allocates as fused kernels do."""
+    """Count allocations within the block, except the tensors `known`; attention is counted as a fused kernel."""
     with _Allocations(known) as allocations, _fused_attention():
         yield allocations
 

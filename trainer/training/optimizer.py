@@ -50,7 +50,7 @@ def make_optimizer(
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, training: TrainingConfig) -> float:
-    """Set the learning rate of every parameter group for a step, counted from 0; return that of the LoRA."""
+    """Set the learning rate of every parameter group for a step, counted from 0; return the LoRA's rate."""
     factor = lr_factor(step, training.steps, training.warmup_steps)
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor
@@ -65,7 +65,7 @@ def lr_factor(step: int, steps: int, warmup_steps: int) -> float:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's state as flat names: `INDEX.NAME`, or `INDEX.NAME.NAME` for a nested state.
+    """Return the optimizer's state as named tensors: `INDEX.NAME`, or `INDEX.NAME.NAME` for a nested state.
 
     Integers become int64 scalars. Tensors that share memory are cloned, since a safetensors file cannot hold them.
     """

@@ -35,8 +35,8 @@ class Processes:
     count: int = 1
 
     @property
-    def main(self) -> bool:
-        """Whether this is the main process, the only one that writes files, shows progress and logs."""
+    def is_main(self) -> bool:
+        """Whether this is the main process, the only one that writes results, shows progress and logs."""
         return self.rank == 0
 
     def micro_batches(self, batch: int, accumulate: int) -> list[slice]:
@@ -74,7 +74,7 @@ class Processes:
         if self.count == 1:
             return function()
         result: list[Any] = [None]
-        if self.main:
+        if self.is_main:
             try:
                 result = [function()]
             except (UserError, RunError, OSError) as error:

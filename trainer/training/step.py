@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...tcd import Schedule, TimePoint
 from ...tcd.adapter import AVERAGE
-from ...tcd.objective import distance_of, first_order, second_order, tcd_loss, weights
+from ...tcd.objective import distance_of, first_order, loss_weights, second_order, tcd_loss
 from ...tcd.times import Points
 from ..config.settings import Config, MethodConfig
 from ..errors import UserError
@@ -16,10 +16,10 @@ from .examples import Examples
 
 
 def check_weighting(method: MethodConfig, schedule: Schedule) -> None:
-    """Raise UserError if a jump that is drawn would have an infinite weight; `schedule` is on the CPU.
+    """Raise UserError if method.weighting could give a jump an infinite weight; `schedule` is on the CPU.
 
-    A distilled model knows only each k-th of its timesteps, and the k lowest share one level. Between two of these, x0
-    has no weight in a jump, and method.weighting = "x0" divides by that.
+    The weighting "x0" divides by the coefficient of x0 in the jump. The coefficient is 0 between two times of the same
+    level. A model that was distilled to every k-th timestep has such times: the k lowest ones.
     """
     lowest = schedule.grid(method.origin_steps)[:2]
     alpha, sigma = (torch.as_tensor(part) for part in schedule.point(lowest).level)
@@ -58,7 +58,7 @@ def step_losses(model: Model, examples: Examples, config: Config) -> Tensor:
         examples.latents,
         examples.eps,
         points,
-        moved=examples.moved,
+        target_rows=examples.target_rows,
         distance=distance_of(method.distance, method.huber_c),
     )
-    return weights(points, method.weighting) * distances
+    return loss_weights(points, method.weighting) * distances

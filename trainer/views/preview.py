@@ -17,7 +17,7 @@ import torch
 from ..atomic import atomic_write
 from ..config.settings import Config
 from ..files.adapter_weights import using_file
-from ..files.write import write_lora
+from ..files.write_lora import write_lora
 from ..models.seam import Checkpoint, Model
 from ..training.loop import StepRecord
 from .grid import Row, draw_grid

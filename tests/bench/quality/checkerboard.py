@@ -36,7 +36,7 @@ from trajectory_consistency.tcd import (
     timestep_grid,
     to_x0,
 )
-from trajectory_consistency.tcd.objective import Follow, distance_of, first_order, tcd_loss, weights
+from trajectory_consistency.tcd.objective import Follow, distance_of, first_order, loss_weights, tcd_loss
 from trajectory_consistency.tcd.target_time import sinusoid
 from trajectory_consistency.tcd.times import Points as TimePoints
 from trajectory_consistency.tcd.times import sample_times
@@ -168,17 +168,17 @@ def _train(method: Method, lr: float, seed: int, folder: Path) -> Student:
             x0,
             eps,
             points,
-            moved=times.moved,
+            target_rows=times.target_rows,
             distance=distance_of(settings.distance, settings.huber_c),
         )
-        _descend(optimizer, (weights(points, settings.weighting) * loss).mean(), step, lr)
+        _descend(optimizer, (loss_weights(points, settings.weighting) * loss).mean(), step, lr)
         for mean, parameter in zip(average.parameters(), student.parameters(), strict=True):
             mean.lerp_(parameter.detach(), 1 - settings.ema_decay)
     return student
 
 
 def _student(method: Method) -> Student:
-    return Student(method.config.embedded)
+    return Student(method.config.embedded_input)
 
 
 def _follow(student: Student) -> Follow:

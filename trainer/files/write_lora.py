@@ -30,10 +30,10 @@ class VerificationError(RunError):
 def write_lora(
     path: Path, model: Model, config: Config, metadata: dict[str, str], cond: Conditioning, *, final: bool = False
 ) -> None:
-    """Write the student's weights to `path`, atomically, after reading them back and comparing one prediction.
+    """Write the student's weights to a temporary file, read it back, compare one prediction, and rename it to `path`.
 
-    cond: one row, any caption, for that prediction. final: the file is the run's result; an earlier file may change
-    nothing yet, for instance after a few small steps, and only causes a warning then.
+    cond: one row, any caption, for that prediction. final: whether the file is the run's result. An earlier file may
+    still change nothing, for instance after a few small steps; this only causes a warning.
 
     Raises VerificationError if the file's prediction differs from the trained one by more than rounding or, if `final`,
     does not differ from the base's at all.
@@ -78,8 +78,8 @@ def _verified_effect(path: Path, model: Model, cond: Conditioning, tolerance: fl
 def _rounding_error(model: Model, cond: Conditioning) -> float:
     """Return the relative change of a prediction that rounding may cause in the base's dtype; 0 for float32.
 
-    In half precision, the smallest change of the adapter or of x_t changes the prediction by as much as the rounding of
-    all layers together, which grows with the depth of the network. It is measured here by scaling x_t a little.
+    In half precision, even the smallest change of the adapter or of x_t makes all layers round differently, and this
+    effect grows with the depth of the network. It is measured here by scaling x_t a little.
     """
     if model.dtype not in TOLERANCE:
         return 0.0
