@@ -133,6 +133,10 @@ class MethodConfig:
     phases: tuple[int, ...] = (8, 4, 2, 1)
     """For `segment` and `phase`, into how many parts time is divided; if several, each has an equal share of the steps.
     PCM is one number, that of the steps which will be sampled."""
+    diagonal: float = _number(0.0, 0.0, 1.0)
+    """Share of each batch with s = t_next, where the target is the teacher's own step; it keeps many steps good."""
+    to_clean: float = _number(0.0, 0.0, 1.0)
+    """Share of each batch with s = 0, which keeps one step good. `law` draws s for the rest."""
     order: Literal[1, 2] = 1
     """Of the student's jump: 1 is TCF(1), 2 is TCF(2), with two calls of the network for one."""
     origin_steps: int = _number(50, 1, 1000)
