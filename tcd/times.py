@@ -89,6 +89,30 @@ def sample_times(
     return Times(t, t_next, torch.minimum(s, t_next))
 
 
+def share_out(times: Times, first: int, *, diagonal: float, to_clean: float) -> Times:
+    """Replace the drawn s by t_next in a share `diagonal` of the examples, and by 0 in a share `to_clean`.
+
+    first: the number of the first example, counted over the whole run. The number alone decides the group of an
+    example: each group has its share of every step, give or take one example or two, and of the whole run, and lies
+    evenly in the batch. The shares add up to at most 1.
+
+    Where s = t_next, the target is the teacher's own step: these examples keep short jumps right (flow maps call
+    s = t the diagonal; arXiv 2505.13447, 2506.14603). Those with s = 0 keep a single step right.
+    """
+    number = torch.arange(first, first + len(times.t), dtype=torch.float64)
+    on_diagonal = _every(number, diagonal)
+    s = torch.where(on_diagonal, times.t_next, times.s)
+    if to_clean:
+        other = number - (number * diagonal).floor()  # how many examples before this one are not on the diagonal
+        s = torch.where(~on_diagonal & _every(other, to_clean / (1 - diagonal)), 0, s)
+    return times._replace(s=s)
+
+
+def _every(number: Tensor, share: float) -> Tensor:
+    """Select a share of the numbers 0, 1, 2, ... as evenly as possible: floor(n * share) of the first n."""
+    return ((number + 1) * share).floor() > (number * share).floor()
+
+
 def _uniform(points: Tensor, low: Tensor, high: Tensor, generator: torch.Generator) -> Tensor:
     """Draw one of the ascending points in [low, high] for each row, [B]; every such interval must contain a point."""
     first = torch.searchsorted(points, low)

@@ -10,7 +10,7 @@ from ladders import CLOCKS, DISCRETE
 from oracles import points_of
 from trajectory_consistency.tcd import DiscreteSchedule, timestep_grid
 from trajectory_consistency.tcd.objective import Weighting, weights
-from trajectory_consistency.tcd.times import Law, Times, sample_times
+from trajectory_consistency.tcd.times import Law, Times, sample_times, share_out
 from trajectory_consistency.trainer.config.settings import from_mapping
 from trajectory_consistency.trainer.errors import UserError
 
@@ -280,3 +280,68 @@ def test_targets_are_those_of_the_published_law() -> None:
 def test_one_example_and_the_same_seed(law: Law, clock: str) -> None:
     first, second = draw(law, 1, clock=clock), draw(law, 1, clock=clock)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# The shares of a batch
+
+
+def marked(batch: int) -> Times:
+    """Times of which no s is t_next or 0, so that every group can be told apart."""
+    t = torch.arange(100, 100 + batch)
+    return Times(t, t - 20, t - 50)
+
+
+@pytest.mark.parametrize(
+    ("diagonal", "to_clean"), [(0, 0), (0.5, 0.15), (0.5, 0.5), (1, 0), (0, 1), (0.25, 0), (0, 0.3)]
+)
+@pytest.mark.parametrize("batch", [1, 2, 8, 17, 32])
+def test_each_group_has_its_share_of_every_step_and_of_the_run(diagonal: float, to_clean: float, batch: int) -> None:
+    total = torch.zeros(3)
+    for step in range(50):
+        times = marked(batch)
+        s = share_out(times, step * batch, diagonal=diagonal, to_clean=to_clean).s
+        groups = torch.stack([(s == times.t_next), (s == 0), (s == times.s)])
+        assert (groups.sum(0) == 1).all()
+        counts = groups.sum(1)
+        wanted = batch * torch.tensor([diagonal, to_clean, 1 - diagonal - to_clean])
+        assert ((counts - wanted).abs() < torch.tensor([1, 2, 2])).all()
+        total += counts
+        reached = (step + 1) * batch * torch.tensor([diagonal, to_clean, 1 - diagonal - to_clean])
+        assert ((total - reached).abs() < torch.tensor([1, 2, 2])).all(), (
+            "over many steps the shares are exact, even with batch 1"
+        )
+
+
+def test_the_groups_lie_evenly_in_a_batch() -> None:
+    times = marked(64)
+    s = share_out(times, 0, diagonal=0.5, to_clean=0.25).s
+    for part in range(0, 64, 8):
+        rows = slice(part, part + 8)
+        assert (s[rows] == times.t_next[rows]).sum() == 4 and (s[rows] == 0).sum() == 2
+
+
+@each_clock
+@each_law
+def test_without_shares_nothing_is_changed_and_with_them_only_s(law: Law, clock: str) -> None:
+    times = draw(law, count=1000, clock=clock)
+    assert all(map(torch.equal, times, share_out(times, 0, diagonal=0, to_clean=0)))
+    changed = share_out(times, 0, diagonal=0.5, to_clean=0.15)
+    assert torch.equal(changed.t, times.t) and torch.equal(changed.t_next, times.t_next)
+    kept = (changed.s == times.s) | (changed.s == changed.t_next) | (changed.s == 0)
+    assert kept.all() and (changed.s <= changed.t_next).all()
+    assert (changed.s == changed.t_next).sum() >= 500 and (changed.s == 0).sum() >= 150
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"diagonal": 0.7, "to_clean": 0.4}, "diagonal is 0.7 and method.to_clean 0.4, together above 1"),
+        ({"law": "zero", "diagonal": 0.5}, "the law zero has one target time for each t"),
+        ({"law": "phase", "phases": [4], "to_clean": 0.5}, "the law phase has one target time for each t"),
+        ({"diagonal": 1.5}, "diagonal"),
+    ],
+)
+def test_shares_that_cannot_be_had_are_refused(method: dict[str, object], message: str) -> None:
+    values = {"base": {"path": "tiny"}, "data": {"folder": "."}, "output": {"folder": "out"}}
+    with pytest.raises(UserError, match=message):
+        from_mapping({**values, "method": method})
