@@ -89,6 +89,37 @@ def sample_times(
     return Times(t, t_next, torch.minimum(s, t_next))
 
 
+def share_out(times: Times, first: int, *, diagonal: float, to_clean: float, highest: int, skip: int) -> Times:
+    """Replace the drawn s by t_next in a share `diagonal` of the examples, and by 0 in a share `to_clean`.
+
+    first: the number of the batch's first example, counted over the whole run. The number of an example decides its
+    group. So each group has its share of every step, give or take one or two examples, and lies evenly in the batch.
+    highest: the highest training time, at which sampling starts. skip: as for `sample_times`. The shares add up to at
+    most 1.
+
+    Where s = t_next, the target is the teacher's own step. These examples keep short jumps right; flow maps call s = t
+    the diagonal (arXiv 2505.13447, 2506.14603). Every second example with s = 0 gets t = `highest`: the only jump of a
+    sampler with one step. Of the examples that `sample_times` draws, it is one of some thousands.
+    """
+    number = torch.arange(first, first + len(times.t), dtype=torch.float64)
+    on_diagonal = _every(number, diagonal)
+    t, t_next, s = times.t, times.t_next, torch.where(on_diagonal, times.t_next, times.s)
+    if to_clean:
+        share = to_clean / (1 - diagonal)  # among the examples that are not on the diagonal
+        other = number - (number * diagonal).floor()
+        is_clean = ~on_diagonal & _every(other, share)
+        is_one_step = is_clean & _every((other * share).floor(), 0.5)
+        t = torch.where(is_one_step, highest, t)
+        t_next = torch.where(is_one_step, max(highest - skip, 0), t_next)
+        s = torch.where(is_clean, 0, s)
+    return Times(t, t_next, s)
+
+
+def _every(number: Tensor, share: float) -> Tensor:
+    """Select a share of the numbers 0, 1, 2, ... as evenly as possible: floor(n * share) of the first n."""
+    return ((number + 1) * share).floor() > (number * share).floor()
+
+
 def _uniform(points: Tensor, low: Tensor, high: Tensor, generator: torch.Generator) -> Tensor:
     """Draw one of the ascending points in [low, high] for each row, [B]; every such interval must contain a point."""
     first = torch.searchsorted(points, low)

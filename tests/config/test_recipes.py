@@ -40,6 +40,9 @@ def test_what_the_recipes_are_named_for() -> None:
         each.method.ema_decay for each in loaded.values()
     } == {0.95}
     assert {name for name, each in loaded.items() if each.method.weighting == "x0"} == with_target_time
+    shared = {name for name, each in loaded.items() if each.method.diagonal and each.method.to_clean}
+    assert shared == with_target_time, "the shares need a network that gets s"
+    assert {name for name, each in loaded.items() if each.output.eta == each.preview.eta == 0} == shared
     assert {loaded[name].data.resolution for name in ("sdxl-16gb", "sdxl-24gb")} == {1024}
 
 

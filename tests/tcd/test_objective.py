@@ -20,7 +20,7 @@ from trajectory_consistency.tcd.objective import (
     second_order,
     tcd_loss,
 )
-from trajectory_consistency.tcd.times import Law, Points, Times, sample_times
+from trajectory_consistency.tcd.times import Law, Points, Times, sample_times, share_out
 
 each_clock = pytest.mark.parametrize("clock", CLOCKS)
 each_law = pytest.mark.parametrize("law", get_args(Law))
@@ -33,7 +33,12 @@ def gaussian_x0(x_t: Tensor, t: TimePoint, s: TimePoint, rows: Tensor) -> Tensor
 
 
 def batch(
-    count: int = 8, seed: int = 0, clock: str = "discrete", law: Law = "uniform"
+    count: int = 8,
+    seed: int = 0,
+    clock: str = "discrete",
+    law: Law = "uniform",
+    diagonal: float = 0.0,
+    to_clean: float = 0.0,
 ) -> tuple[Tensor, Tensor, Points, Tensor]:
     """x0, eps, points with levels in float64, and the rows with s < t_next."""
     generator = torch.Generator().manual_seed(seed)
@@ -42,6 +47,8 @@ def batch(
     times = sample_times(
         count, schedule=CLOCKS[clock], law=law, origin_steps=50, skip=20, phases=4, generator=generator
     )
+    highest = int(CLOCKS[clock].grid(50)[-1])
+    times = share_out(times, 0, diagonal=diagonal, to_clean=to_clean, highest=highest, skip=20)
     return x0, eps, exact_points(CLOCKS[clock], times), times.target_rows
 
 
@@ -112,9 +119,13 @@ def test_a_network_that_knows_the_point_has_no_loss(law: Law, order: int, count:
 @each_clock
 @each_law
 @pytest.mark.parametrize("count", [1, 32])
-def test_a_network_that_knows_s_can_have_no_loss_at_all(law: Law, count: int, clock: str) -> None:
+@pytest.mark.parametrize(("diagonal", "to_clean"), [(0, 0), (0.5, 0.15), (1, 0), (0, 1)])
+def test_a_network_that_knows_s_can_have_no_loss_at_all(
+    law: Law, count: int, clock: str, diagonal: float, to_clean: float
+) -> None:
     """On a Gaussian: its exact trajectories are jumps of a network that is given s, and of none that is not."""
-    x0, eps, points, target_rows = batch(count, clock=clock, law=law)
+    x0, eps, points, target_rows = batch(count, clock=clock, law=law, diagonal=diagonal, to_clean=to_clean)
+    assert len(target_rows) < count or diagonal < 1
     follow = first_order(target_time_network)
     for name in get_args(DistanceName):
         distance = distance_of(name, 0.001)

@@ -4,13 +4,14 @@ from typing import get_args
 
 import pytest
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ladders import CLOCKS, DISCRETE
 from oracles import points_of
 from trajectory_consistency.tcd import DiscreteSchedule, timestep_grid
 from trajectory_consistency.tcd.objective import Weighting, loss_weights
-from trajectory_consistency.tcd.times import Law, Times, sample_times
+from trajectory_consistency.tcd.times import Law, Times, sample_times, share_out
 from trajectory_consistency.trainer.config.settings import from_mapping
 from trajectory_consistency.trainer.errors import UserError
 
@@ -280,3 +281,83 @@ def test_targets_are_those_of_the_published_law() -> None:
 def test_one_example_and_the_same_seed(law: Law, clock: str) -> None:
     first, second = draw(law, 1, clock=clock), draw(law, 1, clock=clock)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# The shares of a batch
+
+
+def marked(batch: int) -> Times:
+    """Times of which no s is t_next or 0, and no t the highest, so that every group can be told apart."""
+    t = torch.arange(100, 100 + batch)
+    return Times(t, t - 20, t - 50)
+
+
+def shared(times: Times, first: int, diagonal: float, to_clean: float, highest: int = 999) -> Times:
+    return share_out(times, first, diagonal=diagonal, to_clean=to_clean, highest=highest, skip=20)
+
+
+def groups_of(drawn: Times, found: Times) -> Tensor:
+    """Whether each example is on the diagonal, goes to 0 from its t, to 0 from the highest, or is as it was: [4, B]."""
+    to_clean, as_before = found.s == 0, found.t == drawn.t
+    one_step = to_clean & (found.t == 999) & (found.t_next == 979)
+    return torch.stack(
+        [as_before & (found.s == found.t_next), to_clean & as_before, one_step, as_before & (found.s == drawn.s)]
+    )
+
+
+SHARES = [(0, 0), (0.5, 0.15), (0.5, 0.5), (1, 0), (0, 1), (0.25, 0), (0, 0.3)]
+
+
+@pytest.mark.parametrize(("diagonal", "to_clean"), SHARES)
+@pytest.mark.parametrize("batch", [1, 2, 8, 17, 32])
+def test_each_group_has_its_share_of_every_step_and_of_the_run(diagonal: float, to_clean: float, batch: int) -> None:
+    shares, near = torch.tensor([diagonal, to_clean / 2, to_clean / 2, 1 - diagonal - to_clean]), torch.tensor(2.0)
+    total = torch.zeros(4)
+    for step in range(50):
+        times = marked(batch)
+        groups = groups_of(times, shared(times, step * batch, diagonal, to_clean))
+        assert (groups.sum(0) == 1).all()
+        counts = groups.sum(1)
+        assert ((counts - batch * shares).abs() <= near).all()
+        total += counts
+        reached = (step + 1) * batch * shares
+        assert ((total - reached).abs() <= near).all(), "over many steps the shares are exact, even with batch 1"
+
+
+def test_the_groups_lie_evenly_in_a_batch() -> None:
+    times = marked(64)
+    groups = groups_of(times, shared(times, 0, diagonal=0.5, to_clean=0.25))
+    assert rearrange(groups, "g (parts b) -> g parts b", b=8).sum(2).T.tolist() == 8 * [[4, 1, 1, 2]]
+
+
+@each_clock
+@each_law
+def test_without_shares_nothing_is_changed_and_with_them_the_rest_is_as_drawn(law: Law, clock: str) -> None:
+    times, highest = draw(law, count=1000, clock=clock), int(CLOCKS[clock].grid(50)[-1])
+    assert all(map(torch.equal, times, shared(times, 0, 0, 0, highest)))
+    changed = shared(times, 0, 0.5, 0.15, highest)
+    t, t_next, s = changed
+    assert ((s <= t_next) & (t_next < t)).all() and torch.equal(t_next, (t - 20).clamp(min=0))
+    assert (s == t_next).sum() >= 500 and ((s == 0) & (t == highest)).sum() >= 75 and (s == 0).sum() >= 150
+    kept = (t == times.t) & ((s == times.s) | (s == t_next) | (s == 0))
+    assert (kept | ((t == highest) & (s == 0))).all()
+
+
+def test_a_teachers_step_longer_than_the_clock_ends_at_zero() -> None:
+    times = share_out(marked(8), 0, diagonal=0, to_clean=1, highest=999, skip=5000)
+    assert times.t_next.min() == 0 and (times.s <= times.t_next).all()
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"diagonal": 0.7, "to_clean": 0.4}, "diagonal is 0.7 and method.to_clean 0.4, together above 1"),
+        ({"law": "zero", "diagonal": 0.5}, "the law zero has one target time for each t"),
+        ({"law": "phase", "phases": [4], "to_clean": 0.5}, "the law phase has one target time for each t"),
+        ({"diagonal": 1.5}, "diagonal"),
+    ],
+)
+def test_shares_that_cannot_be_had_are_refused(method: dict[str, object], message: str) -> None:
+    values = {"base": {"path": "tiny"}, "data": {"folder": "."}, "output": {"folder": "out"}}
+    with pytest.raises(UserError, match=message):
+        from_mapping({**values, "method": method})

@@ -28,6 +28,7 @@ def check_together(config: Config) -> None:
             f"method.origin_steps is {config.method.origin_steps}, but the law target draws among the times of "
             "samplers of up to 8 steps: use 8 or more, such as 50"
         )
+    _check_shares(config)
     phases = config.method.phases
     if config.method.law in ("segment", "phase") and not (
         phases and all(1 <= each <= config.method.origin_steps for each in phases)
@@ -45,3 +46,17 @@ def check_together(config: Config) -> None:
         raise UserError("adapter.freeze leaves nothing to train: set method.target_time, or do not freeze")
     if not config.output.name or Path(config.output.name).name != config.output.name:
         raise UserError(f"output.name is {config.output.name!r}: use a plain file name without folder or ending")
+
+
+def _check_shares(config: Config) -> None:
+    method = config.method
+    if method.diagonal + method.to_clean > 1:
+        raise UserError(
+            f"method.diagonal is {method.diagonal} and method.to_clean {method.to_clean}, together above 1: "
+            "they are shares of one batch, so lower one"
+        )
+    if method.law in ("zero", "phase") and method.diagonal + method.to_clean > 0:
+        raise UserError(
+            f"method.diagonal is {method.diagonal} and method.to_clean {method.to_clean}, but the law {method.law} has "
+            "one target time for each t: set both to 0, or use the law uniform"
+        )

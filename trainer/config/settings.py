@@ -130,6 +130,12 @@ class MethodConfig:
     phases: tuple[int, ...] = (8, 4, 2, 1)
     """For the laws `segment` and `phase`: number of parts that the clock is divided into. If there are several numbers,
     each is used for an equal share of the training steps. For PCM, give one number: the number of sampling steps."""
+    diagonal: float = _number(0.0, 0.0, 1.0)
+    """Share of each batch with s = t_next, where the target is the teacher's own step. It keeps short jumps right, and
+    so many sampling steps."""
+    to_clean: float = _number(0.0, 0.0, 1.0)
+    """Share of each batch with s = 0, in half of it from the highest t. It keeps a single sampling step right. `law`
+    draws s for the rest."""
     order: Literal[1, 2] = 1
     """Order of the student's jump. 1 is TCF(1); 2 is TCF(2), which calls the network twice for each jump."""
     origin_steps: int = _number(50, 1, 1000)

@@ -32,6 +32,8 @@ def lora_metadata(config: Config, checkpoint: Checkpoint) -> dict[str, str]:
         "tcd.version": own_version(),
         "tcd.method": _METHODS[method.law],
         "tcd.law": method.law,
+        "tcd.diagonal": str(method.diagonal),
+        "tcd.to_clean": str(method.to_clean),
         "tcd.grid": str(method.origin_steps),
         "tcd.skip": str(method.skip),
         "tcd.guidance_min": str(method.guidance_min),

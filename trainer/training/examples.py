@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...tcd import Schedule
-from ...tcd.times import Times, sample_times
+from ...tcd.times import Times, sample_times, share_out
 from ..config.settings import Config
 from ..data.dataset import Dataset
 from ..models.conditioning import Conditioning
@@ -81,6 +81,10 @@ def draw_times_and_guidance(config: Config, schedule: Schedule, step: int) -> Ti
         skip=method.skip,
         phases=method.phases[step * len(method.phases) // config.training.steps],
         generator=source,
+    )
+    highest = int(schedule.grid(method.origin_steps)[-1])
+    times = share_out(
+        times, step * size, diagonal=method.diagonal, to_clean=method.to_clean, highest=highest, skip=method.skip
     )
     low, high = method.guidance_min, method.guidance_max
     return TimesAndGuidance(times, low + (high - low) * torch.rand(size, generator=source))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from measures import Points, energy_distance
-from methods import METHODS, PLAIN, SEEDS, STEPS, TUNED_AT, VARIATIONS, Method, cells
+from methods import FRESH_NOISE, METHODS, PLAIN, SEEDS, STEPS, TUNED_AT, VARIATIONS, Method, cells
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -39,7 +39,7 @@ from trajectory_consistency.tcd import (
 from trajectory_consistency.tcd.objective import Follow, distance_of, first_order, loss_weights, tcd_loss
 from trajectory_consistency.tcd.target_time import sinusoid
 from trajectory_consistency.tcd.times import Points as TimePoints
-from trajectory_consistency.tcd.times import sample_times
+from trajectory_consistency.tcd.times import sample_times, share_out
 from trajectory_consistency.trainer.atomic import atomic_write
 from trajectory_consistency.trainer.training.optimizer import lr_factor
 
@@ -159,6 +159,9 @@ def _train(method: Method, lr: float, seed: int, folder: Path) -> Student:
             skip=20,
             phases=phases,
             generator=generator,
+        )
+        times = share_out(
+            times, step * BATCH, diagonal=settings.diagonal, to_clean=settings.to_clean, highest=999, skip=20
         )
         points = TimePoints(*(point(each) for each in times))
         loss = tcd_loss(
@@ -300,12 +303,14 @@ def measure(method: Method, lr: float, seed: int, folder: Path) -> dict[str, Any
 
 
 def measure_references(seed: int, folder: Path) -> dict[str, dict[str, float]]:
-    """The same of fresh data, and of the teacher by two solvers; its jumps are "DDIM"."""
+    """The same of fresh data, and of the teacher by two solvers and the TCD sampler; its jumps are "DDIM"."""
     fresh = data(POINTS, torch.Generator().manual_seed(40_000 + seed)).flatten(1)
     found = {"fresh data": measure_points(fresh, seed), "DDIM": trajectory_errors(teacher, 30_000 + seed)}
     for steps in (*STEPS, 50):
         found[f"DDIM {steps}"] = measure_points(sample(teacher, steps, 0.0, 20_000 + seed), seed)
         found[f"DPM-Solver++(2M) {steps}"] = measure_points(solve(steps, 20_000 + seed), seed)
+        for gamma in FRESH_NOISE:
+            found[f"TCD, γ {gamma:g} {steps}"] = measure_points(sample(teacher, steps, gamma, 20_000 + seed), seed)
     return found
 
 

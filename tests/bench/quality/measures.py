@@ -50,3 +50,18 @@ def _mean_distance(x: Tensor, y: Tensor, apart: Tensor) -> float:
     """Return the mean distance between points [N, D] and [M, D], without the pairs [N, M] that are set in `apart`."""
     distances = torch.cdist(x, y).masked_fill_(apart, 0)
     return distances.sum(dtype=torch.float64).item() / (~apart).sum().item()
+
+
+def fine_detail(pictures: Tensor) -> float:
+    """Return the share of power, without the mean, above half of the Nyquist frequency, of pictures [N, 3, H, W]."""
+    brightness = pictures.double().mean(1)
+    power = torch.fft.fft2(brightness - brightness.mean((1, 2), keepdim=True)).abs().square()
+    vertical, horizontal = (torch.fft.fftfreq(size).abs() for size in brightness.shape[1:])
+    is_fine = torch.maximum(vertical[:, None], horizontal) > 0.25  # in periods per pixel, of which Nyquist's is 0.5
+    return (power[:, is_fine].sum() / power.sum()).item()
+
+
+def edge_strength(pictures: Tensor) -> float:
+    """Return the mean absolute difference between neighboring pixels, in 0 .. 255, of pictures [N, 3, H, W]."""
+    signal = pictures.double()
+    return ((signal.diff(dim=2).abs().mean() + signal.diff(dim=3).abs().mean()) / 2).item()

@@ -10,6 +10,8 @@ from trajectory_consistency.trainer.config.settings import MethodConfig
 
 STEPS = (1, 2, 4, 8, 16, 32)
 GAMMAS = (0.0, 0.3, 1.0)
+FRESH_NOISE = GAMMAS[1:]
+"""The gammas that add fresh noise; with 0 the TCD sampler is DDIM."""
 SEEDS = (100, 1, 2)
 TUNING_SEED = SEEDS[0]
 """Seed of the runs that choose the learning rate. The best of them is also the first of the reported runs."""
@@ -66,6 +68,12 @@ METHODS = _by_name(
     Method("TDD", "from the times of samplers of 4 to 8 steps, shortly below t", 0.3, {"law": "target"}),
     Method("TCD", "uniformly from 0 to t", 0.3, {"law": "uniform"}),
     Method("TCD S+", "as TCD, and the network gets s", 0.3, {"law": "uniform", "target_time": True}),
+    Method(
+        "TCD S+, diagonal",
+        "as TCD S+, but s = t_next in half of each batch and s = 0 in 15 %; weighting x0",
+        0.0,
+        {"law": "uniform", "target_time": True, "weighting": "x0", "diagonal": 0.5, "to_clean": 0.15},
+    ),
 )
 
 
@@ -82,5 +90,7 @@ VARIATIONS = _by_name(
     _changed("TCD S+", "weighting gap", weighting="gap"),
     _changed("TCD S+", "weighting x0", weighting="x0"),
     _changed("TCD S+", "Huber, c = 0.001", huber_c=0.001),
+    _changed("TCD S+, diagonal", "no weighting", weighting="none"),
+    _changed("TCD S+, diagonal", "without s", target_time=False),
 )
 """Methods with one setting changed, and the learning rate of the method that they vary."""

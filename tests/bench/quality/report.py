@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import checkerboard
 import shapes
 import torch
-from methods import EMA_DECAY, GAMMAS, HUBER_C, METHODS, PLAIN, SEEDS, STEPS, VARIATIONS
+from methods import EMA_DECAY, FRESH_NOISE, GAMMAS, HUBER_C, METHODS, PLAIN, SEEDS, STEPS, VARIATIONS
 
 from trajectory_consistency.trainer.demo.classifier import NUM_FEATURES
 from trajectory_consistency.trainer.demo.methods import TEACHER_GUIDANCE
@@ -86,6 +86,20 @@ ABOUT = {
                 "neighbor in the world. It shows whether all variants that a caption allows are drawn.",
             ),
             "right": Measure("Pictures that show all four parts of their caption, in %", 100, "{:.0f}"),
+            "detail": Measure(
+                "Fine detail, in %",
+                100,
+                "{:.2f}",
+                "The share of the pictures' power above half of the Nyquist frequency. Fresh pictures have "
+                "{fresh}. More than that is noise, less is blur.",
+            ),
+            "edges": Measure(
+                "Edges",
+                1,
+                "{:.2f}",
+                "The mean absolute difference between neighboring pixels, of values from 0 to 255. Fresh pictures of "
+                "the world have {fresh}.",
+            ),
         },
         {"distance": "distance to the world", "from_teacher": "distance to the teacher"},
     ),
@@ -138,7 +152,8 @@ def part(name: str, results: Results) -> str:
 def _other(results: Results, key: str, measure: Measure) -> str:
     """Return the section of a measured quantity other than the distance."""
     table = _table(results, results.lr, key, measure.scale, measure.form)
-    return "\n\n".join(filter(None, (f"### {measure.title}", measure.note, table)))
+    fresh = _reference(results, "fresh data", key, measure.scale, measure.form)
+    return "\n\n".join(filter(None, (f"### {measure.title}", measure.note.format(fresh=fresh), table)))
 
 
 def write(found: Mapping[str, Results], made: Path) -> None:
@@ -188,7 +203,7 @@ def _table(results: Results, names: Iterable[str], measure: str, scale: float, f
         return _spread([scale * _sample(run, steps, ALL[name].gamma)[measure] for run in results.runs[name]], form)
 
     rows = [[name, *(cell(name, steps) for steps in STEPS)] for name in names]
-    for solver in ("DDIM", "DPM-Solver++(2M)"):
+    for solver in ("DDIM", "DPM-Solver++(2M)", *(f"TCD, γ {gamma:g}" for gamma in FRESH_NOISE)):
         by_steps = (_reference(results, f"{solver} {steps}", measure, scale, form) for steps in STEPS)
         rows.append([f"teacher, {solver}", *by_steps])
     best = _reference(results, "DDIM 50", measure, scale, form)
@@ -248,6 +263,7 @@ def _goals(results: Results, measures: Mapping[str, str]) -> list[str]:
     """Return one line for each goal, with the result and whether it is met."""
     kinds = [kind for kind in ("", ", plain", ", weighting x0") if f"TCD S+{kind}" in results.runs]
     found = [_goals_of(results, kind, *each) for each in measures.items() for kind in kinds]
+    found.append(_goals_of_diagonal(results, measures))
     return [f"{text}: **{'met' if met else 'not met'}**" for goals in found for text, met in goals]
 
 
@@ -281,6 +297,34 @@ def _goals_of(results: Results, kind: str, measure: str, called: str) -> list[tu
             f"(goal: at most 1.5 times the teacher's with 50 steps, {limit:.1f})"
         )
         goals.append((text, s_plus[3] <= limit))
+    return goals
+
+
+def _goals_of_diagonal(results: Results, measures: Mapping[str, str]) -> list[tuple[str, bool]]:
+    """Return the goals of TCD S+ with a share of s = t_next: few steps and many alike good."""
+    name, goals = "TCD S+, diagonal", []
+    noise = statistics.stdev(1e3 * each["fresh data"]["distance"] for each in results.references)
+    teacher = statistics.mean(1e3 * each["DDIM 50"]["distance"] for each in results.references)
+    found = {measure: _distances(results, name, ALL[name].gamma, measure) for measure in measures}
+    lcm = {measure: _distances(results, "LCM", ALL["LCM"].gamma, measure) for measure in measures}
+    world, most = found["distance"], max(found["distance"][1:])
+    limit = min(world[2] + 2 * noise, teacher)
+    text = f"{name}, {measures['distance']} from 2 to 32 steps: at most {most:.1f}"
+    goals.append((f"{text} (goal: at most {limit:.1f}, by 4 steps and by the teacher's 50)", most <= limit))
+    if "from_teacher" in measures:
+        away, best = found["from_teacher"], min(lcm["from_teacher"])
+        text = f"{name}, {measures['from_teacher']}"
+        goals += [
+            (f"{text} from 2 to 32 steps: at most {max(away[1:]):.1f} (goal: 0.5)", max(away[1:]) <= 0.5),
+            (
+                f"{text} with 1 step: {away[0]:.1f} (goal: half of LCM's, {lcm['from_teacher'][0] / 2:.1f})",
+                away[0] <= lcm["from_teacher"][0] / 2,
+            ),
+            (f"{text} with 2 steps: {away[1]:.1f} (goal: 0.7 of LCM's best, {0.7 * best:.1f})", away[1] <= 0.7 * best),
+        ]
+    errors, before = _errors(results, name), _errors(results, "TCD S+")
+    ratio = max(errors[pair] / before[pair] for pair in errors)
+    goals.append((f"{name}, errors of the jumps: at most {ratio:.2f} of TCD S+'s (goal: 0.7)", ratio <= 0.7))
     return goals
 
 

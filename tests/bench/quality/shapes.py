@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from measures import Points, coverage, energy_distance
-from methods import METHODS, SEEDS, STEPS, TUNED_AT, VARIATIONS, Method, cells
+from measures import Points, coverage, edge_strength, energy_distance, fine_detail
+from methods import FRESH_NOISE, METHODS, SEEDS, STEPS, TUNED_AT, VARIATIONS, Method, cells
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -119,6 +119,8 @@ def measure_pictures(pictures: Tensor, folder: Path) -> dict[str, float]:
         "from_teacher": energy_distance(points, against.teacher),
         "covered": coverage(points, against.reference),
         "right": caption_accuracy(classifier(folder), features, SCENES)[0],
+        "detail": fine_detail(pictures),
+        "edges": edge_strength(pictures),
     }
 
 
@@ -149,13 +151,15 @@ def measure_cells(lora: Path, wanted: list[tuple[int, float]], seed: int, folder
 
 
 def measure_references(seed: int, folder: Path) -> dict[str, dict[str, float]]:
-    """The same of fresh pictures, and of the teacher by two solvers; its jumps are "DDIM"."""
+    """The same of fresh pictures, and of the teacher by two solvers and the TCD sampler; its jumps are "DDIM"."""
     found = {"fresh data": measure_pictures(pictures_of(SCENES, f"fresh {seed}"), folder)}
     found["DDIM"] = trajectory_errors(None, folder)
     studio, start = demo.DemoSampler({}, CAPTIONS), 20_000 + 1000 * seed
+    samplers = {"DDIM": 0.0, **{f"TCD, γ {gamma:g}": gamma for gamma in FRESH_NOISE}}
     for steps in (*STEPS, 50):
-        row = demo.Method(f"DDIM {steps}", None, steps, 0.0)
-        found[row.label] = measure_pictures(studio.pictures(row, PICTURES, start), folder)
+        for sampler, gamma in samplers.items():
+            row = demo.Method(f"{sampler} {steps}", None, steps, gamma)
+            found[row.label] = measure_pictures(studio.pictures(row, PICTURES, start), folder)
         if steps > TUNED_AT[-1]:
             continue  # where it is DDIM's own distance
         latents = dpm_solver_sample(
