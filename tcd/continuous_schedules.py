@@ -109,11 +109,11 @@ class FlowSchedule(_EvenSchedule):
         self._shift = shift
 
     def level(self, sigma: Tensor) -> Level:
-        """Return the level (1 - sigma, sigma)."""
+        """Return the level (1 - sigma, sigma) of sigmas of any shape."""
         return Level(1 - sigma, sigma)
 
     def target_sigma(self, sigma_next: Tensor, gamma: float) -> Tensor:
-        """Return (1 - gamma) sigma_next."""
+        """Return (1 - gamma) sigma_next, of any shape: sigma is the flow time."""
         return (1 - gamma) * sigma_next
 
     def sigmas_for(self, steps: int, denoise: float = 1.0, *, refine: bool = False) -> Tensor:
@@ -155,11 +155,11 @@ class ContinuousSchedule(_EvenSchedule):
         self._sigma_max, self._timestep = sigma_max, timestep
 
     def level(self, sigma: Tensor) -> Level:
-        """Return the level (1, sigma)."""
+        """Return the level (1, sigma) of sigmas of any shape."""
         return Level(torch.ones_like(sigma), sigma)
 
     def target_sigma(self, sigma_next: Tensor, gamma: float) -> Tensor:
-        """Return the sigma at flow time (1 - gamma) u, where u = sigma_next / (1 + sigma_next)."""
+        """Return the sigma at flow time (1 - gamma) u, where u = sigma_next / (1 + sigma_next); of any shape."""
         return _part_of_flow_time(sigma_next, 1 - gamma)
 
     def sigmas_for(self, steps: int, denoise: float = 1.0, *, refine: bool = False) -> Tensor:

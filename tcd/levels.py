@@ -14,7 +14,10 @@ TERMINAL_SIGMA = 4518.76
 
 
 def scaled_linear_alpha_bar(num_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> Tensor:
-    """Return alpha_bar [T], float64, by timestep, for betas whose square roots are evenly spaced (Stable Diffusion)."""
+    """Return alpha_bar [T], float64, by timestep, for betas whose square roots are evenly spaced.
+
+    These are the betas of Stable Diffusion (arXiv 2112.10752); alpha_bar is the product of 1 - beta (arXiv 2006.11239).
+    """
     beta = torch.linspace(math.sqrt(beta_start), math.sqrt(beta_end), num_timesteps, dtype=torch.float64) ** 2
     return torch.cumprod(1 - beta, dim=0)
 
@@ -27,17 +30,23 @@ def zero_terminal_snr(alpha_bar: Tensor) -> Tensor:
 
 
 def alpha_bar_to_sigma(alpha_bar: Tensor) -> Tensor:
-    """Convert alpha_bar of any shape to variance exploding sigma, sqrt((1 - alpha_bar) / alpha_bar); 0 gives inf."""
+    """Convert alpha_bar of any shape to variance exploding sigma, sqrt((1 - alpha_bar) / alpha_bar); 0 gives inf.
+
+    x / sqrt(alpha_bar) = x0 + sigma eps, the scale of arXiv 2206.00364.
+    """
     return ((1 - alpha_bar) / alpha_bar).sqrt()
 
 
 def sigma_to_alpha_bar(sigma: Tensor) -> Tensor:
-    """Convert variance exploding sigma of any shape to alpha_bar = 1 / (1 + sigma^2); inf gives 0."""
+    """Convert variance exploding sigma of any shape to alpha_bar = 1 / (1 + sigma^2), the inverse; inf gives 0."""
     return 1 / (1 + sigma**2)
 
 
 def vp_level(alpha_bar: Tensor) -> Level:
-    """Return the variance preserving level (sqrt(alpha_bar), sqrt(1 - alpha_bar)), the paper's scale for training."""
+    """Return the variance preserving level (sqrt(alpha_bar), sqrt(1 - alpha_bar)) of alpha_bar of any shape.
+
+    This is the scale of training in arXiv 2402.19159.
+    """
     return Level(alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
 
 

@@ -106,17 +106,25 @@ def loss_weights(points: Points, weighting: Weighting) -> Tensor:
 
 
 def huber(pred: Tensor, target: Tensor, *, c: float) -> Tensor:
-    """Return the mean over elements of sqrt(d^2 + c^2) - c, [B]: about |d| - c for |d| >> c, d^2 / 2c for |d| << c."""
+    """Return the mean over elements of sqrt(d^2 + c^2) - c, [B], of pred and target [B, C, ...]; d is their difference.
+
+    It is about |d| - c for |d| >> c, and d^2 / 2c for |d| << c: the pseudo-Huber distance of arXiv 2310.14189, applied
+    to each element.
+    """
     return ((pred - target).square() + c * c).sqrt().sub(c).flatten(1).mean(1)
 
 
 def huber_of_sample(pred: Tensor, target: Tensor, *, c: float) -> Tensor:
-    """Return sqrt(m + c^2) - c, [B], where m is an example's mean square: outliers within an example are not damped."""
+    """Return sqrt(m + c^2) - c, [B], of pred and target [B, C, ...]; m is an example's mean squared difference.
+
+    This is the pseudo-Huber distance of arXiv 2310.14189, up to the scale of m. Outliers within an example are not
+    damped.
+    """
     return ((pred - target).square().flatten(1).mean(1) + c * c).sqrt().sub(c)
 
 
 def l2(pred: Tensor, target: Tensor) -> Tensor:
-    """Return the mean square over elements, [B]."""
+    """Return the mean squared difference over elements, [B], of pred and target [B, C, ...]."""
     return (pred - target).square().flatten(1).mean(1)
 
 

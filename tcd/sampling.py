@@ -35,7 +35,8 @@ def sample_tcd(
 ) -> Tensor:
     """Sample from x [B, C, ...] at sigmas[0] down to sigmas[-1]; sigmas [N + 1] descend, in the schedule's scale.
 
-    Each step predicts x0 at t, reports it, jumps to s = (1 - gamma) t', and renoises from s to the next time t'.
+    Strategic stochastic sampling of arXiv 2402.19159: each step predicts x0 at t, reports it, jumps to
+    s = (1 - gamma) t', and renoises from s to the next time t'.
     gamma = 0 is deterministic, gamma = 1 is multistep consistency sampling. A step to sigma = 0 returns x0. With fewer
     than two sigmas there is no step, and x is returned.
 

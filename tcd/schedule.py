@@ -189,11 +189,11 @@ class DiscreteSchedule:
         return below * (above / below) ** place.frac()  # exact at a known timestep
 
     def level(self, sigma: Tensor) -> Level:
-        """Return the level (1, sigma)."""
+        """Return the level (1, sigma) of sigmas of any shape."""
         return Level(torch.ones_like(sigma), sigma)
 
     def target_sigma(self, sigma_next: Tensor, gamma: float) -> Tensor:
-        """Return sigma(s) with s = floor((1 - gamma) t'); the product is in float32, as in the reference scheduler."""
+        """Return sigma(s) with s = floor((1 - gamma) t'), of any shape; the product is float32, as the reference's."""
         if gamma == 0:
             return sigma_next  # it may lie between two timesteps, so it is not rounded to one
         # A Python float times an int64 tensor is float32, as in the reference: in float64 the floor could differ.
@@ -254,7 +254,7 @@ class BridgeSchedule(DiscreteSchedule):
     """The schedule of a model that turns one picture into another: x has no noise, so sampling can add none either."""
 
     def target_sigma(self, sigma_next: Tensor, gamma: float) -> Tensor:
-        """Return sigma_next. Raises ValueError if gamma is above 0, unless every sigma_next is 0."""
+        """Return sigma_next, of any shape. Raises ValueError if gamma is above 0, unless every sigma_next is 0."""
         if gamma > 0 and (sigma_next > 0).any():
             raise ValueError(
                 f"gamma (eta) is {gamma:g}, but this model carries one picture into another and knows no noise: "

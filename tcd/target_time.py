@@ -48,7 +48,10 @@ class TargetTime(nn.ModuleDict):
 
 
 def sinusoid(timesteps: Tensor, channels: int) -> Tensor:
-    """Embed timesteps [B] as [B, channels], float32, as Stable Diffusion does: cosines first, then sines."""
+    """Embed timesteps [B] as [B, channels], float32: the position embedding of arXiv 1706.03762.
+
+    As in Stable Diffusion, the cosines come first, then the sines.
+    """
     half = channels // 2
     frequencies = torch.exp(torch.arange(half, device=timesteps.device) * (-math.log(10000) / half))
     angles = timesteps.float().unsqueeze(-1) * frequencies

@@ -14,6 +14,7 @@ def timestep_grid(
 ) -> list[int]:
     """Choose `steps` timesteps, descending, from the grid of timesteps on which the student was distilled.
 
+    This is the skipping-step grid of LCM (arXiv 2310.04378), which TCD's reference scheduler uses too.
     The grid has origin_steps timesteps: 19, 39, ..., 999 by default. The lower fraction `denoise` of the grid is kept,
     and the steps are spaced evenly over it, starting at its highest timestep: 4 steps are 999, 759, 499, 259.
     denoise = 0 gives no timesteps.

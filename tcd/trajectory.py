@@ -21,7 +21,7 @@ class Level(NamedTuple):
 def add_noise(x0: Tensor, eps: Tensor, t: Level) -> Tensor:
     """Diffuse clean x0 with noise eps to level t; all [B, C, H, W].
 
-    x_t = alpha_t x0 + sigma_t eps
+    x_t = alpha_t x0 + sigma_t eps      (arXiv 2006.11239, equation 4, whose sqrt(alpha_bar_t) is alpha_t here)
     """
     return t.alpha * x0 + t.sigma * eps
 
