@@ -131,7 +131,7 @@ class MethodConfig:
     """For the laws `segment` and `phase`: number of parts that the clock is divided into. If there are several numbers,
     each is used for an equal share of the training steps. For PCM, give one number: the number of sampling steps."""
     diagonal: float = _number(0.0, 0.0, 1.0)
-    """Share of each batch with s = t_next, where the target is the teacher's step; it keeps many sampling steps good."""
+    """Share of each batch with s = t_next, where the target is the teacher's step. It keeps short jumps right."""
     to_clean: float = _number(0.0, 0.0, 1.0)
     """Share of each batch with s = 0, in half of it from the highest t. It keeps a single sampling step right. `law`
     draws s for the rest."""
