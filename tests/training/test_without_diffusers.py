@@ -12,6 +12,7 @@ from trajectory_consistency.trainer.errors import UserError
 from trajectory_consistency.trainer.preflight import check
 
 PROGRAM = Path(__file__).with_name("without_diffusers.py")
+TESTS = Path(__file__).parents[1]  # where fake_flow.py is
 BLOCKED = """
 import runpy, sys
 class Blocker:
@@ -19,13 +20,14 @@ class Blocker:
         if name.split(".")[0] in {"accelerate", "bitsandbytes", "diffusers", "peft", "tomli_w", "transformers"}:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Blocker())
+sys.path.append(sys.argv[2])
 runpy.run_path(sys.argv[1], run_name="__main__")
 """
 
 
 def run(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "WORLD_SIZE")}
-    program = [sys.executable, "-c", BLOCKED, str(PROGRAM), str(folder)]
+    program = [sys.executable, "-c", BLOCKED, str(PROGRAM), str(TESTS), str(folder)]
     return subprocess.run(program, capture_output=True, text=True, env=environment | variables)
 
 
