@@ -75,7 +75,7 @@ def sample_times(
     # t cannot be 0, although 0 is a point of the grid: there is no earlier time to jump to.
     grid = schedule.grid(origin_steps)
     t = grid[torch.randint(1, len(grid), (batch,), generator=generator)]
-    t_next = (t - skip).clamp(min=0)
+    t_next = _after_step(t, skip)
     if law == "zero":
         s = torch.zeros_like(t)
     elif law == "uniform":
@@ -103,16 +103,18 @@ def share_out(times: Times, first: int, *, diagonal: float, to_clean: float, hig
     """
     number = torch.arange(first, first + len(times.t), dtype=torch.float64)
     on_diagonal = _every(number, diagonal)
-    t, t_next, s = times.t, times.t_next, torch.where(on_diagonal, times.t_next, times.s)
-    if to_clean:
-        share = to_clean / (1 - diagonal)  # among the examples that are not on the diagonal
-        other = number - (number * diagonal).floor()
-        is_clean = ~on_diagonal & _every(other, share)
-        is_one_step = is_clean & _every((other * share).floor(), 0.5)
-        t = torch.where(is_one_step, highest, t)
-        t_next = torch.where(is_one_step, max(highest - skip, 0), t_next)
-        s = torch.where(is_clean, 0, s)
-    return Times(t, t_next, s)
+    other = number - (number * diagonal).floor()  # counts the examples that are not on the diagonal
+    share = to_clean / (1 - diagonal) if to_clean else 0.0  # of these
+    is_clean = ~on_diagonal & _every(other, share)
+    is_one_step = is_clean & _every((other * share).floor(), 0.5)
+    t = torch.where(is_one_step, highest, times.t)
+    t_next = _after_step(t, skip)
+    return Times(t, t_next, torch.where(is_clean, 0, torch.where(on_diagonal, t_next, times.s)))
+
+
+def _after_step(t: Tensor, skip: int) -> Tensor:
+    """Return where the teacher's step from t ends, [B]."""
+    return (t - skip).clamp(min=0)
 
 
 def _every(number: Tensor, share: float) -> Tensor:

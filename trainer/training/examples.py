@@ -82,7 +82,7 @@ def draw_times_and_guidance(config: Config, schedule: Schedule, step: int) -> Ti
         phases=method.phases[step * len(method.phases) // config.training.steps],
         generator=source,
     )
-    highest = int(schedule.grid(method.origin_steps)[-1])
+    (highest,) = schedule.sampler_times(1, method.origin_steps)
     times = share_out(
         times, step * size, diagonal=method.diagonal, to_clean=method.to_clean, highest=highest, skip=method.skip
     )
