@@ -17,6 +17,7 @@ from ..tcd.lora_metadata import (
     ETA_KEY,
     STEPS_KEY,
     TARGET_TIME_KEY,
+    TARGET_TIME_MODULE_KEY,
 )
 from ..tcd.target_time import checked_target_input, embedding_shape
 from .ranges import check_range
@@ -101,6 +102,11 @@ class LoraFile:
         if not self.target_time_shape:
             return None
         return checked_target_input(self.metadata.get(TARGET_TIME_KEY, DEFAULT_TARGET_INPUT))
+
+    @property
+    def target_time_module(self) -> str | None:
+        """The path of the layer to whose output the embedding is added, or None if the file does not name it."""
+        return self.metadata.get(TARGET_TIME_MODULE_KEY)
 
     def alpha_from_metadata(self, path: str, rank: int) -> float | None:
         """Return the alpha of a module from the PEFT config in the metadata, or None if there is no such config.

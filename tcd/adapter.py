@@ -47,13 +47,20 @@ class Lora(nn.Module):
 
     def forward(self, x: Tensor, layer: Any) -> Tensor:
         """Return the term to add to layer(x). A convolution takes stride, padding and dilation from `layer`."""
-        down, up = self.down.to(x.dtype), self.up.to(x.dtype)
-        if down.ndim == 2:
-            hidden = functional.linear(functional.linear(x, down), up)
-        else:
-            convolve = _CONVOLUTIONS[down.ndim]
-            hidden = convolve(convolve(x, down, None, layer.stride, layer.padding, layer.dilation), up)
+        hidden = low_rank(x, self.down.to(x.dtype), self.up.to(x.dtype), layer)
         return hidden * (self.alpha / self.rank)
+
+
+def low_rank(x: Tensor, down: Tensor, up: Tensor, layer: Any) -> Tensor:
+    """Return up(down(x)), for a Linear or convolution `layer`; the weights have the shapes in Lora and the dtype of x.
+
+    A convolution takes stride, padding and dilation from `layer`.
+    """
+    if down.ndim == 2:
+        return functional.linear(functional.linear(x, down), up)
+    convolve = _CONVOLUTIONS[down.ndim]
+    hidden: Tensor = convolve(convolve(x, down, None, layer.stride, layer.padding, layer.dilation), up)
+    return hidden
 
 
 class AdapterWeights(nn.Module):

@@ -9,6 +9,8 @@ ETA_KEY = "tcd.eta"
 CFG_KEY = "tcd.cfg"
 TARGET_TIME_KEY = "tcd.target_time"
 """The input of the file's target-time embedding: "s" or "t-s" (target_time.TargetInput); "none" without one."""
+TARGET_TIME_MODULE_KEY = "tcd.target_time.module"
+"""The path of the layer to whose output the embedding is added; without it, the network's last Linear that embeds t."""
 
 DEFAULT_STEPS = 4
 DEFAULT_ETA = 0.3

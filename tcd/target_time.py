@@ -16,10 +16,10 @@ TargetInput = Literal["s", "t-s"]
 
 
 class TargetTime(nn.ModuleDict):
-    """out(SiLU(in(sinusoid(s)))) for the UNet of Stable Diffusion; `out` is initialized to zero, and so adds nothing.
+    """out(SiLU(in(sinusoid(s)))), to be added to a network's embedding of t; `out` is initialized to zero.
 
-    channels: width of the sinusoid, equal to the UNet's number of base channels. width: width of the UNet's embedding
-    of t. target_input: what is embedded, s or t - s.
+    channels: width of the sinusoid; in a UNet it equals the number of base channels. width: width of the network's
+    embedding of t. target_input: what is embedded, s or t - s.
     """
 
     def __init__(self, channels: int, width: int, *, target_input: TargetInput = "s") -> None:
@@ -35,12 +35,14 @@ class TargetTime(nn.ModuleDict):
         Raises ValueError if the names or shapes do not form an embedding, or target_input is not a TargetInput.
         """
         channels, width = embedding_shape(tensors)
-        embedding = cls(channels, width, target_input=checked_target_input(target_input))
-        embedding.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+        with torch.device("meta"):  # so that nothing is drawn from the global random generator
+            embedding = cls(channels, width, target_input=checked_target_input(target_input))
+        copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
+        embedding.load_state_dict(copies, assign=True)
         return embedding
 
     def forward(self, t: Tensor, s: Tensor) -> Tensor:
-        """Embed timesteps t and s, [B] each, as [B, width]."""
+        """Embed network times t and s, [B] each, as [B, width]."""
         time = t - s if self.target_input == "t-s" else s
         hidden = self["in"](sinusoid(time, self.channels))
         embedded: Tensor = self["out"](functional.silu(hidden))

@@ -1,17 +1,18 @@
 """Apply a LoRA file to a model, with the host's own patcher."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import comfy.lora
+from torch import Tensor
 
 from ...tcd import Coverage, TargetTime, coverage, kohya_name, split_target_time, to_kohya
-from ...tcd.lora_keys import format_shape
 from ..lora_file import LoraFile
+from .lora_beside import add_beside
 from .lora_files import read_tensors
 from .model_name import model_name
-from .target_time import install_target_time
+from .target_time import check_target_time, install_target_time
 
 _log = logging.getLogger("trajectory-consistency")
 
@@ -26,31 +27,40 @@ class _PatchTarget(NamedTuple):
 def apply_lora(model: Any, lora: LoraFile, strength: float, *, allow_partial: bool = False) -> Any:
     """Return a clone of the model with the LoRA applied; the model itself if strength is 0.
 
+    Weights are patched by the host, except quantised ones: there the LoRA is added beside the weight.
+
     Every module of the file must be in the model with the same shape; otherwise ValueError is raised before any tensor
     is read. With allow_partial, one such module is enough, and a warning lists the modules that were not applied.
     """
     if strength == 0:
         return model
-    targets = _patch_targets(model)
+    weights = dict(model.model.named_parameters())
+    targets = _patch_targets(model, weights)
     fit = coverage(lora.lora_tensors, {name: target.shape for name, target in targets.items()})
     _check_coverage(fit, lora, model_name(model), allow_partial)
     keys = {module: targets[module].key for module in fit.matched}
     _check_no_duplicates(keys.items(), lora)
-    _check_target_time(lora, model)
+    time_layer = None
+    if lora.target_time_shape:
+        time_layer = check_target_time(model, lora.name, lora.target_time_shape, lora.target_time_module)
     tensors, embedding = split_target_time(read_tensors(lora))
     tensors = to_kohya(tensors, lora.alpha_from_metadata)
     tensors = {name: tensor for name, tensor in tensors.items() if name.split(".")[0] in keys}
     patched = model.clone()
-    patched.add_patches(comfy.lora.load_lora(tensors, keys), strength)
-    if lora.target_input:
+    patches = add_beside(patched, lora.name, comfy.lora.load_lora(tensors, keys), weights, strength)
+    patched.add_patches(patches, strength)
+    if time_layer is not None and lora.target_input:
         target_time = TargetTime.from_state_dict(embedding, lora.target_input)
-        install_target_time(patched, lora.name, target_time, strength)
+        install_target_time(patched, lora.name, time_layer, target_time, strength)
     return patched
 
 
-def _patch_targets(model: Any) -> dict[str, _PatchTarget]:
-    """Return the weights that the host can patch, by kohya name; a weight may have several names."""
-    weights = model.model.state_dict()
+def _patch_targets(model: Any, weights: Mapping[str, Tensor]) -> dict[str, _PatchTarget]:
+    """Return the weights that the host can patch, by kohya name; a weight may have several names.
+
+    weights: the model's, by name. Their shapes are those of the layers, but a state_dict would have the shapes of
+    packed tensors.
+    """
     targets = {}
     # The {} is needed: the host's function adds to its default argument, which keeps the keys of earlier models.
     for name, key in comfy.lora.model_lora_keys_unet(model.model, {}).items():
@@ -73,18 +83,6 @@ def _check_coverage(fit: Coverage, lora: LoraFile, model: str, allow_partial: bo
             f"model is {model}. {fit.describe()}{hint}"
         )
     _log.warning("%s was applied in part: %s", lora.name, fit.describe())
-
-
-def _check_target_time(lora: LoraFile, model: Any) -> None:
-    """Raise ValueError if the file has a target-time embedding that does not fit the network's embedding of t."""
-    shape = lora.target_time_shape
-    weight = model.model.state_dict().get("diffusion_model.time_embed.0.weight")
-    own = None if weight is None else (weight.shape[1], weight.shape[0])
-    if shape and shape != own:
-        raise ValueError(
-            f"{lora.name} does not fit the model, and nothing was applied: its embedding of the target time is "
-            f"{format_shape(shape)}, but the model's own, of t, is {format_shape(own) if own else 'of another kind'}"
-        )
 
 
 def _check_no_duplicates(keys: Iterable[tuple[str, Any]], lora: LoraFile) -> None:

@@ -25,7 +25,13 @@ def schedule_of(model_sampling: Any) -> Schedule:
     is_cascade = isinstance(model_sampling, comfy.model_sampling.StableCascadeSampling)
     if isinstance(model_sampling, comfy.model_sampling.ModelSamplingDiscrete) and not is_cascade:
         return DiscreteSchedule(model_sampling.sigmas, num_timesteps=model_sampling.num_timesteps)
-    return ContinuousSchedule(float(model_sampling.sigma_max))
+    return ContinuousSchedule(float(model_sampling.sigma_max), timestep=_thousandths_of_flow_time)
+
+
+def _thousandths_of_flow_time(sigma: Tensor) -> Tensor:
+    # Not the time that the host gives such a network (for EDM a logarithm of sigma), because network times are used
+    # here for the target time alone, whose embedding expects numbers of this size.
+    return 1000 * sigma / (1 + sigma)
 
 
 def tcd_sigmas(model: Any, *, steps: int, denoise: float, timesteps: str) -> Tensor:

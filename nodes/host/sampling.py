@@ -36,7 +36,7 @@ def sample_with_tcd(
     schedule = schedule_of(model_sampling)
 
     def denoise(x: Tensor, sigma: Tensor, sigma_s: Tensor) -> Tensor:
-        arguments = {**extra_args, "model_options": with_target_time(options, schedule, sigma, sigma_s, len(x))}
+        arguments = {**extra_args, "model_options": with_target_time(options, schedule, sigma, sigma_s)}
         return model(x, sigma.to(x) * x.new_ones(len(x)), **arguments)
 
     with tqdm(total=max(len(sigmas) - 1, 0), disable=disable) as bar:

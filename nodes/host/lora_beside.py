@@ -1,0 +1,122 @@
+"""Add LoRA beside quantised weights: layer(x) + strength * alpha / rank * up(down(x)), with the weight unchanged.
+
+The host's own way is to add the product to the weight, and to round the sum to the weight's few bits. That loses much
+of a LoRA: the output is several percent off for 8 bits.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from comfy.patcher_extension import CallbacksMP
+from torch import Tensor
+from torch.nn import functional
+
+from ...tcd.adapter import low_rank
+from .layer_terms import NETWORK, ModelCall, add_term
+from .time_layer import is_linear
+
+try:
+    from comfy.quant_ops import QuantizedTensor
+except ImportError:  # an older host, whose quantised weights are tensors with a float8 dtype
+    QuantizedTensor = ()
+
+_KEY = "tcd_lora_beside"
+_MAX_LISTED = 3  # number of layers that the log lists
+_WHY_ROUNDED = (
+    "There ComfyUI adds it to the quantised weight and rounds the sum, because the layer's weight has 8-bit integers, "
+    "or because the LoRA is no plain one, such as a DoRA. A checkpoint in float8 or bfloat16 has no such loss"
+)
+_log = logging.getLogger("trajectory-consistency")
+
+
+def is_quantized(weight: Tensor) -> bool:
+    """Return whether a sum with the weight would be rounded to 8 bits or fewer."""
+    return isinstance(weight, QuantizedTensor) or (weight.is_floating_point() and weight.element_size() == 1)
+
+
+def add_beside(
+    model: Any, file: str, patches: Mapping[Any, Any], weights: Mapping[str, Tensor], strength: float
+) -> dict[Any, Any]:
+    """Add the LoRA of quantised weights beside them, and return the other patches.
+
+    model: a clone, changed in place. file: the LoRA's name. patches: by the patcher's key, as the host's load_lora
+    returns them. weights: the model's, by name. A LoRA that depends on the weight (DoRA), or whose layer the host may
+    not call, stays a patch; a warning counts and names these.
+    """
+    left: dict[Any, Any] = {}
+    rounded: list[str] = []
+    terms: list[_LoraTerm] = []
+    for key, patch in patches.items():
+        name, *more = (key,) if isinstance(key, str) else key
+        path = name.removeprefix(f"{NETWORK}.").removesuffix(".weight")
+        if not is_quantized(weights[name]):
+            left[key] = patch
+        elif not _can_stand_beside(patch, getattr(model.model, NETWORK).get_submodule(path), more):
+            left[key] = patch
+            rounded.append(path)
+        else:
+            terms.append(_LoraTerm(patch, weights[name].shape, strength, *more))
+            add_term(model, path, terms[-1])
+    if terms:
+        model.add_callback_with_key(CallbacksMP.ON_CLEANUP, _KEY, lambda _: [term.free() for term in terms])
+    if rounded:
+        listed = ", ".join(rounded[:_MAX_LISTED]) + (" ..." if len(rounded) > _MAX_LISTED else "")
+        _log.warning("%s is rounded in %d layers: %s. %s", file, len(rounded), listed, _WHY_ROUNDED)
+    return left
+
+
+def _can_stand_beside(patch: Any, layer: Any, more: list[Any]) -> bool:
+    """more: what the patcher's key has besides the name: nothing, a slice, or a slice and a function of the weight."""
+    is_convolution = hasattr(layer, "stride") and not more
+    is_plain = getattr(patch, "name", None) == "lora" and not any(part is not None for part in patch.weights[3:])
+    return is_plain and len(more) < 2 and (is_linear(layer) or is_convolution) and not _may_be_read_directly(layer)
+
+
+def _may_be_read_directly(layer: Any) -> bool:
+    """Return whether the host may compute with the weight without calling the layer.
+
+    comfy.ops.linear_input_act does so with 8-bit integers, for an MLP's second Linear in Wan, LTX and others.
+    """
+    return getattr(layer.weight, "_layout_cls", None) == "TensorWiseINT8Layout"
+
+
+class _LoraTerm:
+    """The term of one LoRA; a copy of its weights is kept on each device until the end of the run."""
+
+    def __init__(
+        self, patch: Any, shape: torch.Size, strength: float, part: tuple[int, int, int] | None = None
+    ) -> None:
+        """patch: the host's LoRA. shape: that of the weight. part: the (axis, start, length) of it that is patched."""
+        up, down, alpha = patch.weights[:3]
+        rank = len(down)
+        kernel = shape[2:]
+        self._up = up.reshape(len(up), rank, *(1 for _ in kernel))
+        self._down = down.reshape(rank, -1, *kernel)
+        self._scale = strength * (1.0 if alpha is None else float(alpha) / rank)
+        self._width, self._part = shape[0], part
+        self._copies: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, call: ModelCall, layer: Any, x: Tensor) -> Tensor:
+        """Return the term for x [..., in], or [B, in, ...] for a convolution."""
+        if isinstance(x, QuantizedTensor):
+            x = x.dequantize()
+        axis, start, length = self._part or (None, 0, self._width)
+        if axis == 1:
+            x = x.narrow(-1, start, length)
+        down, up = self._on(x.device, x.dtype)
+        term = low_rank(x, down, up, layer) * self._scale
+        return functional.pad(term, (start, self._width - start - length)) if axis == 0 else term
+
+    def free(self) -> None:
+        """Drop the copies."""
+        self._copies = {}
+
+    def _on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        copies = self._copies
+        if (device, dtype) not in copies:
+            copies[device, dtype] = self._down.to(device, dtype), self._up.to(device, dtype)
+        return copies[device, dtype]
