@@ -43,7 +43,7 @@ def add_term(model: Any, path: str, term: Term) -> None:
     Terms add up. A replacement of the same `forward` that the clone already has is called in place of the layer's own.
     """
     name = f"{NETWORK}.{path}.forward"
-    before = model.object_patches.get(name)
+    before: Any = model.object_patches.get(name)
     terms: tuple[Term, ...] = (term,)
     if isinstance(before, _ForwardWithTerms):
         before, terms = before.replaced, (*before.terms, term)

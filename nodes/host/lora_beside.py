@@ -7,7 +7,7 @@ of a LoRA: the output is several percent off for 8 bits.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -62,11 +62,16 @@ def add_beside(
             terms.append(_LoraTerm(patch, weights[name].shape, strength, *more))
             add_term(model, path, terms[-1])
     if terms:
-        model.add_callback_with_key(CallbacksMP.ON_CLEANUP, _KEY, lambda _: [term.free() for term in terms])
+        model.add_callback_with_key(CallbacksMP.ON_CLEANUP, _KEY, lambda _: _free(terms))
     if rounded:
         listed = ", ".join(rounded[:_MAX_LISTED]) + (" ..." if len(rounded) > _MAX_LISTED else "")
         _log.warning("%s is rounded in %d layers: %s. %s", file, len(rounded), listed, _WHY_ROUNDED)
     return left
+
+
+def _free(terms: Iterable[_LoraTerm]) -> None:
+    for term in terms:
+        term.free()
 
 
 def _can_stand_beside(patch: Any, layer: Any, more: list[Any]) -> bool:

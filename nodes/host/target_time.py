@@ -47,7 +47,7 @@ def check_target_time(model: Any, name: str, shape: tuple[int, int], path: str |
             f"{refused} has no place in the model, whose network has no known layer that embeds t: use a file that "
             "names the layer, in its metadata tcd.target_time.module"
         )
-    layer = dict(network.named_modules()).get(found)
+    layer: Any = dict(network.named_modules()).get(found)
     if not is_linear(layer):
         raise ValueError(f"{refused} is for the layer {found}, which is not a Linear of this model")
     if layer.out_features != shape[1]:
