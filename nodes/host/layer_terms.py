@@ -10,6 +10,7 @@ therefore looks up its layer in the network that runs in the current thread, whi
 
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, NamedTuple
 
 from comfy.patcher_extension import WrappersMP
@@ -66,7 +67,7 @@ class _ForwardWithTerms:
                 "or without its wrappers, by another node: apply the LoRA after that node, or remove one of the two"
             )
         layer = getattr(call.model, NETWORK).get_submodule(self.path)
-        forward = self.replaced or type(layer).forward.__get__(layer)
+        forward = self.replaced or partial(type(layer).forward, layer)
         y: Tensor = forward(x, *args, **kwargs)
         for term in self.terms:
             y = y + term(call, layer, x).to(y.dtype)

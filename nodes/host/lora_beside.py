@@ -27,8 +27,8 @@ except ImportError:  # an older host, whose quantised weights are tensors with a
 _KEY = "tcd_lora_beside"
 _MAX_LISTED = 3  # number of layers that the log lists
 _WHY_ROUNDED = (
-    "There ComfyUI adds it to the quantised weight and rounds the sum, because the layer's weight has 8-bit integers, "
-    "or because the LoRA is no plain one, such as a DoRA. A checkpoint in float8 or bfloat16 has no such loss"
+    "There it is added to the quantised weight and rounded with it, because the weight has 8-bit integers, which ComfyUI "
+    "may use without its layer, or because it is no plain LoRA but, for example, a DoRA"
 )
 _log = logging.getLogger("trajectory-consistency")
 
@@ -65,7 +65,7 @@ def add_beside(
         model.add_callback_with_key(CallbacksMP.ON_CLEANUP, _KEY, lambda _: _free(terms))
     if rounded:
         listed = ", ".join(rounded[:_MAX_LISTED]) + (" ..." if len(rounded) > _MAX_LISTED else "")
-        _log.warning("%s is rounded in %d layers: %s. %s", file, len(rounded), listed, _WHY_ROUNDED)
+        _log.warning("%s is rounded in %d of its layers: %s. %s", file, len(rounded), listed, _WHY_ROUNDED)
     return left
 
 

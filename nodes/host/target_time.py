@@ -49,7 +49,7 @@ def check_target_time(model: Any, name: str, shape: tuple[int, int], path: str |
         )
     layer: Any = dict(network.named_modules()).get(found)
     if not is_linear(layer):
-        raise ValueError(f"{refused} is for the layer {found}, which is not a Linear of this model")
+        raise ValueError(f"{refused} is for the layer {found!r}, which is not a Linear of this model")
     if layer.out_features != shape[1]:
         raise ValueError(
             f"{refused} has the width {shape[1]}, but the model's own, of t, has {layer.out_features} ({found})"

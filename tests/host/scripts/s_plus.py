@@ -10,8 +10,10 @@ import sys
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from sampled import (
     FAMILIES,
+    FOLDER,
     ByHand,
     apply,
     load,
@@ -68,9 +70,6 @@ def measure(name: str) -> dict[str, Any]:
 
 def _without(file: str) -> str:
     """Return a file with the LoRA alone."""
-    from sampled import FOLDER
-    from safetensors.torch import load_file
-
     lora = {name: tensor for name, tensor in load_file(FOLDER / file).items() if "target_time" not in name}
     return write_lora(f"without-{file}", lora)
 

@@ -59,14 +59,17 @@ def written(name: str) -> Path:
 
 
 def random_lora(network: Any, seed: int = 0) -> dict[str, Tensor]:
-    """Return a LoRA on every Linear, in the host's own names, large enough to change the output visibly."""
+    """Return a LoRA on every Linear and convolution, in the host's own names, that changes the output visibly."""
     generator = torch.Generator().manual_seed(seed)
     lora = {}
     for path, layer in network.named_modules():
-        if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
-            down = torch.randn(RANK, layer.in_features, generator=generator) * layer.in_features**-0.5
+        if hasattr(layer, "in_features") or hasattr(layer, "stride"):
+            out, into, *kernel = layer.weight.shape
+            down = torch.randn(RANK, into, *kernel, generator=generator) * math.prod([into, *kernel]) ** -0.5
             lora[f"{PREFIX}{path}.lora_down.weight"] = down
-            lora[f"{PREFIX}{path}.lora_up.weight"] = torch.randn(layer.out_features, RANK, generator=generator) * 0.2
+            lora[f"{PREFIX}{path}.lora_up.weight"] = (
+                torch.randn(out, RANK, *(1 for _ in kernel), generator=generator) * 0.2
+            )
             lora[f"{PREFIX}{path}.alpha"] = torch.tensor(ALPHA)
     return lora
 
@@ -78,9 +81,7 @@ def random_embedding(width: int, seed: int = 0) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator) * shape[-1] ** -0.5 for name, shape in shapes.items()}
 
 
-def write_lora(
-    name: str, lora: dict[str, Tensor], embedding: dict[str, Tensor] | None = None, **metadata: str
-) -> str:
+def write_lora(name: str, lora: dict[str, Tensor], embedding: dict[str, Tensor] | None = None, **metadata: str) -> str:
     """Write a file to the host's folder of LoRAs, and return its name there."""
     tensors = lora | {f"tcd_target_time.{key}": tensor for key, tensor in (embedding or {}).items()}
     save_file(tensors, FOLDER / name, metadata=metadata)
@@ -107,21 +108,21 @@ def sample(
     *,
     cfg: float = 1.0,
     gamma: float = 0.3,
-    batch: int = 2,
     sampler: Any = None,
     noise: Tensor | None = None,
     latent: Tensor | None = None,
 ) -> Tensor:
-    """Sample by the host; by default with the TCD sampler, from pure noise."""
+    """Sample by the host; by default with the TCD sampler, two latents from pure noise."""
+    latent = torch.zeros(2, *family.latent) if latent is None else latent
     return comfy.sample.sample_custom(
         model,
-        noise_for(family, batch) if noise is None else noise,
+        noise_for(family, len(latent)) if noise is None else noise,
         cfg,
         sampler or host.tcd_sampler(gamma),
         sigmas,
         family.conditioning(1),
         family.conditioning(2),
-        torch.zeros(batch, *family.latent) if latent is None else latent,
+        latent,
         disable_pbar=True,
         seed=SEED,
     )
@@ -146,20 +147,21 @@ class ByHand:
         network = self.model.diffusion_model
         for layer, down, up in _products(network, lora or {}):
             if beside:
-                layer.register_forward_hook(lambda _, args, y, d=down, u=up: y + ALPHA / RANK * (args[0] @ d.T @ u.T))
+                layer.register_forward_hook(
+                    lambda layer, args, y, down=down, up=up: y + ALPHA / RANK * _term(layer, args[0], down, up)
+                )
             else:
-                layer.weight.data = layer.weight + ALPHA / RANK * up @ down
+                product = (up.flatten(1) @ down.flatten(1)).view_as(layer.weight)
+                layer.weight.data = layer.weight + ALPHA / RANK * product
         self.times: tuple[float, float] | None = None
         if embedding is not None:
             network.get_submodule(family.time_linear).register_forward_hook(
                 lambda _, args, y: y if self.times is None else y + embed(embedding, self.times[1]).to(y)
             )
 
-    def sample(
-        self, sigmas: Tensor, *, cfg: float, gamma: float, batch: int = 2, latent: Tensor | None = None
-    ) -> Tensor:
+    def sample(self, sigmas: Tensor, *, cfg: float, gamma: float, latent: Tensor | None = None) -> Tensor:
         """Sample by strategic stochastic sampling."""
-        sampling, noise = self.model.model_sampling, noise_for(self.family, batch).double()
+        sampling, noise = self.model.model_sampling, noise_for(self.family).double()
         is_flow = isinstance(sampling, comfy.model_sampling.CONST)
         z, sigma = seeded_noise(SEED), sigmas.double()
         if latent is None:
@@ -207,6 +209,15 @@ def embed(embedding: dict[str, Tensor], time: float) -> Tensor:
     angles = time * torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float64) / half)
     hidden = state["in.weight"] @ torch.cat([angles.cos(), angles.sin()]) + state["in.bias"]
     return state["out.weight"] @ functional.silu(hidden) + state["out.bias"]
+
+
+def _term(layer: Any, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """Return up(down(x)) in the dtype of x."""
+    down, up = down.to(x), up.to(x)
+    if down.ndim == 2:
+        return x @ down.T @ up.T
+    convolve = functional.conv2d if down.ndim == 4 else functional.conv3d
+    return convolve(convolve(x, down, stride=layer.stride, padding=layer.padding), up)
 
 
 def _products(network: Any, lora: dict[str, Tensor]) -> list[tuple[Any, Tensor, Tensor]]:
