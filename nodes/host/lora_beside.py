@@ -27,8 +27,8 @@ except ImportError:  # an older host, whose quantised weights are tensors with a
 _KEY = "tcd_lora_beside"
 _MAX_LISTED = 3  # number of layers that the log lists
 _WHY_ROUNDED = (
-    "There it is added to the quantised weight and rounded with it, because the weight has 8-bit integers, which ComfyUI "
-    "may use without its layer, or because it is no plain LoRA but, for example, a DoRA"
+    "There it is added to the quantised weight and rounded with it, because the weight has 8-bit integers, which the "
+    "host may use without its layer, or because it is no plain LoRA but, for example, a DoRA"
 )
 _log = logging.getLogger("trajectory-consistency")
 
@@ -76,7 +76,7 @@ def _free(terms: Iterable[_LoraTerm]) -> None:
 
 def _can_stand_beside(patch: Any, layer: Any, more: list[Any]) -> bool:
     """more: what the patcher's key has besides the name: nothing, a slice, or a slice and a function of the weight."""
-    is_convolution = hasattr(layer, "stride") and not more
+    is_convolution = hasattr(layer, "stride") and not layer.transposed and layer.groups == 1 and not more
     is_plain = getattr(patch, "name", None) == "lora" and not any(part is not None for part in patch.weights[3:])
     return is_plain and len(more) < 2 and (is_linear(layer) or is_convolution) and not _may_be_read_directly(layer)
 

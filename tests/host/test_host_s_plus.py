@@ -190,6 +190,10 @@ def test_an_embedding_without_a_place_is_refused(ways: dict[str, Any], reason: s
     assert message in refusal and "nothing was applied" in refusal
 
 
+def test_a_network_that_is_called_without_the_host_is_refused(ways: dict[str, Any]) -> None:
+    assert "t_embedder.mlp.2 has a LoRA that needs the host's apply_model" in ways["places"]["called directly"]
+
+
 # Quantised weights
 
 

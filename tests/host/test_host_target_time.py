@@ -326,7 +326,7 @@ def _without(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 | {f"tcd_target_time.{name}": each for name, each in TargetTime(32, 128).state_dict().items()}
             ),
             "s",
-            "its embedding of the target time is 32 x 128, but the model's own, of t, is 320 x 1280",
+            r"its embedding of the target time has the width 128, but the model's own, of t, has 1280 \(time_embed.2\)",
         ),
     ],
 )

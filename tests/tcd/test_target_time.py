@@ -51,6 +51,18 @@ def test_a_file_gives_it_back() -> None:
     assert TargetTime.from_state_dict(halves, "s")(T, S).dtype == torch.float32
 
 
+def test_reading_a_file_draws_no_random_numbers_and_shares_no_memory() -> None:
+    tensors = dict(random_embedding().state_dict())
+    drawn_before = torch.random.get_rng_state()
+    read = TargetTime.from_state_dict(tensors, "s")
+    assert torch.equal(torch.random.get_rng_state(), drawn_before)
+    with torch.no_grad():
+        read["out"].weight.zero_()
+    assert tensors["out.weight"].any()
+    read(T, S).sum().backward()
+    assert read["out"].bias.grad is not None, "it can be trained on"
+
+
 @pytest.mark.parametrize(
     ("changed", "target_input", "complaint"),
     [

@@ -249,7 +249,8 @@ def places(name: str) -> dict[str, Any]:
     find, module.find_time_linear = module.find_time_linear, lambda _: None
     refusals["unknown network"] = refusal(plain, file)
     module.find_time_linear = find
-    return {"named": relative_error(found, hand), "refusals": refusals}
+    called = called_directly(apply(plain, file), network.get_submodule(family.time_linear))
+    return {"named": relative_error(found, hand), "refusals": refusals, "called directly": called}
 
 
 class Flow(torch.nn.Module):
@@ -257,6 +258,16 @@ class Flow(torch.nn.Module):
 
     sigmas = torch.linspace(0.001, 1, 1000)
     num_timesteps = 1000
+
+
+def called_directly(model: Any, layer: Any) -> str:
+    """A layer that is called outside apply_model cannot know (t, s)."""
+    comfy.model_management.load_models_gpu([model])
+    try:
+        layer(torch.zeros(1, layer.in_features))
+    except RuntimeError as error:
+        return str(error)
+    return "nothing was refused"
 
 
 def refusal(model: Any, file: str) -> str:
