@@ -76,9 +76,11 @@ def _free(terms: Iterable[_LoraTerm]) -> None:
 
 def _can_stand_beside(patch: Any, layer: Any, more: list[Any]) -> bool:
     """more: what the patcher's key has besides the name: nothing, a slice, or a slice and a function of the weight."""
-    is_convolution = hasattr(layer, "stride") and not layer.transposed and layer.groups == 1 and not more
     is_plain = getattr(patch, "name", None) == "lora" and not any(part is not None for part in patch.weights[3:])
-    return is_plain and len(more) < 2 and (is_linear(layer) or is_convolution) and not _may_be_read_directly(layer)
+    is_rows = len(more) == 1 and more[0][0] == 0
+    is_convolution = hasattr(layer, "stride") and not layer.transposed and layer.groups == 1
+    fits = (is_linear(layer) and (not more or is_rows)) or (is_convolution and not more)
+    return is_plain and fits and not _may_be_read_directly(layer)
 
 
 def _may_be_read_directly(layer: Any) -> bool:
@@ -93,28 +95,23 @@ class _LoraTerm:
     """The term of one LoRA; a copy of its weights is kept on each device until the end of the run."""
 
     def __init__(
-        self, patch: Any, shape: torch.Size, strength: float, part: tuple[int, int, int] | None = None
+        self, patch: Any, shape: torch.Size, strength: float, rows: tuple[int, int, int] | None = None
     ) -> None:
-        """patch: the host's LoRA. shape: that of the weight. part: the (axis, start, length) of it that is patched."""
+        """patch: the host's LoRA. shape: the weight's. rows: (0, start, length) of the outputs, if not all of them."""
         up, down, alpha = patch.weights[:3]
-        rank = len(down)
-        kernel = shape[2:]
+        rank, kernel = len(down), shape[2:]
         self._up = up.reshape(len(up), rank, *(1 for _ in kernel))
         self._down = down.reshape(rank, -1, *kernel)
         self._scale = strength * (1.0 if alpha is None else float(alpha) / rank)
-        self._width, self._part = shape[0], part
+        _, start, length = rows or (0, 0, shape[0])
+        self._padding = (start, shape[0] - start - length)
         self._copies: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, call: ModelCall, layer: Any, x: Tensor) -> Tensor:
         """Return the term for x [..., in], or [B, in, ...] for a convolution."""
-        if isinstance(x, QuantizedTensor):
-            x = x.dequantize()
-        axis, start, length = self._part or (None, 0, self._width)
-        if axis == 1:
-            x = x.narrow(-1, start, length)
         down, up = self._on(x.device, x.dtype)
         term = low_rank(x, down, up, layer) * self._scale
-        return functional.pad(term, (start, self._width - start - length)) if axis == 0 else term
+        return functional.pad(term, self._padding) if any(self._padding) else term
 
     def free(self) -> None:
         """Drop the copies."""
