@@ -1,8 +1,9 @@
 """Add terms to the outputs of layers of the host's model, such as a LoRA or the embedding of the target time.
 
 An object patch replaces the `forward` of a layer. The host applies and undoes it with the model, and it changes neither
-weights nor their names, so that a LoRA still finds the layer. An injection (PatcherInjection) would stay in the network
-if the clone that injected it were deleted while it is loaded.
+weights nor their names, so that a LoRA still finds the layer. The host's own way, BypassInjectionManager, keeps the
+layers of the network for which it was made, so a real copy of the model would be without the LoRA. Also, injections are
+ejected in the order in which they were injected, so two of them on one layer leave one behind.
 
 All clones of a model share the patch, but some have a network of their own: on another GPU, or loaded anew. The patch
 therefore looks up its layer in the network that runs in the current thread, which an APPLY_MODEL wrapper notes.

@@ -55,7 +55,7 @@ def measure(name: str) -> dict[str, Any]:
     real = copies["real copy"].model.diffusion_model is not network
     again = torch.equal(sample(model, family, two), first)
     del model, copies
-    gc.collect()  # the host then has the plain model loaded, without having unloaded the clone
+    gc.collect()  # the clone is deleted while it is loaded
     return {
         "grid": errors,
         "image to image": relative_error(found, hand.sample(half, gamma=0.3, cfg=1.0, latent=latent)),
