@@ -34,7 +34,7 @@ def apply_lora(model: Any, lora: LoraFile, strength: float, *, allow_partial: bo
     """
     if strength == 0:
         return model
-    weights = dict(model.model.named_parameters())
+    weights = dict(model.model.named_parameters(remove_duplicate=False))
     targets = _patch_targets(model, weights)
     fit = coverage(lora.lora_tensors, {name: target.shape for name, target in targets.items()})
     _check_coverage(fit, lora, model_name(model), allow_partial)
