@@ -15,10 +15,11 @@ INSTALLED := .venv/.installed
 demo: $(INSTALLED)
 	$(BIN)/python -m trajectory_consistency.trainer.demo --out demo-out
 
-# ComfyUI and the demo use all cores, so their tests run alone, after the others.
+# ComfyUI and the demo use all cores, so their tests run alone, after the others. tests/engine has its own environment.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --ignore tests/host --ignore tests/demo/test_demo.py
 	$(BIN)/pytest tests/host tests/demo/test_demo.py
+	$(BIN)/python tests/engine
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

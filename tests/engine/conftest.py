@@ -1,0 +1,18 @@
+"""ComfyUI as a library, on the CPU. Imported before the tests, and so before ComfyUI chooses the device."""
+
+import sys
+from pathlib import Path
+
+import comfy.cli_args
+import pytest
+import torch
+
+comfy.cli_args.args.cpu = True
+torch.set_num_threads(1)
+sys.path.append(str(Path(__file__).parents[1] / "host" / "scripts"))
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the small models' files."""
+    return tmp_path_factory.mktemp("models")
