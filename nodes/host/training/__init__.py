@@ -1,0 +1,11 @@
+"""Train an adapter on a model that the host has loaded: the network with gradients, and its conditioning.
+
+Needs torch and the host only, so that a node in a graph and the trainer can both use it.
+"""
+
+from .conditions import from_tensors, to_tensors
+from .kernels import differentiable_kernels
+from .network import HostNetwork
+from .recompute import recomputing
+
+__all__ = ["HostNetwork", "differentiable_kernels", "from_tensors", "recomputing", "to_tensors"]

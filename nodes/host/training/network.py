@@ -1,0 +1,181 @@
+"""A network of the host as the equations of tcd/ use it: predicts x0, on the host's own clock, with an adapter."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from types import TracebackType
+from typing import Any
+
+import comfy.conds
+import comfy.model_management
+import comfy.samplers
+import torch
+from torch import Tensor, nn
+
+from ....tcd import Adapter, AdapterWeights, FlowSchedule, TargetInput, TargetTime, TimePoint
+from ....tcd.adapter import OFF, layer_shapes, new_weights
+from ..model_schedule import schedule_of
+from .conditions import Conditioning, ModelConds, equal_rows, model_conds
+from .kernels import differentiable_kernels
+from .recompute import recomputing
+
+
+class HostNetwork:
+    """A frozen model of the host with its schedule and its adapter; as a context manager, it closes itself at the end.
+
+    With the adapter off, it is the model that the host samples from, bit for bit. Latents and conditioning are the
+    network's: latents after the host's process_in, one CONDITIONING for each row.
+    """
+
+    def __init__(self, patcher: Any, time_layer: str) -> None:
+        """Load the host's MODEL into memory, and freeze it.
+
+        time_layer: path, in the diffusion model, of the Linear whose output is the embedding of t. Raises ValueError if
+        the host may move weights of the model out of memory while it is used.
+        """
+        if hasattr(patcher, "is_dynamic") and patcher.is_dynamic():
+            raise ValueError(
+                "the MODEL uses dynamic VRAM, which may move weights out of memory between the forward and the "
+                "backward pass: pass model.clone(disable_dynamic=True)"
+            )
+        with torch.inference_mode(False):
+            comfy.model_management.load_models_gpu([patcher], force_full_load=True)
+            freeze(patcher.model)
+        self.patcher, self.model = patcher, patcher.model
+        self.network: nn.Module = patcher.model.diffusion_model
+        self.device: torch.device = patcher.load_device
+        self.schedule = schedule_of(patcher.get_model_object("model_sampling")).to(self.device)
+        self.adapter = Adapter(self.network, time_layer)
+        guidance = getattr(self.network, "guidance_in", None)
+        self.takes_guidance = guidance is not None and any(True for _ in guidance.parameters())
+        """Whether the guidance scale is an input of the network, as in Flux dev, so that it needs no empty caption."""
+        self._undo = ExitStack()
+
+    def x0(self, x_t: Tensor, t: TimePoint, conds: Sequence[Conditioning], s: TimePoint | None = None) -> Tensor:
+        """Predict x0, float32 [B, C, ...], from x_t [B, C, ...] at t, in the training scale; s: target time.
+
+        conds: B rows of any lengths. Rows of different lengths are computed in separate calls. A guidance scale that is
+        an input of the network is the one in the CONDITIONING, or the host's default.
+
+        Raises ValueError if the adapter in use has a target-time embedding and s is None. Networks that work in place,
+        such as Flux, have gradients only with `enable_gradient_checkpointing`; otherwise torch raises RuntimeError in
+        the backward pass.
+        """
+        with self._kernels():
+            return self._predict(x_t, t, self._rows(conds, x_t, "positive"), s)
+
+    def guided_x0(
+        self,
+        x_t: Tensor,
+        t: TimePoint,
+        conds: Sequence[Conditioning],
+        unconds: Sequence[Conditioning],
+        guidance: Tensor,
+        s: TimePoint | None = None,
+    ) -> Tensor:
+        """Predict x0 as `x0` does, with guidance scales w [B]; w = 1 is no guidance.
+
+        Where the network takes w as an input, it gets w, and the empty captions are not used. Otherwise the result is
+        u + w (c - u), from one call of 2 B rows if the captions have equal lengths. unconds: B rows or one.
+        """
+        with self._kernels():
+            rows = self._rows(conds, x_t, "positive")
+            if self.takes_guidance:
+                scales = [comfy.conds.CONDRegular(scale.float().view(1)) for scale in guidance]
+                rows = [{**row, "guidance": scale} for row, scale in zip(rows, scales, strict=True)]
+                return self._predict(x_t, t, rows, s)
+            empty = list(unconds) * len(x_t) if len(unconds) == 1 else unconds
+            rows += self._rows(empty, x_t, "negative")
+            both = self._predict(torch.cat([x_t, x_t]), _twice(t), rows, None if s is None else _twice(s))
+            conditional, unconditional = both.chunk(2)
+            return unconditional + guidance.view(-1, *[1] * (x_t.ndim - 1)) * (conditional - unconditional)
+
+    def new_weights(
+        self, layers: Sequence[str], *, rank: int, alpha: float, seed: int, target_input: TargetInput | None = None
+    ) -> AdapterWeights:
+        """Return trainable adapter weights for the layers at these paths, which initially change nothing.
+
+        target_input: input of an embedding of the target time; None for no embedding. Its sinusoid has the width of the
+        network's own, which is the input of the first Linear beside the time layer.
+        """
+        embedding = None
+        if target_input:
+            shapes, parent = layer_shapes(self.network), self.adapter.time_layer.rpartition(".")[0]
+            _, channels = next(shape for path, shape in shapes.items() if path.startswith(f"{parent}."))
+            width, _ = shapes[self.adapter.time_layer]
+            with torch.random.fork_rng(devices=[]), torch.device(self.device):
+                torch.manual_seed(seed)  # nn.Linear initializes itself from the global generator
+                embedding = TargetTime(channels, width, target_input=target_input)
+        return new_weights(self.network, layers, rank=rank, alpha=alpha, seed=seed, target_time=embedding)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """From now on, recompute activations in the backward pass instead of keeping them."""
+        self._undo.enter_context(recomputing(self.adapter))
+
+    def close(self) -> None:
+        """Remove the adapter and everything else that was put into the network; its weights stay frozen."""
+        self._undo.close()
+        self.adapter.eject()
+
+    def __enter__(self) -> "HostNetwork":
+        """Return the network itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close it, also after an exception."""
+        self.close()
+
+    def _kernels(self) -> AbstractContextManager[None]:
+        # The teacher is computed by the operations that the host samples with.
+        return nullcontext() if self.adapter.state == OFF else differentiable_kernels()
+
+    def _rows(self, conds: Sequence[Conditioning], x: Tensor, prompt_type: str) -> list[ModelConds]:
+        if len(conds) != len(x):
+            raise ValueError(
+                f"there are {len(conds)} CONDITIONINGs for {len(x)} rows of latents: give one for each row"
+            )
+        return [model_conds(self.model, cond, x[i : i + 1], prompt_type) for i, cond in enumerate(conds)]
+
+    def _predict(self, x_t: Tensor, t: TimePoint, rows: Sequence[ModelConds], s: TimePoint | None) -> Tensor:
+        """Predict x0 by one call for each group of rows of equal lengths."""
+        if s is None and self.adapter.target_time is not None:
+            raise ValueError("the adapter has an embedding of the target time: give s")
+        x, sigma = self._sampling_scale(x_t, t)
+        groups, parts = equal_rows(rows), []
+        for group in groups:
+            index = torch.tensor(group, device=x.device)
+            self.adapter.times = None if s is None else (t.network_time[index], s.network_time[index])
+            options = {**self.patcher.model_options.get("transformer_options", {}), "sigmas": sigma[index]}
+            inputs = comfy.samplers.cond_cat([rows[i] for i in group])
+            parts.append(self.model.apply_model(x[index], sigma[index], transformer_options=options, **inputs))
+        order = torch.tensor([i for group in groups for i in group], device=x.device)
+        return torch.cat(parts)[order.argsort()]
+
+    def _sampling_scale(self, x_t: Tensor, t: TimePoint) -> tuple[Tensor, Tensor]:
+        """Return x [B, C, ...] and sigma [B] in the host's scale: variance exploding, except for flows."""
+        alpha, sigma = (torch.as_tensor(part) for part in t.level)
+        if isinstance(self.schedule, FlowSchedule):
+            return x_t, sigma.flatten()
+        return x_t / alpha, (sigma / alpha).flatten()
+
+
+def freeze(model: nn.Module) -> None:
+    """Freeze all parameters, and make those anew that were made in inference mode, which autograd cannot use.
+
+    Must be called outside of inference mode. One tensor at a time is copied, so memory for one is enough.
+    """
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_inference():
+                module.register_parameter(name, nn.Parameter(parameter.clone(), requires_grad=False))
+            else:
+                parameter.requires_grad_(False)
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_inference():
+                module.register_buffer(name, buffer.clone(), name not in module._non_persistent_buffers_set)
+
+
+def _twice(t: TimePoint) -> TimePoint:
+    """Repeat B points, so that they fit a batch of 2 B rows."""
+    return t.rows(torch.arange(len(t.time), device=t.time.device).repeat(2))
