@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import comfy.model_management
+import comfy_kitchen
 import pytest
 import torch
 from small_models import Batch, add_student, batch_for, each_family, open_network
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import allow_mutation_on_saved_tensors
 
-from trajectory_consistency.nodes.host.training import HostNetwork
-from trajectory_consistency.tcd import AdapterWeights
+from trajectory_consistency.nodes.host.training import HostNetwork, recomputing
+from trajectory_consistency.nodes.host.training.recompute import blocks
+from trajectory_consistency.tcd import Adapter, AdapterWeights
+from trajectory_consistency.tcd.adapter import STUDENT, new_weights
 
 
 def loss_of(network: HostNetwork, batch: Batch) -> Tensor:
@@ -65,3 +72,166 @@ def test_gradients_with_and_without_recomputation_equal_central_differences(name
         expected = (kept @ direction).item()
         found = central_difference(lambda: loss_of(network, batch), weights, direction, h=1e-3)
     assert found == pytest.approx(expected, rel=2e-3)
+
+
+@each_family
+def test_an_exception_leaves_nothing_in_the_host(name: str, folder: Path) -> None:
+    """In the forward pass by the host's Cancel; in the backward pass, where a block runs again, by Ctrl-C."""
+    network = open_network(name, folder)
+    batch = batch_for(name, network)
+    before = host_state(network)
+    with torch.no_grad():
+        expected = batch.predict(network)
+
+    def interrupt(*_: object) -> None:
+        if torch.is_grad_enabled():  # only in the second run of a block
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), network:
+        add_student(network)
+        network.enable_gradient_checkpointing()
+        block = blocks(network.network)[-1]
+        cancel = block.register_forward_pre_hook(lambda *_: comfy.model_management.interrupt_current_processing())
+        with cancel, pytest.raises(comfy.model_management.InterruptProcessingException):
+            batch.predict(network)
+        inner = next(module for module in block.modules() if "forward" in vars(module) and module is not block)
+        with inner.register_forward_hook(interrupt):
+            batch.predict(network).sum().backward()
+    assert host_state(network) == before
+    with torch.no_grad():
+        assert torch.equal(batch.predict(network), expected)
+    with allow_mutation_on_saved_tensors():
+        pass  # cannot be entered twice, so it was left
+
+
+def host_state(network: HostNetwork) -> list[object]:
+    modules = [vars(module).copy() for module in network.model.modules()]
+    return [modules, dict(vars(comfy_kitchen)), comfy.model_management.in_training]
+
+
+def test_the_backward_pass_uses_the_state_of_the_forward_pass(folder: Path) -> None:
+    network = open_network("sd3", folder)
+    batch = batch_for("sd3", network)
+    weights = add_student(network)
+    network.enable_gradient_checkpointing()
+    expected = gradients(network, batch, weights)
+    loss = loss_of(network, batch)
+    weights.zero_grad()
+    with network.adapter.off():
+        loss.backward()
+    found = torch.cat([parameter.grad.flatten().double() for parameter in weights.parameters()])
+    assert torch.equal(found, expected)
+
+
+class Modulation(NamedTuple):
+    scale: Tensor
+
+
+@dataclass
+class Shift:
+    shift: Tensor
+    factor: float
+
+
+class InPlace(nn.Module):
+    """A block that writes over its inputs, and has tensors in containers of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, options: dict[str, Any], *, shift: Shift, extra: list[Any]) -> dict[str, Any]:
+        modulation: Modulation = options["modulation"]
+        extra[0].mul_(0.5)
+        x += options["index"] * modulation.scale * self.linear(x.sin())
+        x.mul_(extra[0]).add_(shift.shift * shift.factor)
+        return {"x": x, "constant": extra[0].detach(), "number": 3}
+
+
+class Small(nn.Module):
+    """A network of two such blocks, in containers, and a single layer beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.layers = nn.ModuleList([nn.Sequential(InPlace()), nn.ModuleList([InPlace()]), nn.Linear(4, 4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, options = self.first(x), {}
+        for index, (block,) in enumerate(self.layers[:2]):
+            options |= {"modulation": Modulation(x.cos()), "index": index + 1.0}
+            output = block(x, options, shift=Shift(x.tanh(), 0.5), extra=[x.sigmoid(), None])
+            assert output["number"] == 3
+            x = output["x"] * output["constant"]
+        return self.layers[2](x)
+
+    def without_writing(self, x: Tensor) -> Tensor:
+        """The same, from operations that write over nothing."""
+        x = self.first(x)
+        for index, (block,) in enumerate(self.layers[:2]):
+            gate = x.sigmoid() * 0.5
+            y = x + (index + 1.0) * x.cos() * block.linear(x.sin())
+            x = (y * gate + x.tanh() * 0.5) * gate.detach()
+        return self.layers[2](x)
+
+
+def adapted(network: nn.Module) -> tuple[Adapter, AdapterWeights]:
+    torch.manual_seed(0)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter).requires_grad_(False)
+    adapter = Adapter(network, "first")
+    paths = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)]
+    weights = adapter.add(STUDENT, new_weights(network, paths, rank=2, alpha=2.0, seed=0))
+    for parameter in weights.parameters():
+        nn.init.normal_(parameter)
+    return adapter, weights
+
+
+def test_tensors_in_all_containers_keep_their_gradients() -> None:
+    network = Small()
+    adapter, weights = adapted(network)
+    x = torch.randn(3, 4)
+    expected = torch.autograd.grad(network.without_writing(x).square().sum(), list(weights.parameters()))
+    with recomputing(adapter):
+        network(x).square().sum().backward()
+    for parameter, gradient in zip(weights.parameters(), expected, strict=True):
+        assert torch.allclose(parameter.grad, gradient, rtol=1e-5)
+
+
+def test_it_keeps_only_the_inputs_of_blocks_and_restores_their_forward() -> None:
+    network = Small()
+    adapter, _ = adapted(network)
+    inner = [network.layers[0][0], network.layers[1][0]]
+    assert blocks(network) == inner
+    kept: dict[bool, int] = {}
+    for again in (False, True):
+        saved: list[Tensor] = []
+        with ExitStack() as stack:
+            if again:
+                stack.enter_context(recomputing(adapter))
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda y, to=saved: to.append(y), lambda y: y))
+            network(torch.randn(3, 4))
+        kept[again] = len(saved)
+    assert kept[True] < kept[False]
+    assert not any("forward" in vars(block) for block in inner)
+
+
+def test_a_block_without_anything_to_train_is_passed_through() -> None:
+    network = Small().requires_grad_(False)
+    adapter, _ = adapted(network)
+    x = torch.randn(3, 4, requires_grad=True)
+    options = {"modulation": Modulation(torch.ones(4)), "index": 1.0}
+    with recomputing(adapter), adapter.off():
+        y = blocks(network)[0](torch.randn(3, 4), options, shift=Shift(torch.ones(4), 1.0), extra=[torch.ones(4)])["x"]
+        (y * x).sum().backward()
+    assert torch.equal(x.grad, y)
+
+
+def test_a_block_with_a_replaced_forward_is_refused_and_the_others_are_restored() -> None:
+    network = Small()
+    adapter, _ = adapted(network)
+    first, second = blocks(network)
+    second.forward = lambda *_: None
+    with pytest.raises(ValueError, match="the block InPlace has a replaced forward already"), recomputing(adapter):
+        pass
+    assert "forward" not in vars(first) and "forward" in vars(second)

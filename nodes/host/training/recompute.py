@@ -35,7 +35,7 @@ def recomputing(adapter: Adapter) -> Iterator[None]:
     try:
         for block in blocks(adapter.network):
             if "forward" in vars(block):
-                raise ValueError(f"a {type(block).__name__} has a replaced forward already: remove that first")
+                raise ValueError(f"the block {type(block).__name__} has a replaced forward already: remove that first")
             block.forward = _RecomputedForward(block, adapter)  # as in tcd/adapter.py, state_dict and hooks see nothing
             replaced.append(block)
         yield
