@@ -87,7 +87,7 @@ def batch_for(name: str, network: HostNetwork) -> Batch:
     family = FAMILIES[name]
     generator = torch.Generator().manual_seed(7)
     x0, eps = (torch.randn(2, *family.latent, generator=generator) for _ in range(2))
-    times = ([800, 500], [780, 480], [300, 480])
+    times = ([800, 500], [600, 400], [300, 400])
     points = Points(*(network.schedule.point(torch.tensor(time), x0.ndim) for time in times))
     return Batch(x0, eps, points, [family.conditioning(1), family.conditioning(2)], [family.conditioning(3)])
 
