@@ -53,8 +53,9 @@ class HostNetwork:
     def x0(self, x_t: Tensor, t: TimePoint, conds: Sequence[Conditioning], s: TimePoint | None = None) -> Tensor:
         """Predict x0, float32 [B, C, ...], from x_t [B, C, ...] at t, in the training scale; s: target time.
 
-        conds: B rows of any lengths. Rows of different lengths are computed in separate calls. A guidance scale that is
-        an input of the network is the one in the CONDITIONING, or the host's default.
+        conds: B rows of any lengths; their tensors must not be of inference mode (see `to_tensors`). Rows of different
+        lengths are computed in separate calls. A guidance scale that is an input of the network is the one in the
+        CONDITIONING, or the host's default.
 
         Raises ValueError if the adapter in use has a target-time embedding and s is None. Networks that work in place,
         such as Flux, have gradients only with `enable_gradient_checkpointing`; otherwise torch raises RuntimeError in
