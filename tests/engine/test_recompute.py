@@ -175,21 +175,23 @@ class Small(nn.Module):
         return self.layers[2](x)
 
 
-def adapted(network: nn.Module) -> tuple[Adapter, AdapterWeights]:
+def adapted(network: nn.Module, within: str = "") -> tuple[Adapter, AdapterWeights]:
     torch.manual_seed(0)
     for parameter in network.parameters():
         nn.init.normal_(parameter).requires_grad_(False)
     adapter = Adapter(network, "first")
-    paths = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)]
+    linears = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)]
+    paths = [path for path in linears if path.startswith(within)]
     weights = adapter.add(STUDENT, new_weights(network, paths, rank=2, alpha=2.0, seed=0))
     for parameter in weights.parameters():
         nn.init.normal_(parameter)
     return adapter, weights
 
 
-def test_tensors_in_all_containers_keep_their_gradients() -> None:
+@pytest.mark.parametrize("within", ["", "layers.0"], ids=["everywhere", "only in the first block"])
+def test_tensors_in_all_containers_keep_their_gradients(within: str) -> None:
     network = Small()
-    adapter, weights = adapted(network)
+    adapter, weights = adapted(network, within)
     x = torch.randn(3, 4)
     expected = torch.autograd.grad(network.without_writing(x).square().sum(), list(weights.parameters()))
     with recomputing(adapter):

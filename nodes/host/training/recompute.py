@@ -121,9 +121,8 @@ class _Recomputed(torch.autograd.Function):
             with torch.enable_grad():
                 outputs = ctx.run(inputs)
             pairs = [(y, gradient) for y, gradient in zip(outputs, gradients, strict=True) if y.requires_grad]
-            if pairs:  # none if the block has no trainable weights, and none of its inputs needs a gradient
-                # It also adds to the gradients of the adapter's weights.
-                torch.autograd.backward([y for y, _ in pairs], [gradient for _, gradient in pairs])
+            # It also adds to the gradients of the adapter's weights.
+            torch.autograd.backward([y for y, _ in pairs], [gradient for _, gradient in pairs])
         return (None, None, None, *(tensor.grad for tensor in inputs))
 
 
