@@ -164,6 +164,13 @@ def test_a_model_that_was_loaded_in_inference_mode_can_be_trained(folder: Path) 
     assert all(parameter.grad is not None for parameter in weights.parameters())
 
 
+def test_all_weights_are_frozen(folder: Path) -> None:
+    patcher = load("sd3", folder)
+    patcher.model.requires_grad_(True)
+    network = HostNetwork(patcher, FAMILIES["sd3"].time_linear)
+    assert not any(parameter.requires_grad for parameter in network.model.parameters())
+
+
 def test_a_model_whose_weights_may_move_is_refused() -> None:
     class Dynamic:
         def is_dynamic(self) -> bool:

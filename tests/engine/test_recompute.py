@@ -229,6 +229,17 @@ def test_a_block_without_anything_to_train_is_passed_through() -> None:
     assert torch.equal(x.grad, y)
 
 
+def test_without_gradients_a_block_gets_its_own_inputs_and_no_copies() -> None:
+    network = Small()
+    adapter, _ = adapted(network)
+    x, one = torch.randn(3, 4), torch.ones(4)
+    with torch.no_grad(), recomputing(adapter):
+        output = blocks(network)[0](
+            x, {"modulation": Modulation(one), "index": 1.0}, shift=Shift(one, 1.0), extra=[one]
+        )
+    assert output["x"] is x
+
+
 def test_a_block_with_a_replaced_forward_is_refused_and_the_others_are_restored() -> None:
     network = Small()
     adapter, _ = adapted(network)

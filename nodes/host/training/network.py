@@ -169,12 +169,12 @@ def freeze(model: nn.Module) -> None:
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_inference():
-                module.register_parameter(name, nn.Parameter(parameter.clone(), requires_grad=False))
+                setattr(module, name, nn.Parameter(parameter.clone(), requires_grad=False))
             else:
                 parameter.requires_grad_(False)
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_inference():
-                module.register_buffer(name, buffer.clone(), name not in module._non_persistent_buffers_set)
+                setattr(module, name, buffer.clone())
 
 
 def _twice(t: TimePoint) -> TimePoint:
