@@ -92,6 +92,13 @@ def batch_for(name: str, network: HostNetwork) -> Batch:
     return Batch(x0, eps, points, [family.conditioning(1), family.conditioning(2)], [family.conditioning(3)])
 
 
+def shortened(conditioning: Any, tokens: int = 7) -> Any:
+    """Return CONDITIONING of the first few tokens only, as of a shorter caption."""
+    ((context, options),) = conditioning
+    masks = {name: value[:, :tokens] for name, value in options.items() if name == "attention_mask"}
+    return [[context[:, :tokens], options | masks]]
+
+
 def sampled_x0(patcher: Any, x: Tensor, sigma: Tensor, positive: Any, negative: Any = None, cfg: float = 1.0) -> Tensor:
     """Return the x0 that the host's own sampler gets at x [B, C, ...], in the sampling scale, and sigma (0-dim)."""
     found = []

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES
-from small_models import add_student, batch_for, each_family, load, open_network, sampled_x0
+from small_models import add_student, batch_for, each_family, load, open_network, sampled_x0, shortened
 from torch import Tensor
 
 from trajectory_consistency.nodes.host.training import HostNetwork, differentiable_kernels
@@ -80,19 +80,17 @@ def test_adapter_off_and_closed_network_give_the_bits_of_before(name: str, folde
 def test_a_batch_equals_its_rows_one_by_one_whatever_their_lengths(name: str, folder: Path) -> None:
     network = open_network(name, folder)
     batch = batch_for(name, network)
-    add_student(network)
-    short = FAMILIES[name].conditioning(4)
-    if name != "sd15":  # whose text encoder knows one length only
-        tokens = FAMILIES[name].context[0]
-        short[0][0] = short[0][0][:, : tokens // 2]
-        if "attention_mask" in short[0][1]:
-            short[0][1]["attention_mask"] = short[0][1]["attention_mask"][:, : tokens // 2]
-    for conds in (batch.conds, [short, batch.conds[1]]):
+    add_student(network, target_input="s")
+    rows = torch.tensor([0, 1, 1, 0])
+    x_t, t, s = batch.x_t[rows], batch.points.t.rows(rows), batch.points.s.rows(torch.tensor([0, 1, 0, 1]))
+    equal = [FAMILIES[name].conditioning(seed) for seed in range(4)]
+    unequal = [equal[0], shortened(equal[1]), shortened(equal[2]), equal[3]]
+    for conds in (equal, unequal):
         with torch.no_grad():
-            together = network.x0(batch.x_t, batch.points.t, conds)
+            together = network.x0(x_t, t, conds, s)
             for i, cond in enumerate(conds):
                 row = slice(i, i + 1)
-                alone = network.x0(batch.x_t[row], batch.points.t.rows(row), [cond])
+                alone = network.x0(x_t[row], t.rows(row), [cond], s.rows(row))
                 assert relative(together[row], alone) < 1e-5
 
 
