@@ -41,6 +41,8 @@ def test_every_kind_of_value_that_is_kept_comes_back() -> None:
     tensors, scalars = to_tensors([[context, options]])
     ((found, rest),) = from_tensors(tensors, json.loads(json.dumps(scalars)))
     assert found is context and rest == options
+    twice = to_tensors([[context, {"cross_attn": None}]])
+    assert from_tensors(*twice)[0][0] is context, "the first part of an entry counts, as in the host"
     without = [[None, {"pooled_output": context}]]  # as for a model that is told nothing
     assert from_tensors(*to_tensors(without)) == without
 
