@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import comfy.model_management
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trajectory_consistency.nodes.host.training import differentiable_kernels
+from trajectory_consistency.nodes.host.training import differentiable_kernels, kernels
 
 SHAPE = (1, 2, 6, 8)  # [B, heads, tokens, channels]
 
@@ -93,3 +94,15 @@ def test_a_host_without_the_flag_is_left_without_it(monkeypatch: pytest.MonkeyPa
     with differentiable_kernels():
         assert not hasattr(comfy.model_management, "in_training")
     assert not hasattr(comfy.model_management, "in_training")
+
+
+def test_a_host_without_comfy_kitchen_has_only_the_flag_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels._kitchen.cache_clear()
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "comfy_kitchen", None)  # which makes importing it fail
+        with differentiable_kernels():
+            assert comfy.model_management.in_training
+    kernels._kitchen.cache_clear()
+    before = comfy_kitchen.apply_rope
+    with differentiable_kernels():
+        assert comfy_kitchen.apply_rope is not before
