@@ -29,6 +29,15 @@ class TargetTime(nn.ModuleDict):
             nn.init.zeros_(parameter)
 
     @classmethod
+    def seeded(
+        cls, channels: int, width: int, *, target_input: TargetInput, seed: int, device: torch.device
+    ) -> "TargetTime":
+        """Build an embedding whose random weights depend on the seed alone; no global generator of the CPU moves."""
+        with torch.random.fork_rng(devices=[]), device:
+            torch.manual_seed(seed)  # nn.Linear initializes itself from the global generator
+            return cls(channels, width, target_input=target_input)
+
+    @classmethod
     def from_state_dict(cls, tensors: Mapping[str, Tensor], target_input: str) -> "TargetTime":
         """Build from a file's tensors, named without the prefix and of any dtype; the parameters are float32.
 

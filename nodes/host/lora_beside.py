@@ -15,7 +15,7 @@ from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 from torch.nn import functional
 
-from ...tcd.adapter import low_rank
+from ...tcd.adapter import layer_shape, low_rank
 from .layer_terms import NETWORK, ModelCall, add_term
 from .time_layer import is_linear
 
@@ -78,8 +78,7 @@ def _can_stand_beside(patch: Any, layer: Any, more: list[Any]) -> bool:
     """more: what the patcher's key has besides the name: nothing, a slice, or a slice and a function of the weight."""
     is_plain = getattr(patch, "name", None) == "lora" and not any(part is not None for part in patch.weights[3:])
     is_rows = len(more) == 1 and more[0][0] == 0
-    is_convolution = hasattr(layer, "stride") and not layer.transposed and layer.groups == 1
-    fits = (is_linear(layer) and (not more or is_rows)) or (is_convolution and not more)
+    fits = (is_rows and is_linear(layer)) if more else layer_shape(layer) is not None
     return is_plain and fits and not _may_be_read_directly(layer)
 
 

@@ -5,6 +5,8 @@ This is the only place that knows the families of networks, by the names of thei
 
 from typing import Any
 
+from ...tcd.adapter import layer_shape
+
 # Where networks have the MLP, or a part that starts with it. The first that is found counts.
 _TIME_PARTS = (
     "time_embed",  # UNets
@@ -39,7 +41,7 @@ def find_time_linear(network: Any) -> str | None:
 
 def is_linear(module: Any) -> bool:
     """Return whether a module is a Linear of any kind; the host's quantised Linear is no torch.nn.Linear."""
-    return hasattr(module, "in_features") and hasattr(module, "out_features")
+    return len(layer_shape(module) or ()) == 2
 
 
 def _is_within(path: str, part: str) -> bool:

@@ -103,9 +103,7 @@ class HostNetwork:
             shapes, parent = layer_shapes(self.network), self.adapter.time_layer.rpartition(".")[0]
             _, channels = next(shape for path, shape in shapes.items() if path.startswith(f"{parent}."))
             width, _ = shapes[self.adapter.time_layer]
-            with torch.random.fork_rng(devices=[]), torch.device(self.device):
-                torch.manual_seed(seed)  # nn.Linear initializes itself from the global generator
-                embedding = TargetTime(channels, width, target_input=target_input)
+            embedding = TargetTime.seeded(channels, width, target_input=target_input, seed=seed, device=self.device)
         return new_weights(self.network, layers, rank=rank, alpha=alpha, seed=seed, target_time=embedding)
 
     def enable_gradient_checkpointing(self) -> None:

@@ -87,9 +87,9 @@ class UNetModel:
         embedding = None
         if target_input:
             first = self.network.time_embedding.linear_1
-            with torch.random.fork_rng(devices=[]), torch.device(self.device):
-                torch.manual_seed(seed)  # nn.Linear initializes itself from the global generator
-                embedding = TargetTime(first.in_features, first.out_features, target_input=target_input)
+            embedding = TargetTime.seeded(
+                first.in_features, first.out_features, target_input=target_input, seed=seed, device=self.device
+            )
         return new_weights(self.network, self.layers(targets), rank=rank, alpha=alpha, seed=seed, target_time=embedding)
 
     def layer_kind(self, layer: str) -> str:
