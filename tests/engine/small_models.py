@@ -8,10 +8,9 @@ from typing import Any
 
 import comfy.sample
 import comfy.samplers
-import comfy.sd
 import pytest
 import torch
-from families import FAMILIES, Family
+from families import FAMILIES, written
 from torch import Tensor, nn
 
 from trajectory_consistency.nodes.host.training import HostNetwork
@@ -24,23 +23,9 @@ SMALL = [name for name, family in FAMILIES.items() if not family.is_large]
 each_family = pytest.mark.parametrize("name", SMALL)
 
 
-def load(name: str, folder: Path, dtype: torch.dtype | None = None) -> Any:
-    """Return the host's MODEL of a family's stand-in; its file is written on the first call."""
-    path = folder / f"{name}.safetensors"
-    if not path.exists():
-        FAMILIES[name].write(path)
-    return load_file(path, FAMILIES[name], dtype)
-
-
-def load_file(path: Path, family: Family, dtype: torch.dtype | None = None) -> Any:
-    """Load a file as the host's loader nodes do."""
-    options = {} if dtype is None else {"dtype": dtype}
-    if family.prefix:
-        loaded = comfy.sd.load_checkpoint_guess_config(
-            str(path), output_vae=False, output_clip=False, model_options=options
-        )
-        return loaded[0]
-    return comfy.sd.load_diffusion_model(str(path), model_options=options)
+def load(name: str, folder: Path, **options: Any) -> Any:
+    """Return the host's MODEL of a family's stand-in."""
+    return FAMILIES[name].load(written(name, folder), **options)
 
 
 def open_network(name: str, folder: Path) -> HostNetwork:

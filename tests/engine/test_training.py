@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from comfy.quant_ops import QuantizedTensor
-from families import FAMILIES, Family
-from safetensors.torch import load_file as load_tensors
-from safetensors.torch import save_file
-from small_models import Batch, add_student, batch_for, each_family, load, load_file, open_network
+from families import FAMILIES, written
+from quantized_files import FLOAT8, write_quantized
+from small_models import Batch, add_student, batch_for, each_family, load, open_network
 from torch import Tensor
 
 from trajectory_consistency.nodes.host.training import HostNetwork
@@ -59,28 +58,15 @@ def test_the_loss_falls(name: str, folder: Path) -> None:
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.98 * losses[0]
 
 
-def scaled_fp8(source: Path, target: Path, family: Family) -> None:
-    """Write a network's file with the weights of its blocks in 8 bits, each with a scale, as the host reads them."""
-    state: dict[str, Tensor] = {family.prefix + "scaled_fp8": torch.tensor([], dtype=torch.float8_e4m3fn)}
-    for name, value in load_tensors(source).items():
-        if name.endswith(".weight") and value.ndim == 2 and "block" in name:
-            scale = value.abs().max() / 448
-            state[name] = (value / scale).to(torch.float8_e4m3fn)
-            state[name.replace(".weight", ".scale_weight")] = scale.view(())
-        else:
-            state[name] = value.to(torch.bfloat16)
-    save_file(state, target)
-
-
 @pytest.mark.parametrize("kind", ["plain", "scaled"])
 @each_family
 def test_a_base_in_8_bits_trains(name: str, kind: str, folder: Path, tmp_path: Path) -> None:
     family, path = FAMILIES[name], tmp_path / "scaled.safetensors"
     with torch.inference_mode():  # as in a graph of the host
-        patcher = load(name, folder, torch.float8_e4m3fn)
+        patcher = load(name, folder, dtype=FLOAT8)
         if kind == "scaled":
-            scaled_fp8(folder / f"{name}.safetensors", path, family)
-            patcher = load_file(path, family)
+            write_quantized(written(name, folder), path, "scaled float8", family.prefix)
+            patcher = family.load(path)
     network = HostNetwork(patcher, family.time_linear)
     batch = batch_for(name, network)
     with torch.no_grad():
@@ -95,6 +81,6 @@ def test_a_base_in_8_bits_trains(name: str, kind: str, folder: Path, tmp_path: P
         assert torch.equal(network.x0(batch.x_t, batch.points.t, batch.conds), before)
     weights = [parameter.data for parameter in network.network.parameters()]
     if kind == "plain":
-        assert any(weight.dtype == torch.float8_e4m3fn for weight in weights)
+        assert any(weight.dtype == FLOAT8 for weight in weights)
     else:
         assert any(isinstance(weight, QuantizedTensor) for weight in weights)

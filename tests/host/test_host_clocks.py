@@ -1,15 +1,13 @@
 """Sampling of every kind of model that the host has, on its own clock and scale, with analytic networks."""
 
-import json
 import math
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from run_script import run_script
 
-from trajectory_consistency.trainer.demo.comfy_server import PACK, Host
+from trajectory_consistency.trainer.demo.comfy_server import Host
 
 pytestmark = pytest.mark.host
 
@@ -59,12 +57,7 @@ EXPONENTS = {"ModelType FLUX": 1.15, "ModelSamplingFlux": 1.15, "ModelSamplingLT
 
 @pytest.fixture(scope="module")
 def measured(comfy_host: Host) -> dict[str, Any]:
-    script = Path(__file__).parent / "scripts" / "clocks.py"
-    command = [str(comfy_host.python), str(script), str(PACK)]
-    done = subprocess.run(command, cwd=comfy_host.folder, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    return run_script(comfy_host, "clocks.py")
 
 
 def _of(measured: dict[str, Any], kind: str) -> dict[str, Any]:

@@ -1,13 +1,11 @@
 """The pack's entries in the host's own lists, next to those of other packs, and the batch index of each image."""
 
-import json
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
+from run_script import run_script
 
-from trajectory_consistency.trainer.demo.comfy_server import PACK, Host
+from trajectory_consistency.trainer.demo.comfy_server import Host
 
 pytestmark = pytest.mark.host
 
@@ -18,12 +16,7 @@ EVERYWHERE = {
 
 @pytest.fixture(scope="module")
 def seen(comfy_host: Host) -> dict[str, Any]:
-    script = Path(__file__).parent / "scripts" / "lists.py"
-    command = [str(comfy_host.python), str(script), str(PACK)]
-    done = subprocess.run(command, cwd=comfy_host.folder, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    return run_script(comfy_host, "lists.py")
 
 
 def test_it_is_registered_once_in_place_and_without_a_message(seen: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import struct
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,12 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, StableDiffusionPipeline
 from peft import LoraConfig
+from run_script import run_script
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_spellings import SPELLINGS, Spelling, halves_on, sd15_unet, sdxl_unet, spelled
-from trajectory_consistency.trainer.demo.comfy_server import PACK, Host
+from trajectory_consistency.trainer.demo.comfy_server import Host
 from trajectory_consistency.trainer.models.unet.ldm import UNET_PREFIX, unet_to_ldm
 from trajectory_consistency.trainer.models.unet.targets import TARGETS
 
@@ -250,18 +250,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 @pytest.fixture(scope="module")
 def results(comfy_host: Host, files: Files) -> dict[str, Any]:
     """The output of scripts/loras.py for all cases."""
-    script = Path(__file__).parent / "scripts" / "loras.py"
-    command = [
-        str(comfy_host.python),
-        str(script),
-        str(PACK),
-        str(files.folder),
-        json.dumps(list(files.cases.values())),
-    ]
-    done = subprocess.run(command, cwd=comfy_host.folder, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    cases = json.dumps(list(files.cases.values()))
+    return run_script(comfy_host, "loras.py", str(files.folder), cases, timeout_s=600)
 
 
 @pytest.fixture(scope="module")

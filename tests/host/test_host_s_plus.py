@@ -1,17 +1,14 @@
 """LoRAs with a target-time embedding (TCF S+) on stand-ins of every model family, against a computation by hand."""
 
-import json
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
+from run_script import run_script
 
-from trajectory_consistency.trainer.demo.comfy_server import PACK, Host
+from trajectory_consistency.trainer.demo.comfy_server import Host
 
 pytestmark = pytest.mark.host
 
-SCRIPTS = Path(__file__).parent / "scripts"
 FAMILIES = ("sd15", "sd3", "flux", "flux-schnell", "flux2", "wan", "hunyuan-video", "ltxv")
 KINDS = ("float8", "scaled float8", "nvfp4")
 WARNING = "with another sampler it gets the time of the next sigma"
@@ -58,14 +55,6 @@ TIME_LINEARS = {
 }
 
 
-def run(host: Host, script: str, *arguments: str) -> dict[str, Any]:
-    command = [str(host.python), str(SCRIPTS / script), str(PACK), *arguments]
-    done = subprocess.run(command, cwd=host.folder, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tmp_path_factory.mktemp("s-plus"))
@@ -73,17 +62,17 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def measured(comfy_host: Host, files: str) -> dict[str, Any]:
-    return run(comfy_host, "s_plus.py", files, *FAMILIES)
+    return run_script(comfy_host, "s_plus.py", files, *FAMILIES, timeout_s=600)
 
 
 @pytest.fixture(scope="module")
 def ways(comfy_host: Host, files: str) -> dict[str, Any]:
-    return run(comfy_host, "s_plus_ways.py", files)
+    return run_script(comfy_host, "s_plus_ways.py", files, timeout_s=600)
 
 
 @pytest.fixture(scope="module")
 def quantized(comfy_host: Host, files: str) -> dict[str, Any]:
-    return run(comfy_host, "quantized.py", files)
+    return run_script(comfy_host, "quantized.py", files, timeout_s=600)
 
 
 # Every family
@@ -108,7 +97,7 @@ def test_copies_of_a_model_give_equal_bits_and_the_plain_model_stays(measured: d
 
 
 def test_the_layer_that_embeds_t_is_found(comfy_host: Host) -> None:
-    found = run(comfy_host, "time_layers.py")
+    found = run_script(comfy_host, "time_layers.py", timeout_s=600)
     wan = {name: "time_embedding.2" for name in found if name.startswith("wan.")}
     assert len(wan) > 5
     expected = TIME_LINEARS | wan | dict.fromkeys(WITHOUT)

@@ -63,6 +63,24 @@ class Family:
         state = {self.prefix + name: _contiguous(value, self.dtype) for name, value in network.state_dict().items()}
         save_file(state, path)
 
+    def load(self, path: Path, **options: Any) -> Any:
+        """Return the host's MODEL of a file, as its loader nodes load it; options: the host's, such as dtype."""
+        import comfy.sd
+
+        if self.prefix:
+            return comfy.sd.load_checkpoint_guess_config(
+                str(path), output_vae=False, output_clip=False, model_options=options
+            )[0]
+        return comfy.sd.load_diffusion_model(str(path), model_options=options)
+
+
+def written(name: str, folder: Path) -> Path:
+    """Return the file of a family's stand-in in a folder; it is written on the first call."""
+    path = folder / f"{name}.safetensors"
+    if not path.exists():
+        FAMILIES[name].write(path)
+    return path
+
 
 def fill(network: nn.Module, seed: int) -> None:
     """Give every parameter and buffer of floating point random values of a usual scale, in place."""

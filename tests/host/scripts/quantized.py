@@ -6,15 +6,14 @@ measured, by kind of weight and family.
 
 from sampled import (
     ALPHA,
-    FAMILIES,
-    FOLDER,
+    MODELS,
     PREFIX,
     RANK,
     ByHand,
     apply,
-    load,
-    random_embedding,
+    logged,
     random_lora,
+    random_s_plus,
     relative_error,
     sample,
     sigmas_for,
@@ -25,17 +24,14 @@ from sampled import (
 # isort: split
 import gc
 import json
-import logging
 import sys
 from pathlib import Path
 from typing import Any
 
 import comfy.sd
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
-FLOAT8 = torch.float8_e4m3fn
+from families import FAMILIES
+from quantized_files import FLOAT8, write_quantized
 
 
 def quantized(name: str, kind: str) -> tuple[Path, dict[str, Any]]:
@@ -45,48 +41,17 @@ def quantized(name: str, kind: str) -> tuple[Path, dict[str, Any]]:
     """
     if kind == "float8":
         return written(name), {"dtype": FLOAT8}
-    path = FOLDER / "models" / f"{name}-{kind}.safetensors"
-    state: dict[str, Tensor] = {}
-    for key, value in load_file(written(name)).items():
-        if key.endswith(".weight") and value.ndim == 2 and "block" in key:
-            state |= {f"{key.removesuffix('weight')}{part}": each for part, each in QUANTIZE[kind](value).items()}
-        else:
-            state[key] = value.bfloat16()
-    if kind == "scaled float8":
-        state["scaled_fp8"] = torch.tensor([], dtype=FLOAT8)
-    save_file(state, path)
+    path = MODELS / f"{name}-{kind}.safetensors"
+    write_quantized(written(name), path, kind, FAMILIES[name].prefix)
     return path, {}
-
-
-def _scaled_float8(weight: Tensor) -> dict[str, Tensor]:
-    scale = weight.abs().max() / 448
-    return {"weight": (weight / scale).to(FLOAT8), "scale_weight": scale}
-
-
-def _by_layout(layout: str, format: str) -> Any:
-    def quantize(weight: Tensor) -> dict[str, Tensor]:
-        from comfy.quant_ops import QuantizedTensor
-
-        packed = QuantizedTensor.from_float(weight.bfloat16(), layout, scale="recalculate").state_dict("weight")
-        config = torch.tensor(list(json.dumps({"format": format}).encode()), dtype=torch.uint8)
-        return {**packed, "comfy_quant": config}
-
-    return quantize
-
-
-QUANTIZE = {
-    "scaled float8": _scaled_float8,
-    "nvfp4": _by_layout("TensorCoreNVFP4Layout", "nvfp4"),
-    "int8": _by_layout("TensorWiseINT8Layout", "int8_tensorwise"),
-}
 
 
 def measure(kind: str, name: str) -> dict[str, Any]:
     family = FAMILIES[name]
     path, options = quantized(name, kind)
-    plain = load(family, path, **options)
+    plain = family.load(path, **options)
     network = plain.model.diffusion_model
-    lora, embedding = random_lora(network), random_embedding(network.get_submodule(family.time_linear).out_features)
+    lora, embedding = random_s_plus(family, network)
     file = write_lora(f"{name}.safetensors", lora, embedding)
     lora_alone = write_lora(f"{name}-lora.safetensors", lora)
     sigmas = sigmas_for(plain, 2)
@@ -116,23 +81,11 @@ def measure(kind: str, name: str) -> dict[str, Any]:
     return result
 
 
-def logged(act: Any) -> tuple[Any, list[str]]:
-    messages: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: messages.append(record.getMessage())
-    log = logging.getLogger("trajectory-consistency")
-    log.addHandler(handler)
-    try:
-        return act(), messages
-    finally:
-        log.removeHandler(handler)
-
-
 def slices() -> float:
     """A LoRA on the three parts of Flux's fused qkv, in diffusers' names, against one on the whole."""
     family = FAMILIES["flux"]
     path, options = quantized("flux", "float8")
-    plain = load(family, path, **options)
+    plain = family.load(path, **options)
     generator = torch.Generator().manual_seed(3)
     width, parts = 128, {}
     for part in "qkv":
@@ -158,7 +111,7 @@ def two_files() -> float:
     """Two LoRAs with strengths beside the weights, and one with the sum of both."""
     family = FAMILIES["sd3"]
     path, options = quantized("sd3", "float8")
-    plain = load(family, path, **options)
+    plain = family.load(path, **options)
     first, second = (random_lora(plain.model.diffusion_model, seed) for seed in (1, 2))
     model = apply(plain, write_lora("first.safetensors", first), 0.5)
     model = apply(model, write_lora("second.safetensors", second), -0.25)
@@ -177,7 +130,7 @@ def dora() -> list[str]:
     """A DoRA depends on the weight, so it cannot stand beside it."""
     family = FAMILIES["sd3"]
     path, options = quantized("sd3", "float8")
-    plain = load(family, path, **options)
+    plain = family.load(path, **options)
     lora = random_lora(plain.model.diffusion_model)
     layer = "joint_blocks.0.x_block.attn.qkv"
     lora[f"{PREFIX}{layer}.dora_scale"] = torch.ones(384, 1)

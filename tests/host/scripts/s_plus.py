@@ -10,15 +10,13 @@ import sys
 from typing import Any
 
 import torch
+from families import FAMILIES
 from safetensors.torch import load_file
 from sampled import (
-    FAMILIES,
     FOLDER,
     ByHand,
     apply,
-    load,
-    random_embedding,
-    random_lora,
+    random_s_plus,
     relative_error,
     sample,
     sigmas_for,
@@ -31,9 +29,9 @@ GRID = [(steps, gamma, cfg) for steps in (1, 2, 4) for gamma in (0.0, 0.3, 1.0) 
 
 def measure(name: str) -> dict[str, Any]:
     family, path = FAMILIES[name], written(name)
-    plain = load(family, path)
+    plain = family.load(path)
     network = plain.model.diffusion_model
-    lora, embedding = random_lora(network), random_embedding(network.get_submodule(family.time_linear).out_features)
+    lora, embedding = random_s_plus(family, network)
     file = write_lora(f"{name}.safetensors", lora, embedding)
     two = sigmas_for(plain, 2)
     before = sample(plain, family, two)

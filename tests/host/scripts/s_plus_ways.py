@@ -5,15 +5,15 @@ measured, by way and family.
 """
 
 from sampled import (
-    FAMILIES,
     SEED,
     ByHand,
     apply,
     host,
-    load,
+    logged,
     noise_for,
     random_embedding,
     random_lora,
+    random_s_plus,
     relative_error,
     sample,
     sigmas_for,
@@ -24,7 +24,6 @@ from sampled import (
 # isort: split
 import importlib
 import json
-import logging
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -39,20 +38,18 @@ import comfy.sd
 import torch
 from comfy.patcher_extension import WrappersMP, copy_nested_dicts
 from comfy_api.torch_helpers import set_torch_compile_wrapper
+from families import FAMILIES
 from torch import Tensor
 
 TargetTime = importlib.import_module("some_pack.tcd.target_time").TargetTime
 
 
-def told(name: str, metadata: dict[str, str] | None = None) -> tuple[Any, Any, Any, str]:
+def told(name: str) -> tuple[Any, Any, Any, str]:
     """Return a family, its plain model, the model with an S+ LoRA, and the LoRA's file."""
     family = FAMILIES[name]
-    plain = load(family, written(name))
-    network = plain.model.diffusion_model
-    width = network.get_submodule(family.time_linear).out_features
-    file = write_lora(
-        f"{name}.safetensors", random_lora(network), random_embedding(width), **(metadata or {"tcd.target_time": "s"})
-    )
+    plain = family.load(written(name))
+    lora, embedding = random_s_plus(family, plain.model.diffusion_model)
+    file = write_lora(f"{name}.safetensors", lora, embedding, **{"tcd.target_time": "s"})
     return family, plain, apply(plain, file), file
 
 
@@ -60,13 +57,8 @@ def another_sampler(name: str) -> dict[str, Any]:
     """Euler against the TCD sampler without noise; and the times for sigmas that are rounded differently."""
     family, _, model, _ = told(name)
     sigmas = sigmas_for(model, 4)
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
-    logging.getLogger("trajectory-consistency").addHandler(handler)
-    euler = sample(model, family, sigmas, sampler=comfy.samplers.sampler_object("euler"))
-    sample(model, family, sigmas, sampler=comfy.samplers.sampler_object("euler"))
-    logging.getLogger("trajectory-consistency").removeHandler(handler)
+    sampler = comfy.samplers.sampler_object("euler")
+    (euler, _), messages = logged(lambda: [sample(model, family, sigmas, sampler=sampler) for _ in range(2)])
     return {
         "euler": relative_error(euler, sample(model, family, sigmas, gamma=0.0)),
         "warnings": messages,

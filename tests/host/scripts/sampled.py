@@ -7,8 +7,10 @@ embedding of the target time by another one, and docs/math.md is written out in 
 from __future__ import annotations
 
 import importlib
+import logging
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,10 @@ import comfy.sample  # noqa: E402
 import comfy.sampler_helpers  # noqa: E402
 import comfy.samplers  # noqa: E402
 import comfy.sd  # noqa: E402
+import families  # noqa: E402
 import folder_paths  # noqa: E402
 import torch  # noqa: E402
-from families import CHECKPOINT_PREFIX, FAMILIES, Family  # noqa: E402
+from families import Family  # noqa: E402
 from load_pack import load_host  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -33,6 +36,8 @@ SEED, RANK, ALPHA, CHANNELS = 7, 4, 2.0, 64
 PREFIX = "diffusion_model."
 
 FOLDER = Path(sys.argv[2])
+MODELS = FOLDER / "models"
+MODELS.mkdir(exist_ok=True)
 torch.set_num_threads(1)
 folder_paths.folder_names_and_paths["loras"] = ([str(FOLDER)], {".safetensors"})
 folder_paths.get_filename_list = lambda _: sorted(path.name for path in FOLDER.glob("*.safetensors"))
@@ -40,22 +45,9 @@ host = load_host(sys.argv[1])
 seeded_noise = importlib.import_module("some_pack.tcd.sampling").seeded_noise
 
 
-def load(family: Family, path: Path, **options: Any) -> Any:
-    """Return the host's patcher of a file."""
-    if family.prefix == CHECKPOINT_PREFIX:
-        return comfy.sd.load_checkpoint_guess_config(
-            str(path), output_vae=False, output_clip=False, model_options=options
-        )[0]
-    return comfy.sd.load_diffusion_model(str(path), model_options=options)
-
-
 def written(name: str) -> Path:
-    """Write a family's stand-in if it is not there, and return its path."""
-    path = FOLDER / "models" / f"{name}.safetensors"
-    path.parent.mkdir(exist_ok=True)
-    if not path.exists():
-        FAMILIES[name].write(path)
-    return path
+    """Return the file of a family's stand-in; it is written on the first call."""
+    return families.written(name, MODELS)
 
 
 def random_lora(network: Any, seed: int = 0) -> dict[str, Tensor]:
@@ -81,6 +73,11 @@ def random_embedding(width: int, seed: int = 0) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator) * shape[-1] ** -0.5 for name, shape in shapes.items()}
 
 
+def random_s_plus(family: Family, network: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return a LoRA and an embedding for a network of the family."""
+    return random_lora(network), random_embedding(network.get_submodule(family.time_linear).out_features)
+
+
 def write_lora(name: str, lora: dict[str, Tensor], embedding: dict[str, Tensor] | None = None, **metadata: str) -> str:
     """Write a file to the host's folder of LoRAs, and return its name there."""
     tensors = lora | {f"tcd_target_time.{key}": tensor for key, tensor in (embedding or {}).items()}
@@ -91,6 +88,19 @@ def write_lora(name: str, lora: dict[str, Tensor], embedding: dict[str, Tensor] 
 def apply(model: Any, name: str, strength: float = 1.0) -> Any:
     """Apply a file as the node does."""
     return host.apply_lora(model, host.read_lora(name), strength)
+
+
+def logged(act: Callable[[], Any]) -> tuple[Any, list[str]]:
+    """Return what a call returns, and the messages that the pack logs meanwhile."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    log = logging.getLogger("trajectory-consistency")
+    log.addHandler(handler)
+    try:
+        return act(), messages
+    finally:
+        log.removeHandler(handler)
 
 
 def noise_for(family: Family, batch: int = 2) -> Tensor:
@@ -141,7 +151,7 @@ class ByHand:
         beside: bool = False,
         **options: Any,
     ) -> None:
-        patcher = load(family, path, **options)
+        patcher = family.load(path, **options)
         comfy.model_management.load_models_gpu([patcher])
         self.patcher, self.family, self.model = patcher, family, patcher.model
         network = self.model.diffusion_model
