@@ -60,7 +60,7 @@ def plan(config: Config, inputs: Inputs) -> str:
     device, dtype = device_and_dtype(config)
     return "\n".join(
         [
-            f"base      {config.base.path} ({inputs.checkpoint.describe()}), in {dtype} on {device}",
+            f"base      {config.base.file} ({inputs.checkpoint.describe()}), in {dtype} on {device}",
             *(f"          {note}" for note in inputs.checkpoint.notes),
             f"data      {data.pictures} captioned pictures in {config.data.summary}, at {config.data.resolution} px",
             *([f"          left out: {data.complaints()}"] if data.problems else []),

@@ -6,9 +6,11 @@ Only this module imports engines, and only when they are needed: importing diffu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from ..config.settings import BaseConfig
+from ..errors import UserError
 
 TINY_NAME = "tiny-sd.safetensors"
 """File name of the embedded model, in trainer/tiny."""
@@ -26,13 +28,36 @@ def open_checkpoint(base: BaseConfig) -> Checkpoint:
     return next(checkpoint for checkpoint in opened if checkpoint is not None)
 
 
-def _open_unet(base: BaseConfig) -> Checkpoint:
+def _open_unet(base: BaseConfig) -> Checkpoint | None:
+    """Open a UNet by diffusers; with base.engine = auto, None if there is no diffusers, or it is another model."""
+    if base.engine == "comfyui" or base.model:
+        return None
+    if base.engine == "auto" and find_spec("diffusers") is None:
+        return None
     from .unet.checkpoint import UNetCheckpoint
+    from .unet.families import UnknownModelError
 
-    return UNetCheckpoint(base)
+    try:
+        return UNetCheckpoint(base)
+    except UnknownModelError as error:
+        if base.engine == "diffusers":
+            raise
+        return _open_comfyui(base, error)
 
 
-ENGINES: list[Callable[[BaseConfig], Checkpoint | None]] = [_open_unet]
+def _open_comfyui(base: BaseConfig, unknown: UserError | None = None) -> Checkpoint:
+    """Open any model by ComfyUI. unknown: why diffusers cannot, which is the error if there is no ComfyUI either."""
+    from .comfy.checkpoint import HostCheckpoint
+    from .comfy.library import load_comfyui
+
+    try:
+        load_comfyui()
+    except UserError as error:
+        raise (UserError(f"{unknown}. ComfyUI could not be asked: {error}") if unknown else error) from None
+    return HostCheckpoint(base)
+
+
+ENGINES: list[Callable[[BaseConfig], Checkpoint | None]] = [_open_unet, _open_comfyui]
 """For each engine, a function that opens a model of its kind, or returns None: the first that can is used.
 
 The last one never returns None: it raises a UserError that says what the model is."""

@@ -39,7 +39,7 @@ def write_report(folder: Path) -> Path:
     run, rows = config.load(settings), read_log(folder)
     page = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(run.output.name),
-        subtitle=escape(f"{run.base.path}, law {run.method.law}"),
+        subtitle=escape(f"{run.base.file}, law {run.method.law}"),
         base=escape(_base_name(run)),
         facts=_facts(run, rows),
         pictures=_pictures(run, folder / PREVIEW_FOLDER),
@@ -59,7 +59,7 @@ def write_report(folder: Path) -> Path:
 
 def _base_name(run: Config) -> str:
     """The name of the base model's file or folder."""
-    return TINY_NAME if run.base.path == "tiny" else Path(run.base.path).name
+    return TINY_NAME if run.base.file == "tiny" else Path(run.base.file).name
 
 
 def _facts(run: Config, rows: Sequence[LogRow]) -> str:

@@ -38,7 +38,8 @@ class HostNetwork:
                 "backward pass: pass model.clone(disable_dynamic=True)"
             )
         with torch.inference_mode(False):
-            comfy.model_management.load_models_gpu([patcher], force_full_load=True)
+            if patcher.load_device.type != "meta":
+                comfy.model_management.load_models_gpu([patcher], force_full_load=True)
             freeze(patcher.model)
         self.patcher, self.model = patcher, patcher.model
         self.network: nn.Module = patcher.model.diffusion_model

@@ -35,7 +35,7 @@ class DiffusersFolder:
         """
         transformer = self._config("transformer").get("_class_name")
         if transformer:
-            raise UserError(f"{self.path} has a {transformer}, not a UNet: {families.SUPPORTED}")
+            raise families.UnknownModelError(f"{self.path} has a {transformer}, not a UNet: {families.SUPPORTED}")
         config = self._config("unet")
         if not config:
             raise UserError(f"{self.path} is not a diffusers folder: there is no unet/config.json in it")

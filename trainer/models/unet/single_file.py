@@ -43,11 +43,11 @@ class SingleFile(SafetensorsFile):
     def family(self) -> Family:
         """Return the family of the model, from the names and shapes of the tensors only.
 
-        Raises UserError if it is not supported; the message says what the file is instead.
+        Raises UnknownModelError if it is not supported; the message says what the file is instead.
         """
         for part_of_name, what in _UNSUPPORTED.items():
             if any(part_of_name in name for name in self.shapes):
-                raise UserError(f"{self.path} is {what}: {families.SUPPORTED}")
+                raise families.UnknownModelError(f"{self.path} is {what}: {families.SUPPORTED}")
         widths = [
             shape[1]
             for name, shape in self.shapes.items()
@@ -55,7 +55,7 @@ class SingleFile(SafetensorsFile):
         ]
         if _CONV_IN not in self.shapes or not widths:
             examples = ", ".join(sorted(self.shapes)[:3])
-            raise UserError(
+            raise families.UnknownModelError(
                 f"{self.path} is no checkpoint of Stable Diffusion: it has no UNet under {ldm.UNET_PREFIX!r} "
                 f"(its tensors: {examples} ...); {families.SUPPORTED}"
             )

@@ -45,23 +45,29 @@ _BY_INPUT_CHANNELS = {
 }
 
 
+class UnknownModelError(UserError):
+    """The model is of no supported family; another engine may know it."""
+
+
 def recognize_family(signature: UNetSignature, where: Path) -> Family:
     """Return the family of a UNet.
 
-    Raises UserError if it belongs to no family; the message says what the model at `where` is instead.
+    Raises UnknownModelError if it belongs to no family; the message says what the model at `where` is instead.
     """
     if signature in _FAMILIES:
         return _FAMILIES[signature]
     channels = signature.in_channels
     if channels in _BY_INPUT_CHANNELS:
-        raise UserError(f"{where} is {_BY_INPUT_CHANNELS[channels]} ({channels} input channels): {SUPPORTED}")
+        raise UnknownModelError(f"{where} is {_BY_INPUT_CHANNELS[channels]} ({channels} input channels): {SUPPORTED}")
     if signature.context == 1280:
         guess = "an SDXL refiner"
     elif signature.context == 1024 and signature.label:
         guess = "an SD2.1 unCLIP model"
     else:
         guess = "of an unknown architecture"
-    raise UserError(f"{where} is {guess} ({signature.channels} channels, text width {signature.context}): {SUPPORTED}")
+    raise UnknownModelError(
+        f"{where} is {guess} ({signature.channels} channels, text width {signature.context}): {SUPPORTED}"
+    )
 
 
 def config(family: Family, part: str) -> dict[str, Any]:

@@ -1,0 +1,239 @@
+"""A model of ComfyUI's on disk: a checkpoint, or a network with text encoders and a VAE in files of their own."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ....tcd import Schedule, kohya_name
+from ...config.settings import BaseConfig
+from ...errors import UserError
+from ...safetensors_file import SafetensorsFile
+from ..conditioning import Conditioning
+from ..fingerprint import fingerprint
+from ..framing import Framing
+from ..seam import Fingerprints, LatentFormat
+from .autoencoder import HostAutoencoder
+from .conditioning import join
+from .library import find_model, load_comfyui
+from .model import HostModel
+from .text_encoder import HostTextEncoder
+
+_UNETS = {"SD15": "sd15", "SD20": "sd2", "SDXL": "sdxl"}
+"""The trainer's names of families that its other engine knows too."""
+_RESOLUTIONS = {"SD15": 512, "SD20": 768}
+_OTHER_RESOLUTION = 1024
+
+
+class HostCheckpoint:
+    """A model on disk that ComfyUI can load; its weights are not loaded yet."""
+
+    def __init__(self, base: BaseConfig) -> None:
+        """Open the files that the section [base] names, and let ComfyUI recognize the network.
+
+        Raises UserError if a file is missing, or ComfyUI does not recognize the network.
+        """
+        load_comfyui()
+        self._base = base
+        self._is_checkpoint = not base.model
+        self.path = (
+            find_model("checkpoints", base.path, "base.path")
+            if self._is_checkpoint
+            else find_model("diffusion_models", base.model, "base.model")
+        )
+        self.name = self.path.stem
+        self._text_encoders = [find_model("text_encoders", name, "base.text_encoders") for name in base.text_encoders]
+        self._vae = find_model("vae", base.vae, "base.vae") if base.vae else None
+        self._config, self._sampling, self._is_quantised = _recognize(self.path)
+        self.host_family = type(self._config).__name__
+        form = self._config.latent_format
+        is_video = form.latent_dimensions == 3
+        self.latents = LatentFormat(
+            channels=form.latent_channels,
+            stride=form.spacial_downscale_ratio,
+            frames=1 if is_video else None,
+            frame_stride=form.temporal_downscale_ratio if is_video else 1,
+        )
+        self.resolution = _RESOLUTIONS.get(self.host_family, _OTHER_RESOLUTION)
+        self.notes: tuple[str, ...] = ()
+
+    @property
+    def family(self) -> str:
+        """ComfyUI's name of the architecture, such as Flux; for UNets that of the other engine, such as sdxl."""
+        return _UNETS.get(self.host_family, self.host_family)
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """The schedule of the host's model_sampling, with its tables on the CPU."""
+        from ....nodes.host.model_schedule import schedule_of
+
+        return schedule_of(self._sampling)
+
+    def describe(self) -> str:
+        """Describe the model in one line, such as `Flux, by ComfyUI, shift 1.15`."""
+        shift = getattr(self._sampling, "shift", None)
+        return f"{self.host_family}, loaded by ComfyUI" + (f", shift {shift:g}" if shift is not None else "")
+
+    def check_encoders(self) -> None:
+        """Raise UserError if the base has no text encoder or no VAE."""
+        if self._is_checkpoint:
+            return
+        if not self._text_encoders:
+            raise UserError(
+                "base.text_encoders is empty: name the text encoder files of the model, as in the node Load CLIP"
+            )
+        if self._vae is None:
+            raise UserError("base.vae is empty: name the VAE file of the model, as in the node Load VAE")
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> HostModel:
+        """Load the network, frozen; weights that are stored in 8 bits or fewer stay so, others become dtype."""
+        patcher = self._load_patcher(dtype, device)
+        time_layer = _time_layer(patcher.model.diffusion_model, self.path)
+        return HostModel(patcher, time_layer, self.latents, _unet_names(patcher.model))
+
+    def load_text_encoder(self, dtype: torch.dtype, device: torch.device) -> HostTextEncoder:
+        """Load the text encoders, frozen. Raises UserError if one is missing or not recognized."""
+        import comfy.sd
+
+        self.check_encoders()
+        options = {"dtype": dtype, "load_device": device, "offload_device": torch.device("cpu")}
+        if self._text_encoders and self._base.clip_type:
+            kind = getattr(comfy.sd.CLIPType, self._base.clip_type.upper(), None)
+            if kind is None:
+                known = ", ".join(each.name.lower() for each in comfy.sd.CLIPType)
+                raise UserError(f"base.clip_type is {self._base.clip_type}: use one of {known}")
+            paths = [str(path) for path in self._text_encoders]
+            return HostTextEncoder(comfy.sd.load_clip(paths, clip_type=kind, model_options=options))
+        _, clip, *_ = comfy.sd.load_checkpoint_guess_config(
+            str(self.path), output_model=False, output_vae=False, te_model_options=options
+        )
+        if clip is None:
+            raise UserError(f"{self.path} has no text encoder: name files in base.text_encoders")
+        return HostTextEncoder(clip)
+
+    def load_autoencoder(self, device: torch.device) -> HostAutoencoder:
+        """Load the VAE, frozen, in float32. Raises UserError if there is none."""
+        import comfy.sd
+        import comfy.utils
+
+        self.check_encoders()
+        path = self._vae or self.path
+        state, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
+        if self._vae is None:
+            prefixes = dict.fromkeys(self._config.vae_key_prefix, "")
+            state = comfy.utils.state_dict_prefix_replace(state, prefixes, filter_keys=True)
+            state = self._config.process_vae_state_dict(state)
+        vae = comfy.sd.VAE(sd=state, metadata=metadata, device=device, dtype=torch.float32)
+        if vae.first_stage_model is None:
+            raise UserError(f"{path} has no VAE that ComfyUI recognizes: name one in base.vae")
+        return HostAutoencoder(vae, self._config.latent_format)
+
+    def collate(self, captions: Sequence[Conditioning], framing: Framing) -> Conditioning:
+        """Join encoded captions, padded to the longest; the network gets each row at its own length.
+
+        The host gives SDXL the sizes of a picture from its latent and the CONDITIONING, so the framing is not used.
+        """
+        return join(captions)
+
+    def placeholder_conditioning(self, rows: int, device: torch.device) -> Conditioning:
+        """Return conditioning with arbitrary content, for measuring memory."""
+        raise NotImplementedError
+
+    @cached_property
+    def _fingerprints(self) -> Fingerprints:
+        files = [self.path, *self._text_encoders]
+        base = hashlib.sha256("\n".join(map(fingerprint, files)).encode()).hexdigest()[:16]
+        return Fingerprints(base, fingerprint(self._vae) if self._vae else None)
+
+    def fingerprints(self) -> Fingerprints:
+        """Return the fingerprints of the network with its text encoders, and of the VAE if it has its own file."""
+        return self._fingerprints
+
+    def lora_metadata(self) -> Mapping[str, str]:
+        """Return the metadata about this model for a LoRA file."""
+        shift = getattr(self._sampling, "shift", None)
+        return {
+            "modelspec.architecture": f"{self.family}/lora",
+            "modelspec.implementation": "comfyui",
+            "tcd.family": self.host_family,
+            "tcd.base_fingerprint": fingerprint(self.path),
+            **({} if shift is None else {"tcd.shift": f"{shift:g}"}),
+        }
+
+    def _load_patcher(self, dtype: torch.dtype, device: torch.device) -> Any:
+        import comfy.model_patcher
+        import comfy.sd
+
+        if device.type == "meta":
+            self._config.set_inference_dtype(dtype, None)
+            model = self._config.get_model({}, device=device)
+            return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device)
+        options: dict[str, Any] = {"load_device": device, "offload_device": device}
+        if not self._is_quantised:
+            options["dtype"] = dtype
+        if self._is_checkpoint:
+            return comfy.sd.load_checkpoint_guess_config(
+                str(self.path), output_vae=False, output_clip=False, model_options=options, disable_dynamic=True
+            )[0]
+        return comfy.sd.load_diffusion_model(str(self.path), model_options=options, disable_dynamic=True)
+
+
+class _Recognized(NamedTuple):
+    """What ComfyUI finds out about the network in a file."""
+
+    config: Any
+    """The host's supported_models config."""
+    sampling: Any
+    """The host's model_sampling."""
+    is_quantised: bool
+    """Whether weights are stored in 8 bits or fewer."""
+
+
+def _recognize(path: Path) -> _Recognized:
+    """Let ComfyUI recognize the network in a file; its weights stay on the disk.
+
+    Raises UserError if it does not know the network, or cannot read the file.
+    """
+    import comfy.model_base
+    import comfy.model_detection
+    import comfy.utils
+
+    SafetensorsFile(path)  # whose message says what is wrong with a damaged file
+    state, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
+    prefix = comfy.model_detection.unet_prefix_from_state_dict(state)
+    if not any(key.startswith(prefix) for key in state):
+        prefix = ""
+    state, metadata = comfy.utils.convert_old_quants(state, prefix, metadata=metadata)
+    config = comfy.model_detection.model_config_from_unet(state, prefix, metadata=metadata)
+    if config is None:
+        raise UserError(f"ComfyUI does not recognize the network in {path}: give a file that its loader nodes take")
+    sampling = comfy.model_base.model_sampling(config, config.model_type(state, prefix))
+    stored = comfy.utils.weight_dtype(state, prefix)
+    return _Recognized(config, sampling, config.quant_config is not None or stored.itemsize == 1)
+
+
+def _time_layer(network: Any, path: Path) -> str:
+    """Return the path of the layer whose output is the embedding of t; raises UserError if it is not known."""
+    from ....nodes.host.time_layer import find_time_linear
+
+    found = find_time_linear(network)
+    if found is None:
+        raise UserError(f"{path} has a network in which no layer is known that embeds t, so it cannot be trained")
+    return found
+
+
+def _unet_names(model: Any) -> dict[str, str]:
+    """Return kohya's name of each layer of a UNet, by its path, as other tools know it; empty for other networks."""
+    import comfy.utils
+
+    by_diffusers = comfy.utils.unet_to_diffusers(model.model_config.unet_config)
+    return {
+        path.removesuffix(".weight"): kohya_name(name.removesuffix(".weight"))
+        for name, path in by_diffusers.items()
+        if name.endswith(".weight")
+    }

@@ -1,0 +1,73 @@
+"""ComfyUI as a library: found, set up without its command line, and imported by the running interpreter."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from ...demo.comfy_server import PACK, Host, HostNotFoundError, find_host
+from ...errors import UserError
+
+OLDEST_TESTED = "0.3.48"
+
+
+@cache
+def load_comfyui() -> Host:
+    """Import ComfyUI's model code, on the GPU if torch has one, and read its extra_model_paths.yaml.
+
+    Must be called before any other import of ComfyUI's modules. Raises UserError if there is no ComfyUI, or the running
+    interpreter does not have its packages.
+    """
+    try:
+        host = find_host()
+    except HostNotFoundError as error:
+        raise UserError(str(error)) from None
+    sys.path.insert(0, str(host.folder))  # first, because ComfyUI's modules have common names, such as `utils`
+    log_level = logging.getLogger().level
+    try:
+        import comfy.cli_args
+
+        # ComfyUI chooses its device when it is imported, and fails if it expects a GPU and there is none.
+        comfy.cli_args.args.cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+        import comfy.sd
+    except ImportError as error:
+        sys.path.remove(str(host.folder))
+        raise UserError(
+            f"{sys.executable} cannot import the ComfyUI in {host.folder} ({error}): run the trainer by ComfyUI's own "
+            f'interpreter. Once: {host.python} -m pip install "{PACK}[comfyui]"; then: '
+            f"{host.python} -m trajectory_consistency.trainer ..."
+        ) from error
+    finally:
+        logging.getLogger().setLevel(log_level)
+    _read_extra_paths(host.folder)
+    return host
+
+
+def find_model(folder: str, name: str, key: str) -> Path:
+    """Return the path of a model file: a path, or a name in one of ComfyUI's folders such as `text_encoders`.
+
+    key: the setting, for messages. Raises UserError if there is no such file.
+    """
+    import folder_paths
+
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    found = folder_paths.get_full_path(folder, name)
+    if found is not None:
+        return Path(found)
+    places = ", ".join(folder_paths.get_folder_paths(folder))
+    raise UserError(f"{key} is {name}: there is no such file, neither here nor in ComfyUI's folders ({places})")
+
+
+def _read_extra_paths(folder: Path) -> None:
+    """Add the model folders of ComfyUI's own extra_model_paths.yaml, as its main.py does."""
+    extra = folder / "extra_model_paths.yaml"
+    if extra.is_file():
+        from utils.extra_config import load_extra_path_config
+
+        load_extra_path_config(str(extra))

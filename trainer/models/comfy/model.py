@@ -1,0 +1,106 @@
+"""A network of ComfyUI as the trainer's `Model`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ....tcd import AdapterWeights, Schedule, TargetInput, TimePoint
+from ....tcd.adapter import layer_shapes
+from ..conditioning import Conditioning
+from ..seam import LatentFormat
+from .conditioning import to_conditionings
+from .layers import chosen_layers, kind_of
+
+
+class HostModel:
+    """A frozen network that ComfyUI has loaded, with its schedule and its adapter."""
+
+    def __init__(self, patcher: Any, time_layer: str, latents: LatentFormat, names: dict[str, str]) -> None:
+        """patcher: the host's MODEL. time_layer: the Linear whose output is the embedding of t.
+
+        names: the name in a LoRA file of each layer whose name is not its path.
+        """
+        from ....nodes.host.training import HostNetwork
+
+        self._host = HostNetwork(patcher, time_layer)
+        self.adapter, self.latents, self._names = self._host.adapter, latents, names
+
+    @property
+    def network(self) -> nn.Module:
+        """The diffusion model."""
+        return self._host.network
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule of the host's model_sampling."""
+        return self._host.schedule
+
+    @property
+    def device(self) -> torch.device:
+        """The device on which the network computes."""
+        return self._host.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the network computes."""
+        dtype: torch.dtype = self._host.model.get_dtype_inference()
+        return dtype
+
+    def x0(self, x_t: Tensor, t: TimePoint, cond: Conditioning, s: TimePoint | None = None) -> Tensor:
+        """Predict x0, float32 [B, C, ...], from x_t [B, C, ...] at t; s: target time.
+
+        Raises ValueError if the adapter in use has a target-time embedding and s is None.
+        """
+        return self._host.x0(x_t, t, to_conditionings(cond), s)
+
+    def guided_x0(
+        self,
+        x_t: Tensor,
+        t: TimePoint,
+        cond: Conditioning,
+        uncond: Conditioning,
+        guidance: Tensor,
+        s: TimePoint | None = None,
+    ) -> Tensor:
+        """Predict x0 with guidance scales w [B]: as an input of the network if it has one, otherwise u + w (c - u)."""
+        return self._host.guided_x0(x_t, t, to_conditionings(cond), to_conditionings(uncond), guidance, s)
+
+    def layers(self, targets: Sequence[str]) -> list[str]:
+        """Return the paths of the layers that get a LoRA; raises UserError for unknown targets."""
+        return chosen_layers(layer_shapes(self.network), targets)
+
+    def new_weights(
+        self,
+        *,
+        rank: int,
+        alpha: float,
+        seed: int,
+        targets: Sequence[str] = ("all",),
+        target_input: TargetInput | None = None,
+    ) -> AdapterWeights:
+        """Return trainable adapter weights that initially change nothing."""
+        return self._host.new_weights(
+            self.layers(targets), rank=rank, alpha=alpha, seed=seed, target_input=target_input
+        )
+
+    def layer_kind(self, layer: str) -> str:
+        """Return the kind of the layer at a path, such as qkv."""
+        return kind_of(layer)
+
+    def lora_key(self, layer: str) -> str:
+        """Return the layer's name in a LoRA file: kohya's for UNets, otherwise the host's own, diffusion_model.PATH."""
+        return self._names.get(layer, f"diffusion_model.{layer}")
+
+    def blocks(self) -> list[nn.Module]:
+        """Return the members of the outermost lists of modules, where a network repeats itself."""
+        from ....nodes.host.training.recompute import blocks
+
+        return blocks(self.network)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """From now on, recompute activations in the backward pass instead of keeping them."""
+        self._host.enable_gradient_checkpointing()
