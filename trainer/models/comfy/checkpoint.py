@@ -49,7 +49,8 @@ class HostCheckpoint:
         self.name = self.path.stem
         self._text_encoders = [find_model("text_encoders", name, "base.text_encoders") for name in base.text_encoders]
         self._vae = find_model("vae", base.vae, "base.vae") if base.vae else None
-        self._config, self._sampling, self._is_quantised = _recognize(self.path)
+        self._config, self._model, self._is_quantised = _recognize(self.path)
+        self._sampling = self._model.model_sampling
         self.host_family = type(self._config).__name__
         form = self._config.latent_format
         is_video = form.latent_dimensions == 3
@@ -170,9 +171,7 @@ class HostCheckpoint:
         import comfy.sd
 
         if device.type == "meta":
-            self._config.set_inference_dtype(dtype, None)
-            model = self._config.get_model({}, device=device)
-            return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device)
+            return comfy.model_patcher.ModelPatcher(self._model, load_device=device, offload_device=device)
         options: dict[str, Any] = {"load_device": device, "offload_device": device}
         if not self._is_quantised:
             options["dtype"] = dtype
@@ -188,8 +187,8 @@ class _Recognized(NamedTuple):
 
     config: Any
     """The host's supported_models config."""
-    sampling: Any
-    """The host's model_sampling."""
+    model: Any
+    """The host's BaseModel, with its network on the meta device."""
     is_quantised: bool
     """Whether weights are stored in 8 bits or fewer."""
 
@@ -199,7 +198,6 @@ def _recognize(path: Path) -> _Recognized:
 
     Raises UserError if it does not know the network, or cannot read the file.
     """
-    import comfy.model_base
     import comfy.model_detection
     import comfy.utils
 
@@ -212,9 +210,9 @@ def _recognize(path: Path) -> _Recognized:
     config = comfy.model_detection.model_config_from_unet(state, prefix, metadata=metadata)
     if config is None:
         raise UserError(f"ComfyUI does not recognize the network in {path}: give a file that its loader nodes take")
-    sampling = comfy.model_base.model_sampling(config, config.model_type(state, prefix))
+    model = config.get_model(state, prefix, device=torch.device("meta"))
     stored = comfy.utils.weight_dtype(state, prefix)
-    return _Recognized(config, sampling, config.quant_config is not None or stored.itemsize == 1)
+    return _Recognized(config, model, config.quant_config is not None or stored.itemsize == 1)
 
 
 def _time_layer(network: Any, path: Path) -> str:
