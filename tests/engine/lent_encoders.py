@@ -1,0 +1,92 @@
+"""Small text encoders and VAEs for families whose own are too large for tests.
+
+The host's CLIP object and tokenizer stay the real ones: only the network within is small. Captions differ in length.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import comfy.sd
+import comfy.sd1_clip
+import torch
+from comfy.supported_models_base import ClipTarget
+from families import Family
+from torch import Tensor, nn
+from torch.nn import functional
+
+from trajectory_consistency.trainer.models.comfy.autoencoder import HostAutoencoder
+from trajectory_consistency.trainer.models.comfy.checkpoint import HostCheckpoint
+from trajectory_consistency.trainer.models.comfy.text_encoder import HostTextEncoder
+
+
+class SmallText(nn.Module):
+    """Random embeddings of the tokens up to the end of the caption, and their mean as the pooled output."""
+
+    width, pooled, has_mask = 8, 0, False
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, model_options: dict[str, Any]) -> None:
+        super().__init__()
+        self.dtypes = {dtype}
+        generator = torch.Generator().manual_seed(0)
+        self.table = nn.Parameter(torch.randn(64, self.width, generator=generator).to(device, dtype))
+
+    def set_clip_options(self, options: dict[str, Any]) -> None:
+        """The host sets the layer, which this network does not have."""
+
+    def reset_clip_options(self) -> None:
+        """See set_clip_options."""
+
+    def encode_token_weights(self, tokens: dict[str, Any]) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """Return the context [1, tokens, width], the pooled output [1, pooled], and a mask of ones if it has one."""
+        ids = [token for token, _ in tokens["l"][0]]
+        length = 1 + ids.index(49407)  # the end of the caption, after which there is only padding
+        context = self.table[torch.tensor(ids[:length]) % len(self.table)].unsqueeze(0)
+        pooled = functional.pad(context.mean(1), (0, max(self.pooled - self.width, 0)))[:, : self.pooled]
+        mask = {"attention_mask": torch.ones(context.shape[:2], dtype=torch.long)} if self.has_mask else {}
+        return context, pooled if self.pooled else None, mask
+
+
+class SmallVae:
+    """Averages 8 x 8 pixels, and fills the channels with multiples of the result; decodes the first three."""
+
+    first_stage_model = nn.Identity()
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.channels, self.has_frames = shape[0], len(shape) == 4
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Encode pictures [1, H, W, 3] as the host's VAEs do."""
+        cells = functional.avg_pool2d(pixels.movedim(-1, 1), 8) - 0.5
+        latents = torch.cat([cells * (1 + k) for k in range(-(-self.channels // 3))], dim=1)[:, : self.channels]
+        return latents.unsqueeze(2) if self.has_frames else latents
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode latents to pictures [1, H, W, 3], or videos [1, 1, H, W, 3]."""
+        pictures = functional.interpolate(latents.squeeze(2) if self.has_frames else latents, scale_factor=8)
+        colors = (pictures[:, :3] + 0.5).movedim(1, -1)
+        return colors.unsqueeze(1) if self.has_frames else colors
+
+
+def lend(family: Family) -> mock._patch_dict | Any:
+    """Within the block, HostCheckpoint loads small encoders that fit a family's stand-in."""
+
+    class Text(SmallText):
+        width, pooled, has_mask = family.context[1], family.pooled or 0, family.has_mask
+
+    target = ClipTarget(comfy.sd1_clip.SD1Tokenizer, Text)
+
+    def load_text_encoder(self: HostCheckpoint, dtype: torch.dtype, device: torch.device) -> HostTextEncoder:
+        options = {"dtype": dtype, "load_device": device, "offload_device": device, "initial_device": device}
+        return HostTextEncoder(comfy.sd.CLIP(target, model_options=options))
+
+    def load_autoencoder(self: HostCheckpoint, device: torch.device) -> HostAutoencoder:
+        return HostAutoencoder(SmallVae(family.latent), self._config.latent_format)
+
+    return mock.patch.multiple(
+        HostCheckpoint,
+        load_text_encoder=load_text_encoder,
+        load_autoencoder=load_autoencoder,
+        check_encoders=lambda self: None,
+    )
