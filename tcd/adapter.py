@@ -206,8 +206,17 @@ class _AdaptedForward:
         if self.is_time:
             embedding = self.adapter.target_time
             if embedding is not None and self.adapter.times is not None:
-                y = y + embedding(*self.adapter.times).to(y.dtype)
+                y = y + _for_rows(embedding(*self.adapter.times), y)
         return y
+
+
+def _for_rows(embedded: Tensor, y: Tensor) -> Tensor:
+    """Return an embedding [B, width] of B examples in the shape and dtype of y [R, ..., width].
+
+    Networks for videos may embed a time for each of F frames: y is [B F, width] or [B, F, width].
+    """
+    rows = embedded.repeat_interleave(len(y) // len(embedded), dim=0)
+    return rows.view(len(y), *[1] * (y.ndim - 2), -1).to(y.dtype)
 
 
 def new_weights(

@@ -312,6 +312,20 @@ def test_the_embedding_is_added_to_the_output_of_the_time_layer_of_its_own_state
     torch.testing.assert_close(network.time(x), plain + embedding(t, s), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("rows", [(6,), (2, 3), (2, 1)])
+def test_the_embedding_of_an_example_is_added_to_each_of_its_frames(rows: tuple[int, ...]) -> None:
+    network = Small().requires_grad_(False)
+    adapter = Adapter(network, "time")
+    embedding = TargetTime(4, 5)
+    shake(embedding, 0.5)
+    adapter.add(STUDENT, AdapterWeights({}, embedding))
+    x, times = torch.randn(*rows, 3), (torch.tensor([999, 499]), torch.tensor([499, 0]))
+    plain = functional.linear(x, network.time.weight, network.time.bias)
+    adapter.times = times
+    added = (network.time(x) - plain).reshape(2, -1, 5)
+    torch.testing.assert_close(added, embedding(*times).unsqueeze(1).expand_as(added))
+
+
 def test_on_the_meta_device_weights_have_shapes_and_no_data(unet: UNet2DConditionModel) -> None:
     real = new_weights(unet, places(unet), rank=4, alpha=2.0, seed=0).tensors()
     with torch.device("meta"):

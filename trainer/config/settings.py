@@ -16,48 +16,13 @@ from ...tcd.lora_metadata import DEFAULT_CFG, DEFAULT_ETA, DEFAULT_STEPS
 from ...tcd.objective import DistanceName, Weighting
 from ...tcd.times import Law
 from ..errors import UserError
+from .base import BaseConfig
 from .cross_checks import check_together
 from .schema import MAY_CHANGE, build, differences, override
 from .schema import number as _number
 
 FILE_NAME = "config.toml"
 """Name of the file in the output folder that contains the run's settings."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BaseConfig:
-    """The model to distill."""
-
-    path: str = ""
-    """A single-file checkpoint or a diffusers folder of SD1.5, SD2.x or SDXL, or `tiny`, the embedded tiny model. With
-    the engine `comfyui`: any checkpoint that ComfyUI loads, by its path or its name in ComfyUI's folders."""
-    model: str = ""
-    """Instead of `path`: the file of a network alone, as the node Load Diffusion Model takes it."""
-    text_encoders: tuple[str, ...] = ()
-    """With `model`: the files of its text encoders, as the node Load CLIP takes them."""
-    clip_type: str = ""
-    """With `text_encoders`: the type that the node Load CLIP is set to, such as `flux`."""
-    vae: str = ""
-    """File or folder of a VAE to use instead of the base's own; needed with `model`."""
-    engine: Literal["auto", "diffusers", "comfyui"] = "auto"
-    """What loads the model: `diffusers`, for SD1.5, SD2.x and SDXL, or `comfyui`, your ComfyUI, for every model that it
-    samples. `auto` is diffusers for the models that it can load, if it is installed, and otherwise comfyui."""
-    prediction: Literal["auto", "eps", "v"] = "auto"
-    """What the UNet predicts. `auto` reads it from the model; if the model does not say, it is eps."""
-    zero_snr: Literal["auto", "yes", "no"] = "auto"
-    """Whether the noise schedule ends at zero SNR. `auto` reads it from the model; if the model does not say, it is
-    no."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of the frozen weights. `auto` is bfloat16 on a GPU and float32 on a CPU. The adapter is always float32."""
-
-    def __post_init__(self) -> None:
-        if bool(self.path) == bool(self.model):
-            raise UserError("base.path is missing: name a checkpoint, or the file of a network alone in base.model")
-
-    @property
-    def file(self) -> str:
-        """The setting that names the model."""
-        return self.path or self.model
 
 
 @dataclass(frozen=True, kw_only=True)
