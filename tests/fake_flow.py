@@ -31,7 +31,7 @@ from trajectory_consistency.tcd import (
 )
 from trajectory_consistency.tcd.adapter import new_weights
 from trajectory_consistency.tcd.target_time import sinusoid
-from trajectory_consistency.trainer.config.settings import BaseConfig
+from trajectory_consistency.trainer.config.base import BaseConfig
 from trajectory_consistency.trainer.errors import UserError
 from trajectory_consistency.trainer.models.conditioning import Conditioning
 from trajectory_consistency.trainer.models.fingerprint import fingerprint

@@ -28,7 +28,7 @@ from graphs import Graph, host_noise, latents, relative_error, salt  # noqa: E40
 from reference import tcd_scheduler_sample  # noqa: E402
 
 from trajectory_consistency.tcd import timestep_grid  # noqa: E402
-from trajectory_consistency.trainer.config.settings import BaseConfig  # noqa: E402
+from trajectory_consistency.trainer.config.base import BaseConfig  # noqa: E402
 from trajectory_consistency.trainer.demo.comfy_server import PACK, ComfyServer, find_host  # noqa: E402
 from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint  # noqa: E402
 

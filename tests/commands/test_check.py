@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from tiny_base import small_config, write_inputs
 from trajectory_consistency.trainer import preflight
 from trajectory_consistency.trainer.cli import main
-from trajectory_consistency.trainer.config.settings import AdapterConfig, BaseConfig
+from trajectory_consistency.trainer.config.base import BaseConfig
+from trajectory_consistency.trainer.config.settings import AdapterConfig
 from trajectory_consistency.trainer.data.buckets import Size
 from trajectory_consistency.trainer.data.encode import load_or_encode
 from trajectory_consistency.trainer.errors import UserError

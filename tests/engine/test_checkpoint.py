@@ -12,7 +12,7 @@ from small_models import each_family, model_file
 
 from trajectory_consistency.tcd import DiscreteSchedule, FlowSchedule
 from trajectory_consistency.tcd.adapter import layer_shapes
-from trajectory_consistency.trainer.config.settings import BaseConfig
+from trajectory_consistency.trainer.config.base import BaseConfig
 from trajectory_consistency.trainer.errors import UserError
 from trajectory_consistency.trainer.models import open_checkpoint
 from trajectory_consistency.trainer.models.comfy.checkpoint import HostCheckpoint

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from trajectory_consistency.tcd.adapter import FILE
-from trajectory_consistency.trainer.config.settings import BaseConfig, from_mapping
+from trajectory_consistency.trainer.config.base import BaseConfig
+from trajectory_consistency.trainer.config.settings import from_mapping
 from trajectory_consistency.trainer.demo.comfy_server import ComfyServer
 from trajectory_consistency.trainer.files.adapter_weights import load_weights
 from trajectory_consistency.trainer.models.conditioning import Conditioning

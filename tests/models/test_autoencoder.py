@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tiny_base import write_base
-from trajectory_consistency.trainer.config.settings import BaseConfig
+from trajectory_consistency.trainer.config.base import BaseConfig
 from trajectory_consistency.trainer.models.unet.autoencoder import Vae
 from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tiny_base import write_base
-from trajectory_consistency.trainer.config.settings import BaseConfig
+from trajectory_consistency.trainer.config.base import BaseConfig
 from trajectory_consistency.trainer.errors import UserError
 from trajectory_consistency.trainer.models.unet import families as bases
 from trajectory_consistency.trainer.models.unet import ldm

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from small_bases import Parts, random_parts, save_folder, shrink, to_state, write
-from trajectory_consistency.trainer.config.settings import BaseConfig
+from trajectory_consistency.trainer.config.base import BaseConfig
 from trajectory_consistency.trainer.errors import UserError
 from trajectory_consistency.trainer.models import lora_layouts
 from trajectory_consistency.trainer.models.conditioning import Conditioning

@@ -9,7 +9,7 @@ import torch
 from fake_flow import FlowCheckpoint, write_flow_base
 from trajectory_consistency.tcd import kohya_name
 from trajectory_consistency.tcd.adapter import STUDENT, layer_shapes
-from trajectory_consistency.trainer.config.settings import BaseConfig
+from trajectory_consistency.trainer.config.base import BaseConfig
 from trajectory_consistency.trainer.models.fingerprint import fingerprint
 from trajectory_consistency.trainer.models.framing import Framing
 from trajectory_consistency.trainer.models.seam import Checkpoint

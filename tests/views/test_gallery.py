@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from tiny_base import drawn_by_hand, small_config, write_base, write_inputs
 from trajectory_consistency.trainer import run
 from trajectory_consistency.trainer.cli import main
-from trajectory_consistency.trainer.config.settings import BaseConfig, Config
+from trajectory_consistency.trainer.config.base import BaseConfig
+from trajectory_consistency.trainer.config.settings import Config
 from trajectory_consistency.trainer.views.gallery import GRID_NAME
 from trajectory_consistency.trainer.views.preview_prompts import load_picture, picture_names
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..errors import UserError
 
 if TYPE_CHECKING:
-    from ..config.settings import BaseConfig
+    from ..config.base import BaseConfig
 
 HELP = "draw pictures with a LoRA, as the ComfyUI nodes would"
 
@@ -78,7 +78,8 @@ def execute(options: argparse.Namespace) -> int:
 
 def _base(options: argparse.Namespace) -> BaseConfig:
     """Return the base named by --base, or else the base in the config.toml beside the LoRA."""
-    from ..config.settings import FILE_NAME, BaseConfig, load
+    from ..config.base import BaseConfig
+    from ..config.settings import FILE_NAME, load
 
     given = {key: getattr(options, key) for key in ("vae", "prediction", "zero_snr", "dtype") if getattr(options, key)}
     if options.base:

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...tcd.adapter import OFF
-from ..config.settings import BaseConfig
+from ..config.base import BaseConfig
 from ..files.adapter_weights import load_weights
 from ..models import open_checkpoint
 from ..models.framing import Framing

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from ..config.settings import BaseConfig
+from ..config.base import BaseConfig
 from ..errors import UserError
 
 TINY_NAME = "tiny-sd.safetensors"

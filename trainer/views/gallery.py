@@ -10,8 +10,9 @@ from tqdm import tqdm
 
 from ...tcd.adapter import FILE
 from ..atomic import atomic_write
+from ..config.base import BaseConfig
 from ..config.device import resolve_dtype
-from ..config.settings import BaseConfig, PreviewConfig
+from ..config.settings import PreviewConfig
 from ..data.buckets import Size
 from ..errors import UserError
 from ..files.adapter_weights import load_weights

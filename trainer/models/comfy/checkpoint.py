@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ....tcd import Schedule, kohya_name
-from ...config.settings import BaseConfig
+from ...config.base import BaseConfig
 from ...errors import UserError
 from ...safetensors_file import SafetensorsFile
 from ..conditioning import Conditioning

@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from ....tcd import DiscreteSchedule, Prediction, scaled_linear_alpha_bar, zero_terminal_snr
-from ...config.settings import BaseConfig
+from ...config.base import BaseConfig
 from ...errors import UserError
 from .. import TINY_NAME
 from ..conditioning import Conditioning
