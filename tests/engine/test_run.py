@@ -41,7 +41,6 @@ def settings(name: str, folder: Path, out: Path) -> dict[str, Any]:
             "batch": 2,
             "lr": 1e-3,
             "checkpoint_every": 1,
-            "gradient_checkpointing": True,
             "device": "cpu",
         },
         "preview": {"prompts": ["a star"], "steps": [1, 2], "every": 2},

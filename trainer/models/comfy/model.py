@@ -28,6 +28,8 @@ class HostModel:
 
         self._host = HostNetwork(patcher, time_layer)
         self.adapter, self.latents, self._names = self._host.adapter, latents, names
+        # Always, because many of the host's networks write over their activations, and have no gradient otherwise.
+        self._host.enable_gradient_checkpointing()
 
     @property
     def network(self) -> nn.Module:
@@ -102,5 +104,4 @@ class HostModel:
         return blocks(self.network)
 
     def enable_gradient_checkpointing(self) -> None:
-        """From now on, recompute activations in the backward pass instead of keeping them."""
-        self._host.enable_gradient_checkpointing()
+        """Change nothing: activations are always recomputed in the backward pass."""
