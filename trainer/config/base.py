@@ -35,11 +35,10 @@ class BaseConfig:
     """Dtype of the frozen weights. `auto` is bfloat16 on a GPU and float32 on a CPU. The adapter is always float32."""
 
     def __post_init__(self) -> None:
-        if bool(self.path) == bool(self.model):
-            given = "both are set" if self.path else "neither is set"
-            raise UserError(
-                f"base.path or base.model: {given}; name a checkpoint in one, or a network alone in the other"
-            )
+        if self.path and self.model:
+            raise UserError(f"base.path is {self.path} and base.model is {self.model}: set only one of them")
+        if not (self.path or self.model):
+            raise UserError("base.path is missing: name a checkpoint, or the file of a network alone in base.model")
 
     @property
     def file(self) -> str:
