@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES
-from small_models import each_family, model_file
+from families import FAMILIES, written
+from small_models import each_family
 
 from trajectory_consistency.tcd import DiscreteSchedule, FlowSchedule
 from trajectory_consistency.tcd.adapter import layer_shapes
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def base_of(name: str, folder: Path) -> BaseConfig:
-    path = str(model_file(name, folder))
+    path = str(written(name, folder))
     return BaseConfig(path=path, engine="comfyui") if FAMILIES[name].prefix else BaseConfig(model=path)
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, written
 from lent_encoders import lend
 from safetensors.torch import load_file
-from small_models import each_family, model_file
+from small_models import each_family
 
 from trajectory_consistency.trainer.config.settings import from_mapping
 from trajectory_consistency.trainer.run import run
@@ -22,7 +22,7 @@ from trajectory_consistency.trainer.training import loop
 
 def settings(name: str, folder: Path, out: Path) -> dict[str, Any]:
     """A short run with S+, shares, a moving average, recomputation and previews."""
-    path, key = str(model_file(name, folder)), "path" if FAMILIES[name].prefix else "model"
+    path, key = str(written(name, folder)), "path" if FAMILIES[name].prefix else "model"
     return {
         "base": {key: path, "engine": "comfyui"},
         "data": {"folder": str(folder / "pictures"), "resolution": 64, "cache": str(out / "cache")},
