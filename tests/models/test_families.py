@@ -23,8 +23,8 @@ from trajectory_consistency.trainer.models.unet import families as bases
 from trajectory_consistency.trainer.models.unet import ldm
 from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint
 from trajectory_consistency.trainer.models.unet.families import Family
-from trajectory_consistency.trainer.models.unet.targets import TARGETS
 from trajectory_consistency.trainer.models.unet.text import CLIPS, clip_tokenizer
+from trajectory_consistency.trainer.models.unet_layers import TARGETS, chosen_layers
 
 CPU, FLOAT = torch.device("cpu"), torch.float32
 FAMILIES: list[Family] = ["sd15", "sd2", "sdxl"]
@@ -353,3 +353,12 @@ def test_a_text_encoder_that_is_incomplete_is_named(broken: str, tmp_path: Path)
     message = "does not hold a whole sdxl text_encoder_2: 1 of its" if "1." in broken else "has no text encoder"
     with pytest.raises(UserError, match=message):
         base.load_text_encoder(FLOAT, CPU)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_are_chosen_in_the_order_of_the_unet(family: Family) -> None:
+    """The initial weights are drawn in this order, also by the engine that does not know diffusers."""
+    suffixes = tuple(f".{kind}" for kind in TARGETS)
+    expected = [path for path, _ in bases.empty_unet(family).named_modules() if path.endswith(suffixes)]
+    assert len(expected) > 100
+    assert chosen_layers(sorted(expected), ["all"]) == expected

@@ -26,7 +26,7 @@ from trajectory_consistency.trainer.errors import UserError
 from trajectory_consistency.trainer.files.adapter_weights import start_from
 from trajectory_consistency.trainer.files.write_lora import write_lora
 from trajectory_consistency.trainer.models.unet.model import UNetModel
-from trajectory_consistency.trainer.models.unet.targets import GROUPS, TARGETS
+from trajectory_consistency.trainer.models.unet_layers import GROUPS, TARGETS
 from trajectory_consistency.trainer.preflight import Inputs, check
 from trajectory_consistency.trainer.run import run
 from trajectory_consistency.trainer.training import loop, optimizer

@@ -26,7 +26,7 @@ from trajectory_consistency.trainer.files.adapter_weights import load_weights
 from trajectory_consistency.trainer.files.write_lora import VerificationError, write_lora
 from trajectory_consistency.trainer.models.sampling import initial_noise, sample_latents
 from trajectory_consistency.trainer.models.unet.model import UNetModel
-from trajectory_consistency.trainer.models.unet.targets import TARGETS
+from trajectory_consistency.trainer.models.unet_layers import TARGETS
 from trajectory_consistency.trainer.preflight import check
 from trajectory_consistency.trainer.run import run
 from trajectory_consistency.trainer.training import examples, loop

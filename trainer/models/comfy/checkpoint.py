@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ....tcd import Schedule, kohya_name
+from ....tcd import Schedule
 from ...config.base import BaseConfig
 from ...errors import UserError
 from ...safetensors_file import SafetensorsFile
@@ -95,7 +95,7 @@ class HostCheckpoint:
         """Load the network, frozen; weights that are stored in 8 bits or fewer stay so, others become dtype."""
         patcher = self._load_patcher(dtype, device)
         time_layer = _time_layer(patcher.model.diffusion_model, self.path)
-        return HostModel(patcher, time_layer, self.latents, _unet_names(patcher.model))
+        return HostModel(patcher, time_layer, self.latents, _unet_paths(patcher.model))
 
     def load_text_encoder(self, dtype: torch.dtype, device: torch.device) -> HostTextEncoder:
         """Load the text encoders, frozen. Raises UserError if one is missing or not recognized."""
@@ -225,13 +225,13 @@ def _time_layer(network: Any, path: Path) -> str:
     return found
 
 
-def _unet_names(model: Any) -> dict[str, str]:
-    """Return kohya's name of each layer of a UNet, by its path, as other tools know it; empty for other networks."""
+def _unet_paths(model: Any) -> dict[str, str]:
+    """Return the path in diffusers of each layer of a UNet, by its path in the host; empty for other networks."""
     import comfy.utils
 
     by_diffusers = comfy.utils.unet_to_diffusers(model.model_config.unet_config)
     return {
-        path.removesuffix(".weight"): kohya_name(name.removesuffix(".weight"))
+        path.removesuffix(".weight"): name.removesuffix(".weight")
         for name, path in by_diffusers.items()
         if name.endswith(".weight")
     }

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ....tcd import AdapterWeights, Schedule, TargetInput, TimePoint
+from ....tcd import AdapterWeights, Schedule, TargetInput, TimePoint, kohya_name
 from ....tcd.adapter import layer_shapes
+from .. import unet_layers
 from ..conditioning import Conditioning
 from ..seam import LatentFormat
 from .conditioning import to_conditionings
@@ -19,15 +20,15 @@ from .layers import chosen_layers, kind_of
 class HostModel:
     """A frozen network that ComfyUI has loaded, with its schedule and its adapter."""
 
-    def __init__(self, patcher: Any, time_layer: str, latents: LatentFormat, names: dict[str, str]) -> None:
+    def __init__(self, patcher: Any, time_layer: str, latents: LatentFormat, unet_paths: dict[str, str]) -> None:
         """patcher: the host's MODEL. time_layer: the Linear whose output is the embedding of t.
 
-        names: the name in a LoRA file of each layer whose name is not its path.
+        unet_paths: for a UNet, the path in diffusers of each layer; its LoRA is then the one that diffusers trains.
         """
         from ....nodes.host.training import HostNetwork
 
         self._host = HostNetwork(patcher, time_layer)
-        self.adapter, self.latents, self._names = self._host.adapter, latents, names
+        self.adapter, self.latents, self._unet_paths = self._host.adapter, latents, unet_paths
         # Always, because many of the host's networks write over their activations, and have no gradient otherwise.
         self._host.enable_gradient_checkpointing()
 
@@ -73,7 +74,11 @@ class HostModel:
 
     def layers(self, targets: Sequence[str]) -> list[str]:
         """Return the paths of the layers that get a LoRA; raises UserError for unknown targets."""
-        return chosen_layers(layer_shapes(self.network), targets)
+        shapes = layer_shapes(self.network)
+        if not self._unet_paths:
+            return chosen_layers(shapes, targets)
+        paths = {name: path for path, name in self._unet_paths.items() if path in shapes}
+        return [paths[name] for name in unet_layers.chosen_layers(paths, targets)]
 
     def new_weights(
         self,
@@ -91,11 +96,11 @@ class HostModel:
 
     def layer_kind(self, layer: str) -> str:
         """Return the kind of the layer at a path, such as qkv."""
-        return kind_of(layer)
+        return unet_layers.kind_of(self._unet_paths.get(layer, "")) or kind_of(layer)
 
     def lora_key(self, layer: str) -> str:
         """Return the layer's name in a LoRA file: kohya's for UNets, otherwise the host's own, diffusion_model.PATH."""
-        return self._names.get(layer, f"diffusion_model.{layer}")
+        return kohya_name(self._unet_paths[layer]) if layer in self._unet_paths else f"diffusion_model.{layer}"
 
     def blocks(self) -> list[nn.Module]:
         """Return the members of the outermost lists of modules, where a network repeats itself."""

@@ -15,7 +15,7 @@ from ....tcd import Adapter, AdapterWeights, Prediction, Schedule, TargetInput, 
 from ....tcd.adapter import new_weights
 from ..conditioning import Conditioning
 from ..seam import LatentFormat
-from .targets import TARGETS, kinds_of
+from ..unet_layers import chosen_layers, kind_of
 
 TIME_LAYER = "time_embedding.linear_2"
 _BLOCKS = (BasicTransformerBlock, ResnetBlock2D)
@@ -71,8 +71,7 @@ class UNetModel:
 
     def layers(self, targets: Sequence[str]) -> list[str]:
         """Return the paths of the layers that get a LoRA, in the UNet's order; raises UserError for unknown targets."""
-        suffixes = tuple(f".{kind}" for kind in kinds_of(targets))
-        return [path for path, _ in self.network.named_modules() if path.endswith(suffixes)]
+        return chosen_layers((path for path, _ in self.network.named_modules()), targets)
 
     def new_weights(
         self,
@@ -94,7 +93,9 @@ class UNetModel:
 
     def layer_kind(self, layer: str) -> str:
         """Return the kind of the layer at a path, such as to_q."""
-        return next(kind for kind in TARGETS if layer.endswith(f".{kind}"))
+        kind = kind_of(layer)
+        assert kind is not None
+        return kind
 
     def lora_key(self, layer: str) -> str:
         """Return the layer's name in kohya's format, such as lora_unet_mid_block_resnets_0_conv1."""
