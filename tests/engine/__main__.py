@@ -29,7 +29,9 @@ def main() -> int:
         return 0
     install(host)
     # Not `python -m pytest`, which would put this project's folder `nodes` before ComfyUI's module of that name.
-    return subprocess.run([PROGRAMS / "pytest", HERE, *sys.argv[1:]], cwd=ROOT, check=False).returncode
+    environment = {**os.environ, "TRAINER_PYTHON": sys.executable}  # it has diffusers, which ComfyUI has not
+    command = [PROGRAMS / "pytest", HERE, *sys.argv[1:]]
+    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
 
 
 def install(host: Host) -> None:
