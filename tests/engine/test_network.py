@@ -11,8 +11,9 @@ from families import FAMILIES
 from small_models import add_student, batch_for, each_family, load, open_network, sampled_x0, shortened
 from torch import Tensor
 
+from trajectory_consistency.nodes.host.target_time import install_target_time
 from trajectory_consistency.nodes.host.training import HostNetwork, differentiable_kernels
-from trajectory_consistency.tcd import FlowSchedule
+from trajectory_consistency.tcd import FlowSchedule, TargetTime
 from trajectory_consistency.tcd.adapter import STUDENT
 
 WITH_GUIDANCE_INPUT = {"flux", "flux2", "hunyuan-video"}
@@ -160,6 +161,24 @@ def test_a_model_that_was_loaded_in_inference_mode_can_be_trained(folder: Path) 
     weights = add_student(network)
     batch_for("sd3", network).predict(network).square().mean().backward()
     assert all(parameter.grad is not None for parameter in weights.parameters())
+
+
+def test_a_model_can_be_trained_after_a_copy_with_a_target_time_was_sampled(folder: Path) -> None:
+    """The host leaves the `forward` that it has restored as an attribute of the layer."""
+    name = "sd3"
+    path, patcher = FAMILIES[name].time_linear, load(name, folder)
+    told = patcher.clone()
+    install_target_time(told, "lora", path, TargetTime(256, 128), strength=1.0)
+    cond, x, sigma = FAMILIES[name].conditioning(0), torch.randn(1, *FAMILIES[name].latent), torch.tensor(0.5)
+    sampled_x0(told, x, sigma, cond)
+    plain = sampled_x0(patcher, x, sigma, cond)
+    assert "forward" in vars(patcher.model.diffusion_model.get_submodule(path))
+    with HostNetwork(patcher, path) as network:
+        weights = add_student(network, target_input="s")
+        batch = batch_for(name, network)
+        batch.predict(network).square().mean().backward()
+        assert all(parameter.grad is not None for parameter in weights.parameters())
+    assert torch.equal(sampled_x0(patcher, x, sigma, cond), plain)
 
 
 def test_all_weights_are_frozen(folder: Path) -> None:

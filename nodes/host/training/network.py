@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from types import TracebackType
+from types import MethodType, TracebackType
 from typing import Any
 
 import comfy.conds
@@ -41,6 +41,7 @@ class HostNetwork:
             if patcher.load_device.type != "meta":
                 comfy.model_management.load_models_gpu([patcher], force_full_load=True)
             freeze(patcher.model)
+            _remove_bound_forwards(patcher.model)
         self.patcher, self.model = patcher, patcher.model
         self.network: nn.Module = patcher.model.diffusion_model
         self.device: torch.device = patcher.load_device
@@ -174,6 +175,16 @@ def freeze(model: nn.Module) -> None:
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_inference():
                 setattr(module, name, buffer.clone())
+
+
+def _remove_bound_forwards(model: nn.Module) -> None:
+    """Undo what the host leaves after it has removed a patch of a module's `forward`: the class's own, as an attribute.
+
+    The adapter refuses a layer whose `forward` is an attribute, because something else may have replaced it.
+    """
+    for module in model.modules():
+        if vars(module).get("forward") == MethodType(type(module).forward, module):
+            del module.forward
 
 
 def _twice(t: TimePoint) -> TimePoint:
