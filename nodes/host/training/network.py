@@ -98,13 +98,11 @@ class HostNetwork:
         """Return trainable adapter weights for the layers at these paths, which initially change nothing.
 
         target_input: input of an embedding of the target time; None for no embedding. Its sinusoid has the width of the
-        network's own, which is the input of the first Linear beside the time layer.
+        network's own, which is the input of the layer before the time layer.
         """
         embedding = None
         if target_input:
-            shapes, parent = layer_shapes(self.network), self.adapter.time_layer.rpartition(".")[0]
-            _, channels = next(shape for path, shape in shapes.items() if path.startswith(f"{parent}."))
-            width, _ = shapes[self.adapter.time_layer]
+            channels, width = _embedding_size(self.network, self.adapter.time_layer)
             embedding = TargetTime.seeded(channels, width, target_input=target_input, seed=seed, device=self.device)
         return new_weights(self.network, layers, rank=rank, alpha=alpha, seed=seed, target_time=embedding)
 
@@ -175,6 +173,15 @@ def freeze(model: nn.Module) -> None:
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_inference():
                 setattr(module, name, buffer.clone())
+
+
+def _embedding_size(network: nn.Module, time_layer: str) -> tuple[int, int]:
+    """Return the widths of the network's sinusoid and of its embedding of t, whose last Linear is the time layer."""
+    shapes, parent = layer_shapes(network), time_layer.rpartition(".")[0]
+    width, hidden = shapes[time_layer]
+    beside = [shape for path, shape in shapes.items() if path != time_layer and path.rpartition(".")[0] == parent]
+    before = [shape[1] for shape in beside if shape[0] == hidden]
+    return (before or [hidden])[0], width  # Chroma's time layer gets the sinusoid itself
 
 
 def _remove_bound_forwards(model: nn.Module) -> None:

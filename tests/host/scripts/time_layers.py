@@ -85,7 +85,13 @@ def build(name: str, cls: Any) -> Any:
         return None
 
 
-load_host(sys.argv[1])
-find_time_linear = importlib.import_module("some_pack.nodes.host.time_layer").find_time_linear
-networks = {name: build(name, cls) for name, cls in sorted(classes().items())}
-json.dump({name: find_time_linear(net) for name, net in networks.items() if net is not None}, sys.stdout)
+def main() -> None:
+    """Print the path in each network that can be built."""
+    load_host(sys.argv[1])
+    find_time_linear = importlib.import_module("some_pack.nodes.host.time_layer").find_time_linear
+    networks = {name: build(name, cls) for name, cls in sorted(classes().items())}
+    json.dump({name: find_time_linear(net) for name, net in networks.items() if net is not None}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -36,7 +36,7 @@ class HostCheckpoint:
     def __init__(self, base: BaseConfig) -> None:
         """Open the files that the section [base] names, and let ComfyUI recognize the network.
 
-        Raises UserError if a file is missing, or ComfyUI does not recognize the network.
+        Raises UserError if a file is missing, ComfyUI does not recognize the network, or it cannot be trained.
         """
         load_comfyui()
         self._base = base
@@ -50,6 +50,7 @@ class HostCheckpoint:
         self._text_encoders = [find_model("text_encoders", name, "base.text_encoders") for name in base.text_encoders]
         self._vae = find_model("vae", base.vae, "base.vae") if base.vae else None
         self._config, self._model, self._is_quantised = _recognize(self.path)
+        self._time_layer = check_trainable(self._config, self._model, self.path)
         self._sampling = self._model.model_sampling
         self.host_family = type(self._config).__name__
         form = self._config.latent_format
@@ -94,8 +95,7 @@ class HostCheckpoint:
     def load(self, dtype: torch.dtype, device: torch.device) -> HostModel:
         """Load the network, frozen; weights that are stored in 8 bits or fewer stay so, others become dtype."""
         patcher = self._load_patcher(dtype, device)
-        time_layer = _time_layer(patcher.model.diffusion_model, self.path)
-        return HostModel(patcher, time_layer, self.latents, _unet_paths(patcher.model))
+        return HostModel(patcher, self._time_layer, self.latents, _unet_paths(patcher.model))
 
     def load_text_encoder(self, dtype: torch.dtype, device: torch.device) -> HostTextEncoder:
         """Load the text encoders, frozen. Raises UserError if one is missing or not recognized."""
@@ -215,13 +215,24 @@ def _recognize(path: Path) -> _Recognized:
     return _Recognized(config, model, config.quant_config is not None or stored.itemsize == 1)
 
 
-def _time_layer(network: Any, path: Path) -> str:
-    """Return the path of the layer whose output is the embedding of t; raises UserError if it is not known."""
+def check_trainable(config: Any, model: Any, path: Path) -> str:
+    """Return the path of the layer whose output is the embedding of t.
+
+    config: the host's supported_models config. model: its BaseModel, which may be on the meta device. Raises UserError
+    if the model is of a kind that the trainer cannot train.
+    """
+    import comfy.model_sampling
+
     from ....nodes.host.time_layer import find_time_linear
 
-    found = find_time_linear(network)
+    refused = f"{path} is {type(config).__name__}, which cannot be trained: "
+    if isinstance(model.model_sampling, comfy.model_sampling.IMG_TO_IMG | comfy.model_sampling.IMG_TO_IMG_FLOW):
+        raise UserError(f"{refused}it starts from a picture instead of noise")
+    if config.latent_format.latent_dimensions not in (2, 3):
+        raise UserError(f"{refused}its latents are no pictures or videos")
+    found = find_time_linear(model.diffusion_model)
     if found is None:
-        raise UserError(f"{path} has a network in which no layer is known that embeds t, so it cannot be trained")
+        raise UserError(f"{refused}no layer is known in its network that embeds t")
     return found
 
 
