@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,13 +12,16 @@ from safetensors import SafetensorError
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends, sync the file written there and rename it to `path`.
 
+    shared: whether other processes may write the same content to `path` at the same time; each then has a temporary
+    path of its own, which stays behind if the process is killed.
     If the block raises, the temporary file is removed and an existing file at `path` is left as it was.
     Raises OSError, with advice for the user, if the file cannot be written.
     """
-    unfinished = path.with_name(f".{path.stem}.unfinished{path.suffix}")
+    own = f".{secrets.token_hex(8)}" if shared else ""
+    unfinished = path.with_name(f".{path.stem}{own}.unfinished{path.suffix}")
     try:
         yield unfinished
         os.chmod(unfinished, 0o644)

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from tiny_base import write_base
+from trajectory_consistency.trainer.atomic import atomic_write
 from trajectory_consistency.trainer.cli import main
 from trajectory_consistency.trainer.config import settings as config
 from trajectory_consistency.trainer.data import encode, store
@@ -438,3 +439,11 @@ def test_the_cache_command_says_what_there_is_and_a_run_then_encodes_nothing(
     for wrong in ("2/2", "x", "1", "-1/2"):
         assert main(["cache", str(path), f"--part={wrong}"]) == 2
         assert "write K/N" in capsys.readouterr().err
+
+
+def test_two_processes_may_write_the_same_rows_at_the_same_time(tmp_path: Path) -> None:
+    path = tmp_path / "rows.safetensors"
+    with atomic_write(path, shared=True) as first, atomic_write(path, shared=True) as second:
+        for temporary in (first, second):
+            temporary.write_bytes(b"rows")
+    assert [each.name for each in tmp_path.iterdir()] == ["rows.safetensors"]

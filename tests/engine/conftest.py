@@ -16,3 +16,12 @@ sys.path.append(str(Path(__file__).parents[1] / "host" / "scripts"))
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the small models' files."""
     return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="session")
+def pictures(folder: Path) -> Path:
+    """A folder of pictures with captions."""
+    from trajectory_consistency.trainer.tiny import world
+
+    world.write_folder(folder / "pictures", 4, seed=0)
+    return folder / "pictures"

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES, Family, written
+from lent_encoders import lend
 from safetensors.torch import load_file, save_file
+from small_models import each_family
+from test_run import settings
 from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 
@@ -21,6 +27,7 @@ from trajectory_consistency.trainer.files.adapter_weights import initial_weights
 from trajectory_consistency.trainer.models import open_checkpoint
 from trajectory_consistency.trainer.models.comfy.conditioning import to_row
 from trajectory_consistency.trainer.models.conditioning import Conditioning
+from trajectory_consistency.trainer.run import run
 from trajectory_consistency.trainer.training.loop import Training
 from trajectory_consistency.trainer.training.processes import ALONE, Processes
 from trajectory_consistency.trainer.training.sharding import shard
@@ -34,7 +41,7 @@ def config_of(name: str, folder: Path) -> Config:
         {
             "base": {key: path, "engine": "comfyui"},
             "data": {"folder": str(folder)},
-            "method": {"target_time": True, "ema_decay": 0.9, "huber_c": 0.1, "skip": 100},
+            "method": {"target_time": True, "ema_decay": 0.9, "huber_c": 0.1, "skip": 100, "diagonal": 0.5},
             "adapter": {"rank": 2, "alpha": 2.0},
             "training": {"steps": STEPS, "batch": 4, "lr": 1e-3, "device": "cpu"},
             "output": {"folder": str(folder / "out")},
@@ -94,7 +101,7 @@ def trained_together(name: str, folder: Path, meeting: Path, *, fsdp: bool) -> l
 
 
 @pytest.mark.parametrize("fsdp", [False, True], ids=["each has the base", "FSDP"])
-@pytest.mark.parametrize("name", ["sd3", "wan", "flux"])
+@each_family
 def test_two_processes_are_one_with_the_whole_batch(name: str, fsdp: bool, folder: Path, tmp_path: Path) -> None:
     alone = trained(name, folder, ALONE)
     together = trained_together(name, folder, tmp_path / "meeting", fsdp=fsdp)
@@ -103,3 +110,43 @@ def test_two_processes_are_one_with_the_whole_batch(name: str, fsdp: bool, folde
             assert (found[part] - alone[part]).norm() <= 1e-5 * alone[part].norm(), part
         kept, total = found["share"].tolist()
         assert (total > 1e6 and 0.45 < kept / total < 0.55) if fsdp else total == 0
+
+
+def _run(name: str, values: dict[str, Any], rank: int, port: int, fsdp: bool) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if fsdp:
+        os.environ["ACCELERATE_USE_FSDP"] = "true"  # as `accelerate launch` sets it
+    with lend(FAMILIES[name]):
+        run(from_mapping(values))
+
+
+@pytest.mark.parametrize("fsdp", [False, True], ids=["each has the base", "FSDP"])
+@pytest.mark.parametrize("name", ["sd3", "wan"])
+def test_a_whole_run_of_two_processes_writes_the_lora_of_one(
+    name: str, fsdp: bool, folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("accelerate")
+    one, two = (settings(name, folder, tmp_path / each) for each in ("one", "two"))
+    for values in (one, two):
+        values["preview"] = {}  # FSDP draws none
+        values["method"]["huber_c"] = 0.1
+    with lend(FAMILIES[name]):
+        expected = load_file(run(from_mapping(one)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = get_context("fork")
+    processes = [context.Process(target=_run, args=(name, two, rank, port, fsdp)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    found = load_file(tmp_path / "two" / "lora.safetensors")
+    assert found.keys() == expected.keys()
+    change, error = (
+        sum(float((each.float() - start.get(key, each * 0).float()).square().sum()) for key, each in found.items())
+        for start in ({}, expected)
+    )
+    assert error <= 1e-6 * change, "up to the rounding of float16"

@@ -7,7 +7,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from families import FAMILIES, written
 from lent_encoders import lend
@@ -16,7 +15,6 @@ from small_models import each_family
 
 from trajectory_consistency.trainer.config.settings import from_mapping
 from trajectory_consistency.trainer.run import run
-from trajectory_consistency.trainer.tiny import world
 from trajectory_consistency.trainer.training import loop
 
 
@@ -46,12 +44,6 @@ def settings(name: str, folder: Path, out: Path) -> dict[str, Any]:
         "preview": {"prompts": ["a star"], "steps": [1, 2], "every": 2},
         "output": {"folder": str(out), "name": "lora"},
     }
-
-
-@pytest.fixture(scope="session")
-def pictures(folder: Path) -> Path:
-    world.write_folder(folder / "pictures", 4, seed=0)
-    return folder / "pictures"
 
 
 def _dying_run(name: str, values: dict[str, Any]) -> None:

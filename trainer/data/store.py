@@ -109,7 +109,7 @@ class Store:
         tensors[DIGESTS] = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, 16)
         # Named after its rows, so that two processes never write different rows under the same name.
         path = self.folder / f"{kind}-{digest(b''.join(keys)).hex()}.safetensors"
-        with atomic_write(path) as temporary:
+        with atomic_write(path, shared=True) as temporary:
             save_file(tensors, temporary, metadata={"crc32": _checksum(tensors)})
         for row, key in enumerate(keys):
             self.locations[key] = RowLocation(path.name, row)

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from ...tcd import Schedule, TimePoint
 from ...tcd.adapter import AVERAGE
-from ...tcd.objective import distance_of, first_order, loss_weights, second_order, tcd_loss
+from ...tcd.objective import Follow, distance_of, first_order, loss_weights, second_order, tcd_loss
 from ...tcd.times import Points
 from ..config.settings import Config, MethodConfig
 from ..errors import UserError
 from ..models.seam import Model
+from ..models.sharded import is_sharded
 from .examples import Examples
 
 
@@ -50,15 +51,34 @@ def step_losses(model: Model, examples: Examples, config: Config) -> Tensor:
         with model.adapter.using(AVERAGE):
             return student(x_t, t, s, rows)
 
+    target, target_rows = ema_target if method.ema_decay else student, examples.target_rows
+    if is_sharded(model.network):
+        target, target_rows = _for_all_rows(target, examples)
     points = Points(*(schedule.point(time, ndim) for time in examples.times))
     distances = tcd_loss(
         student,
-        ema_target if method.ema_decay else student,
+        target,
         teacher,
         examples.latents,
         examples.eps,
         points,
-        target_rows=examples.target_rows,
+        target_rows=target_rows,
         distance=distance_of(method.distance, method.huber_c),
     )
     return loss_weights(points, method.weighting) * distances
+
+
+def _for_all_rows(target: Follow, examples: Examples) -> tuple[Follow, Tensor]:
+    """Return a target that is called for all rows, also those with s = t_next, where it is x_next; and these rows.
+
+    How many rows have s < t_next differs between the processes, which must call a sharded network equally often.
+    """
+    needed = torch.zeros(len(examples.latents), dtype=torch.bool, device=examples.latents.device)
+    needed[examples.target_rows] = True
+    needed = needed.view(-1, *[1] * (examples.latents.ndim - 1))
+
+    def follow(x_next: Tensor, t_next: TimePoint, s: TimePoint, rows: Tensor) -> Tensor:
+        # Where sigma is 0 at t_next, target gives NaN.
+        return torch.where(needed, target(x_next, t_next, s, rows), x_next)
+
+    return follow, torch.arange(len(needed), device=needed.device)

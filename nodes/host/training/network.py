@@ -50,6 +50,8 @@ class HostNetwork:
         guidance = getattr(self.network, "guidance_in", None)
         self.takes_guidance = guidance is not None and any(True for _ in guidance.parameters())
         """Whether the guidance scale is an input of the network, as in Flux dev, so that it needs no empty caption."""
+        self.one_by_one = False
+        """Whether each row is computed in a call of its own, so that the number of calls follows from that of rows."""
         self._undo = ExitStack()
 
     def x0(self, x_t: Tensor, t: TimePoint, conds: Sequence[Conditioning], s: TimePoint | None = None) -> Tensor:
@@ -141,7 +143,7 @@ class HostNetwork:
         if s is None and self.adapter.target_time is not None:
             raise ValueError("the adapter has an embedding of the target time: give s")
         x, sigma = self._sampling_scale(x_t, t)
-        groups, parts = equal_rows(rows), []
+        groups, parts = [[i] for i in range(len(rows))] if self.one_by_one else equal_rows(rows), []
         for group in groups:
             index = torch.tensor(group, device=x.device)
             self.adapter.times = None if s is None else (t.network_time[index], s.network_time[index])

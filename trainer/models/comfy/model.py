@@ -13,6 +13,7 @@ from ....tcd.adapter import layer_shapes
 from .. import unet_layers
 from ..conditioning import Conditioning
 from ..seam import LatentFormat
+from ..sharded import is_sharded
 from .conditioning import to_conditionings
 from .layers import chosen_layers, kind_of
 
@@ -58,6 +59,7 @@ class HostModel:
 
         Raises ValueError if the adapter in use has a target-time embedding and s is None.
         """
+        self._host.one_by_one = is_sharded(self.network)
         return self._host.x0(x_t, t, to_conditionings(cond), s)
 
     def guided_x0(
@@ -70,6 +72,7 @@ class HostModel:
         s: TimePoint | None = None,
     ) -> Tensor:
         """Predict x0 with guidance scales w [B]: as an input of the network if it has one, otherwise u + w (c - u)."""
+        self._host.one_by_one = is_sharded(self.network)
         return self._host.guided_x0(x_t, t, to_conditionings(cond), to_conditionings(uncond), guidance, s)
 
     def layers(self, targets: Sequence[str]) -> list[str]:
