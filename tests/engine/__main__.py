@@ -49,6 +49,8 @@ def install(host: Host) -> None:
     own = _run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
     lines = [f"import site; site.addsitedir({folder!r})" for folder in folders] + [str(host.folder)]
     Path(own, "comfyui.pth").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    # ComfyUI has what it needs, and the torch of constraints.txt would be another one.
+    _run(python, "-m", "pip", "install", "--quiet", "--no-deps", "accelerate", "-c", ROOT / "constraints.txt")
     done.write_text(wanted, encoding="utf-8")
 
 

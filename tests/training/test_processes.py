@@ -30,7 +30,11 @@ Values = dict[str, dict[str, Any]]
 def values(tmp_path_factory: pytest.TempPathFactory) -> Values:
     folder = tmp_path_factory.mktemp("inputs")
     values: Values = write_inputs(folder, pictures=5)
-    values["method"] = {"ema_decay": 0.5, "huber_c": 0.1}  # a corner so small as the default's magnifies rounding
+    values["method"] = {
+        "ema_decay": 0.5,
+        "diagonal": 0.75,
+        "huber_c": 0.1,
+    }  # a corner so small as the default's magnifies rounding
     values["training"] = {"steps": 4, "batch": 4, "checkpoint_every": 1, "keep_checkpoints": 4, "device": "cpu"}
     return values
 
