@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from trajectory_consistency.trainer.cli import main
 from trajectory_consistency.trainer.errors import UserError
-from trajectory_consistency.trainer.files.lora_file import read_lora
+from trajectory_consistency.trainer.lora_file import read_lora
 
 MODULE = "unet.mid_block.resnets.0.conv1"
 TENSORS = {f"{MODULE}.lora_A.weight": torch.zeros(4, 64, 3, 3), f"{MODULE}.lora_B.weight": torch.zeros(64, 4, 1, 1)}

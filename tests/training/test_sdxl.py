@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from trajectory_consistency.trainer.files.layout import layout_of
-from trajectory_consistency.trainer.files.lora_file import read_lora
+from trajectory_consistency.trainer.lora_file import read_lora
 
 # The peak is 5.9 GB, of which 5.1 are the weights.
 STEP = """

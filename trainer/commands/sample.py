@@ -54,7 +54,7 @@ def execute(options: argparse.Namespace) -> int:
     from ..config.device import resolve_device
     from ..config.schema import build
     from ..config.settings import PreviewConfig
-    from ..files.lora_file import read_lora
+    from ..lora_file import read_lora
     from ..views.gallery import draw_gallery
 
     metadata = read_lora(options.file).metadata

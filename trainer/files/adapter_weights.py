@@ -15,8 +15,8 @@ from ...tcd.lora_keys import ALPHA, DOWN, UP
 from ...tcd.target_time import PREFIX
 from ..config.settings import Config
 from ..errors import UserError
+from ..lora_file import LoraFile, check_plain_lora, read_lora
 from ..models.seam import Model
-from .lora_file import LoraFile, check_plain_lora, read_lora
 
 
 def load_weights(model: Model, path: Path) -> AdapterWeights:

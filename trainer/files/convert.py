@@ -11,8 +11,8 @@ from torch import Tensor
 from ...tcd import PEFT_CONFIG_KEY
 from ...tcd.lora_keys import ALPHA, DOWN, UP
 from ...tcd.target_time import PREFIX
+from ..lora_file import LoraFile, check_plain_lora, module_scale, read_lora, refuse_target_time
 from .layout import check_layout
-from .lora_file import LoraFile, check_plain_lora, module_scale, read_lora, refuse_target_time
 from .verified_file import check_target, write_verified
 
 Naming = Literal["kohya", "peft"]

@@ -6,8 +6,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from ..lora_file import module_scale, read_lora
 from .layout import layout_of
-from .lora_file import module_scale, read_lora
 
 _MAX_METADATA_LENGTH = 200  # longer values, such as embedded images, are left out
 

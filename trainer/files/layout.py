@@ -6,9 +6,9 @@ from pathlib import Path
 
 from ...tcd import coverage
 from ..errors import UserError
+from ..lora_file import LoraFile
 from ..models import lora_layouts
 from ..models.seam import LoraLayout
-from .lora_file import LoraFile
 
 
 def layout_of(lora: LoraFile) -> LoraLayout | None:

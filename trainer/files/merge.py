@@ -6,14 +6,11 @@ import math
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from ...tcd import LoraModule
-from ...tcd.lora_keys import DOWN, UP
 from ..errors import UserError
+from ..lora_file import check_plain_lora, module_update, read_lora, refuse_target_time
 from ..safetensors_file import read_safetensors
 from .layout import check_layout
-from .lora_file import check_plain_lora, module_scale, read_lora, refuse_target_time
 from .verified_file import check_target, write_verified
 
 
@@ -41,16 +38,10 @@ def merge(
         if key not in tensors:
             raise UserError(f"{checkpoint} has no {key}: it is not a {layout.family} checkpoint, for which {source} is")
         weight = tensors[key]
-        update = _update(module, strength)
+        update = module_update(module, strength)
         if update.numel() != weight.numel():
             raise UserError(f"{checkpoint} has {key} in the shape {list(weight.shape)}, which does not fit {source}")
         tensors[key] = (weight.float() + update.view(weight.shape)).to(weight.dtype)
     if dtype is not None:
         tensors = {key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()}
     write_verified(target, tensors, metadata)
-
-
-def _update(module: LoraModule, strength: float) -> Tensor:
-    """strength * (alpha / rank) up @ down, float32 [out, in * kernel]."""
-    down, up = module.tensors[DOWN].float(), module.tensors[UP].float()
-    return strength * module_scale(module) * up.flatten(1) @ down.flatten(1)

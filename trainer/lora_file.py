@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...tcd import (
+from ..tcd import (
     PEFT_CONFIG_KEY,
     LoraModule,
     TargetTime,
@@ -20,10 +20,10 @@ from ...tcd import (
     split_target_time,
     to_kohya,
 )
-from ...tcd.lora_keys import ALPHA, DOWN, UP
-from ...tcd.lora_metadata import DEFAULT_TARGET_INPUT, TARGET_TIME_KEY
-from ..errors import UserError
-from ..safetensors_file import read_safetensors
+from ..tcd.lora_keys import ALPHA, DOWN, UP
+from ..tcd.lora_metadata import DEFAULT_TARGET_INPUT, TARGET_TIME_KEY
+from .errors import UserError
+from .safetensors_file import read_safetensors
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,12 @@ class LoraFile:
 def module_scale(module: LoraModule) -> float:
     """The factor alpha / rank that multiplies up @ down."""
     return float(module.tensors[ALPHA]) / module.rank
+
+
+def module_update(module: LoraModule, strength: float) -> Tensor:
+    """Return what a plain LoRA adds to a weight, strength * (alpha / rank) up @ down, float32 [out, in * kernel]."""
+    down, up = module.tensors[DOWN].float(), module.tensors[UP].float()
+    return strength * module_scale(module) * up.flatten(1) @ down.flatten(1)
 
 
 def read_lora(path: Path) -> LoraFile:
