@@ -43,8 +43,8 @@ class Coverage:
         """Describe in one line what fits and what does not."""
         total = len(self.matched) + len(self.missing) + len(self.mismatched)
         parts = [f"{len(self.matched)} of {total} LoRA modules fit the model"]
-        text = [name for name in self.missing if _TEXT_ENCODER.fullmatch(name)]
-        others = [name for name in self.missing if not _TEXT_ENCODER.fullmatch(name)]
+        text = [name for name in self.missing if is_text_encoder_name(name)]
+        others = [name for name in self.missing if not is_text_encoder_name(name)]
         if others:
             parts.append(f"not in the model: {_first_few(others)}")
         if text:
@@ -52,6 +52,11 @@ class Coverage:
         if self.mismatched:
             parts.append(f"wrong shape: {_first_few([mismatch.describe() for mismatch in self.mismatched])}")
         return "; ".join(parts)
+
+
+def is_text_encoder_name(name: str) -> bool:
+    """Return whether a tensor or module of a LoRA is for a text encoder, by its name in the file."""
+    return _TEXT_ENCODER.fullmatch(name) is not None
 
 
 def coverage(state_dict: Mapping[str, Tensor], module_shapes: Mapping[str, tuple[int, ...]]) -> Coverage:

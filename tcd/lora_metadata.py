@@ -11,6 +11,10 @@ TARGET_TIME_KEY = "tcd.target_time"
 """The input of the file's target-time embedding: "s" or "t-s" (target_time.TargetInput); "none" without one."""
 TARGET_TIME_MODULE_KEY = "tcd.target_time.module"
 """The path of the layer to whose output the embedding is added; without it, the network's last Linear that embeds t."""
+BASE_LORAS_KEY = "tcd.base_loras"
+"""The LoRAs on the base in training, to be loaded too, such as "my-style.safetensors at 0.8, detail.safetensors at 1".
+
+A file without this key was trained on the base alone."""
 
 DEFAULT_STEPS = 4
 DEFAULT_ETA = 0.3

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from ..errors import UserError
+from .schema import number
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseLora:
+    """A LoRA on the model to distill: a table `[[base.loras]]`."""
+
+    path: str
+    """A LoRA file. With the engine `comfyui`, its name in ComfyUI's folder `loras` is enough."""
+    strength: float = number(1.0, -100.0, 100.0)
+    """Its strength, as in the node Load LoRA, for the network and the text encoders."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +35,9 @@ class BaseConfig:
     """With `text_encoders`: the type that the node Load CLIP is set to, such as `flux`."""
     vae: str = ""
     """File or folder of a VAE to use instead of the base's own; needed with `model`."""
+    loras: tuple[BaseLora, ...] = ()
+    """Your own LoRAs, each a table `[[base.loras]]`. They are merged into the base, so that the teacher is the base
+    with them. Use the LoRA that is trained together with them, at the same strengths."""
     engine: Literal["auto", "diffusers", "comfyui"] = "auto"
     """What loads the model: `diffusers`, for SD1.5, SD2.x and SDXL, or `comfyui`, your ComfyUI, for every model that it
     samples. `auto` is diffusers for the models that it can load, if it is installed, and otherwise comfyui."""
@@ -44,3 +59,8 @@ class BaseConfig:
     def file(self) -> str:
         """The setting that names the model."""
         return self.path or self.model
+
+    @property
+    def lora_names(self) -> str:
+        """The file names and strengths of `loras`, such as `my-style.safetensors at 0.8`; empty without any."""
+        return ", ".join(f"{Path(lora.path).name} at {lora.strength:g}" for lora in self.loras)

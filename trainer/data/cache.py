@@ -68,7 +68,7 @@ def cache_paths(config: Config, checkpoint: Checkpoint, dtype: torch.dtype) -> C
     draw = {**asdict(data.draw), "per_prompt": None}  # a larger per_prompt adds rows and keeps the existing ones
     settings = {
         "latents": {**autoencoder, **buckets},
-        "captions": model,
+        "captions": {**model, "model": prints.text_encoders or prints.base},
         "drawn": {**teacher, **draw, "resolution": data.resolution, "bucket_step": data.bucket_step},
     }
     return CachePaths(config.cache_folder, settings)

@@ -8,7 +8,7 @@ import tomllib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from ...tcd.lora_metadata import CFG_KEY, ETA_KEY, STEPS_KEY, TARGET_TIME_KEY
+from ...tcd.lora_metadata import BASE_LORAS_KEY, CFG_KEY, ETA_KEY, STEPS_KEY, TARGET_TIME_KEY
 from ..config.settings import Config
 from ..models.seam import Checkpoint
 
@@ -26,6 +26,7 @@ def lora_metadata(config: Config, checkpoint: Checkpoint) -> dict[str, str]:
         "modelspec.title": output.name,
         "modelspec.date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **checkpoint.lora_metadata(),
+        **({BASE_LORAS_KEY: config.base.lora_names} if config.base.loras else {}),
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(config.adapter.rank),
         "ss_network_alpha": str(config.adapter.alpha),

@@ -84,7 +84,9 @@ class Fingerprints(NamedTuple):
     base: str
     """The hash of the network and the text encoders, and of the autoencoder unless it has its own files."""
     autoencoder: str | None = None
-    """The hash of the autoencoder if it has its own files, as with base.vae; otherwise None."""
+    """The hash of the autoencoder if it is not in `base`, as with base.vae; otherwise None."""
+    text_encoders: str | None = None
+    """The hash of the text encoders if captions stay valid when `base` changes, as with base.loras; otherwise None."""
 
 
 class TextEncoder(Protocol):

@@ -47,9 +47,7 @@ class HostNetwork:
         self.device: torch.device = patcher.load_device
         self.schedule = schedule_of(patcher.get_model_object("model_sampling")).to(self.device)
         self.adapter = Adapter(self.network, time_layer)
-        guidance = getattr(self.network, "guidance_in", None)
-        self.takes_guidance = guidance is not None and any(True for _ in guidance.parameters())
-        """Whether the guidance scale is an input of the network, as in Flux dev, so that it needs no empty caption."""
+        self.takes_guidance = takes_guidance(self.network)
         self.one_by_one = False
         """Whether each row is computed in a call of its own, so that the number of calls follows from that of rows."""
         self._undo = ExitStack()
@@ -159,6 +157,12 @@ class HostNetwork:
         if isinstance(self.schedule, FlowSchedule):
             return x_t, sigma.flatten()
         return x_t / alpha, (sigma / alpha).flatten()
+
+
+def takes_guidance(network: nn.Module) -> bool:
+    """Return whether the guidance scale is an input of a network, as in Flux dev, so that it needs no empty caption."""
+    guidance = getattr(network, "guidance_in", None)
+    return guidance is not None and any(True for _ in guidance.parameters())
 
 
 def freeze(model: nn.Module) -> None:

@@ -14,11 +14,14 @@ from ....tcd import Schedule
 from ...config.base import BaseConfig
 from ...errors import UserError
 from ...safetensors_file import SafetensorsFile
+from ..base_loras import fingerprints_with, lora_note
 from ..conditioning import Conditioning
+from ..distilled import distilled_note
 from ..fingerprint import fingerprint
 from ..framing import Framing
 from ..seam import Fingerprints, LatentFormat
 from .autoencoder import HostAutoencoder
+from .base_loras import HostLoras
 from .conditioning import join
 from .library import find_model, load_comfyui
 from .model import HostModel
@@ -28,6 +31,7 @@ _UNETS = {"SD15": "sd15", "SD20": "sd2", "SDXL": "sdxl"}
 """The trainer's names of families that its other engine knows too."""
 _RESOLUTIONS = {"SD15": 512, "SD20": 768}
 _OTHER_RESOLUTION = 1024
+_TEXT, _VAE = "text encoder", "VAE"
 
 
 class HostCheckpoint:
@@ -36,7 +40,8 @@ class HostCheckpoint:
     def __init__(self, base: BaseConfig) -> None:
         """Open the files that the section [base] names, and let ComfyUI recognize the network.
 
-        Raises UserError if a file is missing, ComfyUI does not recognize the network, or it cannot be trained.
+        Raises UserError if a file is missing, ComfyUI does not recognize the network, it cannot be trained, or a LoRA
+        does not fit it.
         """
         load_comfyui()
         self._base = base
@@ -49,8 +54,11 @@ class HostCheckpoint:
         self.name = self.path.stem
         self._text_encoders = [find_model("text_encoders", name, "base.text_encoders") for name in base.text_encoders]
         self._vae = find_model("vae", base.vae, "base.vae") if base.vae else None
-        self._config, self._model, self._is_quantised = _recognize(self.path)
+        self._config, self._model, self._is_quantised, self._in_file = _recognize(self.path)
         self._time_layer = check_trainable(self._config, self._model, self.path)
+        self._loras = HostLoras(base.loras)
+        if base.loras:
+            self._loras.check(self._unquantised())
         self._sampling = self._model.model_sampling
         self.host_family = type(self._config).__name__
         form = self._config.latent_format
@@ -62,7 +70,8 @@ class HostCheckpoint:
             frame_stride=form.temporal_downscale_ratio if is_video else 1,
         )
         self.resolution = _RESOLUTIONS.get(self.host_family, _OTHER_RESOLUTION)
-        self.notes: tuple[str, ...] = ()
+        names = [self.path.stem, *(Path(lora.path).stem for lora in base.loras)]
+        self.notes = (*distilled_note(names, self._distillation()), *lora_note(base))
 
     @property
     def family(self) -> str:
@@ -77,13 +86,25 @@ class HostCheckpoint:
         return schedule_of(self._sampling)
 
     def describe(self) -> str:
-        """Describe the model in one line, such as `Flux, by ComfyUI, shift 1.15`."""
+        """Describe the model in one line, such as `Flux, loaded by ComfyUI, shift 1.15`."""
+        from ....nodes.host.training.network import takes_guidance
+
         shift = getattr(self._sampling, "shift", None)
-        return f"{self.host_family}, loaded by ComfyUI" + (f", shift {shift:g}" if shift is not None else "")
+        parts = [f"{self.host_family}, loaded by ComfyUI"]
+        parts += [] if shift is None else [f"shift {shift:g}"]
+        parts += ["the guidance scale is an input"] if takes_guidance(self._model.diffusion_model) else []
+        parts += [f"with {self._base.lora_names}"] if self._base.loras else []
+        return ", ".join(parts)
 
     def check_encoders(self) -> None:
         """Raise UserError if the base has no text encoder or no VAE."""
         if self._is_checkpoint:
+            missing = [part for part in (_TEXT, _VAE) if part not in self._in_file]
+            if missing:
+                raise UserError(
+                    f"{self.path} has no {' and no '.join(missing)}: use a full checkpoint, or name the file in "
+                    "base.model, with base.text_encoders and base.vae"
+                )
             return
         if not self._text_encoders:
             raise UserError(
@@ -93,8 +114,10 @@ class HostCheckpoint:
             raise UserError("base.vae is empty: name the VAE file of the model, as in the node Load VAE")
 
     def load(self, dtype: torch.dtype, device: torch.device) -> HostModel:
-        """Load the network, frozen; weights that are stored in 8 bits or fewer stay so, others become dtype."""
+        """Load the network, frozen, with LoRAs merged; weights stored in 8 bits or fewer stay so."""
         patcher = self._load_patcher(dtype, device)
+        if device.type != "meta":
+            patcher = self._loras.merge_into_network(patcher)
         return HostModel(patcher, self._time_layer, self.latents, _unet_paths(patcher.model))
 
     def load_text_encoder(self, dtype: torch.dtype, device: torch.device) -> HostTextEncoder:
@@ -109,13 +132,15 @@ class HostCheckpoint:
                 known = ", ".join(each.name.lower() for each in comfy.sd.CLIPType)
                 raise UserError(f"base.clip_type is {self._base.clip_type}: use one of {known}")
             paths = [str(path) for path in self._text_encoders]
-            return HostTextEncoder(comfy.sd.load_clip(paths, clip_type=kind, model_options=options))
+            clip = comfy.sd.load_clip(paths, clip_type=kind, model_options=options)
+            _check_text_encoders(clip, self._text_encoders)
+            return HostTextEncoder(self._loras.merge_into_text_encoder(clip))
         _, clip, *_ = comfy.sd.load_checkpoint_guess_config(
             str(self.path), output_model=False, output_vae=False, te_model_options=options
         )
         if clip is None:
             raise UserError(f"{self.path} has no text encoder: name files in base.text_encoders")
-        return HostTextEncoder(clip)
+        return HostTextEncoder(self._loras.merge_into_text_encoder(clip))
 
     def load_autoencoder(self, device: torch.device) -> HostAutoencoder:
         """Load the VAE, frozen, in float32. Raises UserError if there is none."""
@@ -149,7 +174,8 @@ class HostCheckpoint:
     def _fingerprints(self) -> Fingerprints:
         files = [self.path, *self._text_encoders]
         base = hashlib.sha256("\n".join(map(fingerprint, files)).encode()).hexdigest()[:16]
-        return Fingerprints(base, fingerprint(self._vae) if self._vae else None)
+        plain = Fingerprints(base, fingerprint(self._vae) if self._vae else None)
+        return fingerprints_with(self._loras.placed, plain)
 
     def fingerprints(self) -> Fingerprints:
         """Return the fingerprints of the network with its text encoders, and of the VAE if it has its own file."""
@@ -165,6 +191,20 @@ class HostCheckpoint:
             "tcd.base_fingerprint": fingerprint(self.path),
             **({} if shift is None else {"tcd.shift": f"{shift:g}"}),
         }
+
+    def _unquantised(self) -> Any:
+        """Return the host's BaseModel on the meta device with plain weights, which quantised layers get only later."""
+        if getattr(self._config, "quant_config", None) is None:
+            return self._model
+        return type(self._config)(self._config.unet_config).get_model({}, "", device=torch.device("meta"))
+
+    def _distillation(self) -> str:
+        """Return what the model itself says about being distilled to few steps; empty if it does not."""
+        if self.host_family == "FluxSchnell":
+            return "it is Flux schnell"
+        if self._config.unet_config.get("meanflow"):
+            return "its network takes two times, as in MeanFlow"
+        return ""
 
     def _load_patcher(self, dtype: torch.dtype, device: torch.device) -> Any:
         import comfy.model_patcher
@@ -191,6 +231,8 @@ class _Recognized(NamedTuple):
     """The host's BaseModel, with its network on the meta device."""
     is_quantised: bool
     """Whether weights are stored in 8 bits or fewer."""
+    others: tuple[str, ...]
+    """The other parts that are in the file: _TEXT, _VAE."""
 
 
 def _recognize(path: Path) -> _Recognized:
@@ -212,7 +254,24 @@ def _recognize(path: Path) -> _Recognized:
         raise UserError(f"ComfyUI does not recognize the network in {path}: give a file that its loader nodes take")
     model = config.get_model(state, prefix, device=torch.device("meta"))
     stored = comfy.utils.weight_dtype(state, prefix)
-    return _Recognized(config, model, config.quant_config is not None or stored.itemsize == 1)
+    found = {
+        _TEXT: bool(config.process_clip_state_dict(dict(state))),
+        _VAE: any(key.startswith(tuple(config.vae_key_prefix)) for key in state),
+    }
+    others = tuple(part for part, is_there in found.items() if is_there)
+    return _Recognized(config, model, config.quant_config is not None or stored.itemsize == 1, others)
+
+
+def _check_text_encoders(clip: Any, files: Sequence[Path]) -> None:
+    """Raise UserError if a file has no weight of the text encoders; ComfyUI then leaves random numbers in them."""
+    names = list(clip.cond_stage_model.state_dict())
+    for file in files:
+        stored = SafetensorsFile(file).shapes
+        if not any(f".{name}".endswith(f".{each}") for each in stored for name in names):
+            raise UserError(
+                f"base.text_encoders has {file}, which ComfyUI does not recognize as a text encoder: name the files "
+                "that its node Load CLIP takes"
+            )
 
 
 def check_trainable(config: Any, model: Any, path: Path) -> str:

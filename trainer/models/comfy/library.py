@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -13,19 +14,21 @@ from ...demo.comfy_server import PACK, Host, HostNotFoundError, find_host
 from ...errors import UserError
 
 OLDEST_TESTED = "0.3.48"
+_VERSION_FILE = "comfyui_version.py"
 
 
 @cache
 def load_comfyui() -> Host:
     """Import ComfyUI's model code, on the GPU if torch has one, and read its extra_model_paths.yaml.
 
-    Must be called before any other import of ComfyUI's modules. Raises UserError if there is no ComfyUI, or the running
-    interpreter does not have its packages.
+    Must be called before any other import of ComfyUI's modules. Raises UserError if there is no ComfyUI, it is too old,
+    or the running interpreter does not have its packages.
     """
     try:
         host = find_host()
     except HostNotFoundError as error:
         raise UserError(str(error)) from None
+    check_version(host.folder)
     sys.path.insert(0, str(host.folder))  # first, because ComfyUI's modules have common names, such as `utils`
     log_level = logging.getLogger().level
     try:
@@ -47,6 +50,19 @@ def load_comfyui() -> Host:
     return host
 
 
+def check_version(folder: Path) -> None:
+    """Raise UserError if the ComfyUI in a folder is older than the oldest one that was tested."""
+    file = folder / _VERSION_FILE
+    found = (
+        re.search(r"[0-9][0-9.]*", file.read_text(encoding="utf-8").partition("__version__")[2])
+        if file.is_file()
+        else None
+    )
+    if found is None or _numbers(found.group()) < _numbers(OLDEST_TESTED):
+        version = f"ComfyUI {found.group()}" if found else f"a ComfyUI without a version in {_VERSION_FILE}"
+        raise UserError(f"{folder} has {version}, but training needs {OLDEST_TESTED} or newer: update ComfyUI")
+
+
 def find_model(folder: str, name: str, key: str) -> Path:
     """Return the path of a model file: a path, or a name in one of ComfyUI's folders such as `text_encoders`.
 
@@ -62,6 +78,10 @@ def find_model(folder: str, name: str, key: str) -> Path:
         return Path(found)
     places = ", ".join(folder_paths.get_folder_paths(folder))
     raise UserError(f"{key} is {name}: there is no such file, neither here nor in ComfyUI's folders ({places})")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall("[0-9]+", version)))
 
 
 def _read_extra_paths(folder: Path) -> None:

@@ -15,12 +15,15 @@ from ....tcd import DiscreteSchedule, Prediction, scaled_linear_alpha_bar, zero_
 from ...config.base import BaseConfig
 from ...errors import UserError
 from .. import TINY_NAME
+from ..base_loras import fingerprints_with, lora_note
 from ..conditioning import Conditioning
+from ..distilled import distilled_note
 from ..fingerprint import fingerprint
 from ..framing import Framing
 from ..seam import Fingerprints, LatentFormat
 from . import families
 from .autoencoder import Vae
+from .base_loras import UNET, MergedLoras
 from .families import Family
 from .folder import DiffusersFolder
 from .model import UNetModel
@@ -37,8 +40,8 @@ class UNetCheckpoint:
     def __init__(self, base: BaseConfig) -> None:
         """Open the model at base.path, and determine its family, prediction and schedule.
 
-        Raises UserError if there is no model, the file is damaged, the family is not supported, or the model is said to
-        predict eps at zero terminal SNR.
+        Raises UserError if there is no model, the file is damaged, the family is not supported, the model is said to
+        predict eps at zero terminal SNR, or a LoRA of base.loras does not fit.
         """
         self._source = _open(base.path)
         self._vae_source = _open(base.vae) if base.vae else self._source
@@ -48,7 +51,9 @@ class UNetCheckpoint:
         notes: list[str] = []
         self.prediction = self._resolve_prediction(base.prediction, notes)
         self.zero_snr = self._resolve_zero_snr(base.zero_snr, notes)
-        self.notes = tuple(notes)
+        names = [self.name, *(Path(lora.path).stem for lora in base.loras)]
+        self.notes = (*notes, *distilled_note(names), *lora_note(base))
+        self._loras, self._lora_names = MergedLoras(base.loras, self.family), base.lora_names
         alpha_bar = scaled_linear_alpha_bar()
         self.schedule = DiscreteSchedule.from_alpha_bar(zero_terminal_snr(alpha_bar) if self.zero_snr else alpha_bar)
         config = families.config(self.family, "unet")
@@ -57,18 +62,23 @@ class UNetCheckpoint:
 
     def describe(self) -> str:
         """Describe the model in one line, such as `sd15, predicts eps`."""
-        return f"{self.family}, predicts {self.prediction}{', zero terminal SNR' if self.zero_snr else ''}"
+        loras = f", with {self._lora_names}" if self._lora_names else ""
+        return f"{self.family}, predicts {self.prediction}{', zero terminal SNR' if self.zero_snr else ''}{loras}"
 
     def check_encoders(self) -> None:
         """Raise UserError if a text encoder is missing or, unless base.vae names one, the VAE."""
         self._source.check_encoders(vae=self._vae_source is self._source)
 
     def load(self, dtype: torch.dtype, device: torch.device) -> UNetModel:
-        """Load the UNet, frozen, with weights in dtype; on the meta device only shapes are created.
+        """Load the UNet, frozen, with weights in dtype and LoRAs merged; on the meta device only shapes are created.
 
         Raises UserError if the checkpoint is incomplete.
         """
-        unet = self._empty_unet(dtype) if device.type == "meta" else self._source.unet(dtype).to(device)
+        if device.type == "meta":
+            unet = self._empty_unet(dtype)
+        else:
+            unet = self._source.unet(dtype).to(device)
+            self._loras.merge_into(UNET, unet)
         return UNetModel(unet.requires_grad_(False).eval(), self.schedule.to(device), self.prediction)
 
     def load_text_encoder(self, dtype: torch.dtype, device: torch.device) -> TextEncoder:
@@ -77,7 +87,10 @@ class UNetCheckpoint:
             with torch.device("meta"):
                 models = [families.empty_text_encoder(self.family, clip.part) for clip in CLIPS[self.family]]
             return TextEncoder(self.family, models).to(dtype)
-        return self._source.text_encoder(dtype).requires_grad_(False).eval().to(device)
+        encoder = self._source.text_encoder(dtype).requires_grad_(False).eval().to(device)
+        for clip, model in zip(CLIPS[self.family], encoder.models(), strict=True):
+            self._loras.merge_into(clip.part, model)
+        return encoder
 
     def load_autoencoder(self, device: torch.device) -> Vae:
         """Load the VAE, frozen, in float32. Raises UserError if it is incomplete."""
@@ -110,7 +123,8 @@ class UNetCheckpoint:
     @cached_property
     def _fingerprints(self) -> Fingerprints:
         own_vae = self._vae_source is not self._source
-        return Fingerprints(fingerprint(self.path), fingerprint(self._vae_source.path) if own_vae else None)
+        vae = fingerprint(self._vae_source.path) if own_vae else None
+        return fingerprints_with(self._loras.placed, Fingerprints(fingerprint(self.path), vae))
 
     def fingerprints(self) -> Fingerprints:
         """Return the fingerprints of the base and, if base.vae is set, of the VAE."""
