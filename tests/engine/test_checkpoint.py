@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
+import comfy.model_patcher
 import pytest
 import torch
 from families import FAMILIES, written
+from safetensors.torch import load_file, save_file
 from small_models import each_family
 
 from trajectory_consistency.tcd import DiscreteSchedule, FlowSchedule
@@ -17,6 +20,7 @@ from trajectory_consistency.trainer.errors import UserError
 from trajectory_consistency.trainer.models import open_checkpoint
 from trajectory_consistency.trainer.models.comfy.checkpoint import HostCheckpoint
 from trajectory_consistency.trainer.models.comfy.conditioning import join, to_conditionings, to_row
+from trajectory_consistency.trainer.models.comfy.library import check_version, load_comfyui
 
 CPU = torch.device("cpu")
 
@@ -93,8 +97,6 @@ def test_conditioning_that_is_no_single_caption_is_refused(options: dict[str, ob
 def test_files_that_are_missing_or_unknown_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="base.model is nothing.safetensors: there is no such file"):
         open_checkpoint(BaseConfig(model="nothing.safetensors"))
-    from safetensors.torch import save_file
-
     save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="ComfyUI does not recognize the network"):
         open_checkpoint(BaseConfig(model=str(tmp_path / "other.safetensors")))
@@ -104,6 +106,75 @@ def test_files_that_are_missing_or_unknown_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_network_alone_needs_text_encoders_and_a_vae(folder: Path) -> None:
-    checkpoint = open_checkpoint(base_of("flux", folder))
+    base = base_of("flux", folder)
     with pytest.raises(UserError, match="base.text_encoders is empty"):
-        checkpoint.check_encoders()
+        open_checkpoint(base).check_encoders()
+    with pytest.raises(UserError, match="base.vae is empty"):
+        open_checkpoint(replace(base, text_encoders=(base.model,))).check_encoders()
+
+
+def test_a_checkpoint_without_text_encoder_and_vae_is_refused_before_it_is_loaded(folder: Path) -> None:
+    for name in ("sd15", "sd3"):
+        checkpoint = open_checkpoint(base_of(name, folder))
+        with pytest.raises(UserError, match="has no text encoder and no VAE: use a full checkpoint, or name the file"):
+            checkpoint.check_encoders()
+
+
+def test_a_checkpoint_with_both_is_taken(folder: Path, tmp_path: Path) -> None:
+    encoder = {"cond_stage_model.transformer.text_model.final_layer_norm.weight": torch.ones(768)}
+    vae = {"first_stage_model.decoder.conv_in.weight": torch.ones(1, 1, 1, 1)}
+    for more, missing in ((encoder, "no VAE"), (vae, "no text encoder")):
+        save_file(load_file(written("sd15", folder)) | more, tmp_path / "part.safetensors")
+        with pytest.raises(UserError, match=f"has {missing}: use a full"):
+            open_checkpoint(BaseConfig(path=str(tmp_path / "part.safetensors"), engine="comfyui")).check_encoders()
+    save_file(load_file(written("sd15", folder)) | encoder | vae, tmp_path / "whole.safetensors")
+    open_checkpoint(BaseConfig(path=str(tmp_path / "whole.safetensors"), engine="comfyui")).check_encoders()
+
+
+def test_encoders_that_the_host_does_not_recognize_are_refused(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.safetensors"
+    save_file({"a": torch.zeros(2)}, other)
+    checkpoint = open_checkpoint(
+        replace(base_of("flux", folder), text_encoders=(str(other),), clip_type="flux", vae=str(other))
+    )
+    with pytest.raises(UserError, match=r"other\.safetensors, which ComfyUI does not recognize as a text encoder"):
+        checkpoint.load_text_encoder(torch.float16, CPU)
+    with pytest.raises(UserError, match=r"other\.safetensors has no VAE that ComfyUI recognizes"):
+        checkpoint.load_autoencoder(CPU)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('__version__ = "0.3.47"', "has ComfyUI 0.3.47, but training needs 0.3.48 or newer: update ComfyUI"),
+        ("", "has a ComfyUI without a version in comfyui_version.py, but training needs 0.3.48"),
+        ('__version__ = "0.3.48"', None),
+        ('# made in 2026\n__version__ = "0.33.0"', None),
+        ('__version__ = "1.0"', None),
+    ],
+)
+def test_a_host_that_is_too_old_is_refused(content: str, message: str | None, tmp_path: Path) -> None:
+    (tmp_path / "comfyui_version.py").write_text(content, encoding="utf-8")
+    if message is None:
+        check_version(tmp_path)
+    else:
+        with pytest.raises(UserError, match=re.escape(message)):
+            check_version(tmp_path)
+
+
+def test_no_host_is_an_error_that_says_how_to_get_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"no ComfyUI in .*set COMFYUI_PATH to its folder, or get it with git clone"):
+        load_comfyui.__wrapped__()
+
+
+def test_the_network_is_loaded_without_dynamic_vram(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which the host's loaders turn on by replacing the class of their patchers."""
+
+    class Dynamic(comfy.model_patcher.ModelPatcher):
+        def is_dynamic(self) -> bool:
+            return True
+
+    monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", Dynamic)
+    for name in ("sd3", "flux"):
+        assert not open_checkpoint(base_of(name, folder)).load(torch.float32, CPU)._host.patcher.is_dynamic()
