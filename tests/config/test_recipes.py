@@ -1,5 +1,6 @@
 """The recipes: each loads, says what it is for, and runs by its name."""
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -11,29 +12,37 @@ from trajectory_consistency.trainer.config import recipes
 from trajectory_consistency.trainer.config import settings as config
 from trajectory_consistency.trainer.errors import UserError
 
-NEEDED = ["base.path=tiny", "output.folder=out"]
+OWN_MODEL = {"flux1-dev", "flux2-klein", "qwen-image", "sd35-medium", "wan-video", "z-image"}  # they name their model
+FROM_PROMPTS = {"fine-tune", "prompts-only"}
+
+
+def needed(name: str) -> list[str]:
+    """Return what a recipe needs to be complete: the arguments that its first lines give."""
+    data = "data.prompts=prompts.txt" if name in FROM_PROMPTS else "data.folder=pictures"
+    model = [] if name in OWN_MODEL else ["base.path=tiny"]
+    return [*model, data, "output.folder=out"]
 
 
 @pytest.mark.parametrize("name", recipes.names())
-def test_a_recipe_needs_a_model_data_and_a_place_and_nothing_else(name: str) -> None:
+def test_a_recipe_needs_the_arguments_of_its_command_and_nothing_else(name: str) -> None:
     path = recipes.find(Path(name))
     text = path.read_text(encoding="utf-8")
-    data = "data.prompts=prompts.txt" if name == "prompts-only" else "data.folder=pictures"
-    loaded = config.load(path, [*NEEDED, data])
+    loaded = config.load(path, needed(name))
     assert loaded.preview.prompts and loaded.training.batch % loaded.training.accumulate == 0
-    assert f"tcd-train run {name} base.path=" in text.split("\n\n")[0] + text, "it says how to run it"
+    (command,) = re.findall(rf"^#   tcd-train run {name} (.+)$", text, re.MULTILINE)
+    keys = [argument.partition("=")[0] for argument in needed(name)]
+    assert [argument.partition("=")[0] for argument in command.split()] == keys, "it says how to run it"
     assert sum(line.startswith("#") for line in text.splitlines()) >= 5
-    assert not {"path", "folder"} & {key for table in tomllib.loads(text).values() for key in table}
-    for missing, others in (("base.path", ["output.folder=o", data]), ("output.folder", ["base.path=tiny", data])):
+    assert "folder" not in {key for table in tomllib.loads(text).values() for key in table}
+    for missing in {"base.path", "output.folder"} & set(keys):
         with pytest.raises(UserError, match=missing.replace(".", r"\.")):
-            config.load(path, others)
+            config.load(path, [argument for argument in needed(name) if not argument.startswith(missing)])
 
 
 def test_what_the_recipes_are_named_for() -> None:
-    loaded = {
-        name: config.load(recipes.find(Path(name)), [*NEEDED, "data.folder=pictures"]) for name in recipes.names()
-    }
-    assert list(loaded) == ["lcm-baseline", "prompts-only", "sd15-12gb", "sdxl-16gb", "sdxl-24gb"]
+    loaded = {name: config.load(recipes.find(Path(name)), needed(name)) for name in recipes.names()}
+    unets = {"fine-tune", "lcm-baseline", "prompts-only", "sd15-12gb", "sdxl-16gb", "sdxl-24gb"}
+    assert loaded.keys() == unets | OWN_MODEL
     assert loaded["lcm-baseline"].method.law == "zero" and loaded["lcm-baseline"].output.eta == 1
     with_target_time = {name for name, each in loaded.items() if each.method.target_time}
     assert with_target_time == loaded.keys() - {"lcm-baseline"} and {
@@ -43,7 +52,26 @@ def test_what_the_recipes_are_named_for() -> None:
     shared = {name for name, each in loaded.items() if each.method.diagonal and each.method.to_clean}
     assert shared == with_target_time, "the shares need a network that gets s"
     assert {name for name, each in loaded.items() if each.output.eta == each.preview.eta == 0} == shared
-    assert {loaded[name].data.resolution for name in ("sdxl-16gb", "sdxl-24gb")} == {1024}
+    assert {loaded[name].data.resolution for name in ("sdxl-16gb", "sdxl-24gb", "fine-tune")} == {1024}
+
+
+def test_recipes_for_models_of_comfyui() -> None:
+    loaded = {name: config.load(recipes.find(Path(name)), needed(name)) for name in OWN_MODEL}
+    assert {each.base.engine for each in loaded.values()} == {"comfyui"}
+    split = {name for name, each in loaded.items() if each.base.model}
+    assert split == OWN_MODEL - {"sd35-medium"}, "its file has its text encoders and its VAE"
+    assert all(loaded[name].base.text_encoders and loaded[name].base.vae for name in split)
+    for name, each in loaded.items():
+        method = each.method
+        assert method.guidance_min <= each.data.draw.guidance <= method.guidance_max, "its pictures are those to imitate"
+        assert "Not run at full size" in recipes.find(Path(name)).read_text(encoding="utf-8")
+    flux = loaded["flux1-dev"].method
+    assert flux.guidance_min == flux.guidance_max == 3.5, "the scale that the student gets"
+
+
+def test_a_fine_tune_is_a_base_with_loras() -> None:
+    text = recipes.find(Path("fine-tune")).read_text(encoding="utf-8")
+    assert tomllib.loads(text)["base"] == {"loras": [{"path": "my-style.safetensors", "strength": 0.8}]}
 
 
 def test_a_recipe_runs_by_its_name_and_a_file_of_that_name_comes_first(
