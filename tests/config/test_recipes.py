@@ -63,7 +63,7 @@ def test_recipes_for_models_of_comfyui() -> None:
     assert all(loaded[name].base.text_encoders and loaded[name].base.vae for name in split)
     for name, each in loaded.items():
         method = each.method
-        assert method.guidance_min <= each.data.draw.guidance <= method.guidance_max, "its pictures are those to imitate"
+        assert method.guidance_min <= each.data.draw.guidance <= method.guidance_max, "else it draws others"
         assert "Not run at full size" in recipes.find(Path(name)).read_text(encoding="utf-8")
     flux = loaded["flux1-dev"].method
     assert flux.guidance_min == flux.guidance_max == 3.5, "the scale that the student gets"

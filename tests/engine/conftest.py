@@ -9,7 +9,8 @@ import torch
 
 comfy.cli_args.args.cpu = True
 torch.set_num_threads(1)
-sys.path.append(str(Path(__file__).parents[1] / "host" / "scripts"))
+HOST_TESTS = Path(__file__).parents[1] / "host"
+sys.path += [str(HOST_TESTS / "scripts"), str(HOST_TESTS / "packs" / "lent_models")]
 
 
 @pytest.fixture(scope="session")

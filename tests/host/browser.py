@@ -29,7 +29,7 @@ MARGIN = 30  # around the graph in its screenshot, in graph units
 
 _OPEN = "window.app?.canvas?.graph?.nodes.some(node => node.type.startsWith('TCD'))"
 _DRAWN = """() => {
-    const shown = app.graph.nodes.filter(node => ["SaveImage", "PreviewImage"].includes(node.type))
+    const shown = app.graph.nodes.filter(node => ["SaveImage", "SaveAnimatedWEBP", "PreviewImage"].includes(node.type))
     return shown.length && shown.every(node => node.imgs?.length && node.imgs.every(image => image.naturalWidth))
 }"""
 _SHOWN = """() => app.graph.nodes.flatMap(node => (node.imgs ?? []).map(image =>

@@ -39,7 +39,7 @@ def unet() -> UNet2DConditionModel:
 def server(
     comfy_host: Host, unet: UNet2DConditionModel, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ComfyServer]:
-    packs = [HERE / "packs" / "tcd_test_pack", PACK / "trainer" / "demo" / "tiny_pack"]
+    packs = [HERE / "packs" / "tcd_test_pack", HERE / "packs" / "lent_models", PACK / "trainer" / "demo" / "tiny_pack"]
     server = ComfyServer(tmp_path_factory.mktemp("comfy"), packs=packs, host=comfy_host, threads=1)
     write_sd15_mini(server.models / "checkpoints" / MINI, unet)
     with server:
@@ -71,6 +71,6 @@ def mini_wan(server: ComfyServer) -> WanTransformer3DModel:
 @pytest.fixture(scope="session")
 def stand_ins(server: ComfyServer, unet: UNet2DConditionModel) -> Iterator[StandIns]:
     """Stand-ins for the files that the workflows name; provide(workflow) must be called before a workflow is used."""
-    stand_ins = StandIns(server.base, unet)
+    stand_ins = StandIns(server, unet)
     yield stand_ins
     stand_ins.remove()

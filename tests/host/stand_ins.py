@@ -1,15 +1,16 @@
 """Stand-ins for the files that the workflows name: model files with random weights and real layouts, and an image.
 
 The networks are the small ones of the other tests. Text encoders and VAEs have full size, because the host builds them
-in full size. The layers of the text encoders are zeros: each then passes on the sum of token and position embedding,
-and zeros take no time to write and no space on the disk.
+in full size, except those that the pack lent_models lends. The layers of the text encoders are zeros: each then passes
+on the sum of token and position embedding, and zeros take no time to write and no space on the disk.
 """
 
 import json
+import shutil
 import struct
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ from checkpoints import sd3_state, sd3_transformer, sdxl_unet, write_controlnet_
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from loras import RANK, random_lora
 from PIL import Image, ImageDraw
-from safetensors.torch import save_file
+from run_script import run_script
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
+from trajectory_consistency.tcd import TargetTime
+from trajectory_consistency.trainer.demo.comfy_server import ComfyServer
 from trajectory_consistency.trainer.models.unet import families as bases
 from trajectory_consistency.trainer.models.unet import ldm
 
@@ -55,25 +59,40 @@ OPEN_CLIP_LAYER = {  # shapes in multiples of the width
 class StandIns:
     """Stand-in files in a host's base folder, written before a workflow that names them is opened or run."""
 
-    def __init__(self, base: Path, unet: UNet2DConditionModel) -> None:
-        self._base, self._unet = base, unet
+    def __init__(self, server: ComfyServer, unet: UNet2DConditionModel) -> None:
+        self._models, self._unet = server.models, unet
         self._addresses: dict[Path, str] = {}
-        _picture().save(base / "input" / PICTURE)
+        _picture().save(server.base / "input" / PICTURE)
+        self._split = server.base / "split"
+        """The files that only the host's own code can write."""
+        self._split.mkdir()
+        self._time_layers = run_script(server.host, "split_files.py", str(self._split))
 
     def provide(self, workflow: Mapping[str, Any]) -> None:
-        """Write each model file for which a workflow has a download URL.
+        """Write each model file for which a workflow has a download URL, and the LoRAs that a user trains.
 
         A file of the same name from a different URL is replaced: both official TCD LoRAs have the same name.
         """
         for node in workflow["nodes"]:
             for model in node["properties"].get("models", []):
-                path = self._base / "models" / model["directory"] / model["name"]
-                if self._addresses.get(path) != model["url"]:
-                    path.parent.mkdir(exist_ok=True)
-                    new = path.with_suffix(".new")
-                    WRITERS[model["url"]](new, self._unet)
-                    new.replace(path)
-                    self._addresses[path] = model["url"]
+                self._provide(self._models / model["directory"] / model["name"], model["url"])
+            if node["type"] == "TCDLoraLoader" and node["widgets_values"][0] in TRAINED:
+                self._provide(self._models / "loras" / node["widgets_values"][0], "trained by the user")
+
+    def _provide(self, path: Path, address: str) -> None:
+        if self._addresses.get(path) == address:
+            return
+        path.parent.mkdir(exist_ok=True)
+        new = path.with_suffix(".new")
+        if path.name in TRAINED:
+            name = TRAINED[path.name]
+            _s_plus_lora(new, self._split / f"{name}.safetensors", self._time_layers[name])
+        elif address in SPLIT:
+            shutil.copy(self._split / f"{SPLIT[address]}.safetensors", new)
+        else:
+            WRITERS[address](new, self._unet)
+        new.replace(path)
+        self._addresses[path] = address
 
     def remove(self) -> None:
         """Delete the model files, because they are large."""
@@ -188,6 +207,35 @@ def _sd3_lora(path: Path, _: UNet2DConditionModel) -> None:
     save_file(lora, path)
 
 
+def _vae16(path: Path, _: UNet2DConditionModel) -> None:
+    save_with_holes({name.removeprefix("first_stage_model."): tensor for name, tensor in vae(16).items()}, path)
+
+
+def _lent(path: Path, _: UNet2DConditionModel, **sizes: int) -> None:
+    """Write a file that the pack lent_models loads as a text encoder."""
+    save_file({"lent": torch.zeros(1)}, path, metadata={"lent": json.dumps(sizes)})
+
+
+def _s_plus_lora(path: Path, network: Path, time_layer: str) -> None:
+    """Write a random LoRA for every layer of a network, in the host's names, with an embedding of the target time."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: tensor for name, tensor in load_file(network).items() if name.endswith(".weight")}
+    lora = {}
+    for name, weight in weights.items():
+        if weight.ndim > 1:
+            out, into, *kernel = weight.shape
+            layer = f"diffusion_model.{name.removesuffix('.weight')}"
+            down = torch.randn(RANK, into, *kernel, generator=generator) / weight[0].numel() ** 0.5
+            lora[f"{layer}.lora_down.weight"] = down
+            lora[f"{layer}.lora_up.weight"] = torch.randn(out, RANK, *[1] * len(kernel), generator=generator) * 0.2
+            lora[f"{layer}.alpha"] = torch.tensor(float(RANK))
+    width = len(weights[f"{time_layer}.weight"])
+    embedding = TargetTime.seeded(256, width, target_input="s", seed=0, device=torch.device("cpu"))
+    torch.nn.init.normal_(embedding["out"].weight, std=0.02, generator=generator)
+    lora |= {f"tcd_target_time.{name}": tensor for name, tensor in embedding.state_dict().items()}
+    save_file(lora, path, metadata=SETTINGS | {"tcd.target_time": "s", "tcd.target_time.module": time_layer})
+
+
 def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {prefix + name: tensor for name, tensor in tensors.items()}
 
@@ -201,6 +249,24 @@ def _picture() -> Image.Image:
     return image
 
 
+_SPLIT = "resolve/main/split_files/"
+_FLUX_TEXT = f"{HUB}comfyanonymous/flux_text_encoders/resolve/main/"
+_QWEN = f"{HUB}Comfy-Org/Qwen-Image_ComfyUI/{_SPLIT}"
+_WAN = f"{HUB}Comfy-Org/Wan_2.1_ComfyUI_repackaged/{_SPLIT}"
+SPLIT = {  # files that split_files.py writes, by name
+    f"{HUB}Comfy-Org/flux1-dev/resolve/main/flux1-dev.safetensors": "flux",
+    f"{HUB}Comfy-Org/z_image/{_SPLIT}diffusion_models/z_image_bf16.safetensors": "z-image",
+    f"{_QWEN}diffusion_models/qwen_image_fp8_e4m3fn.safetensors": "qwen-image",
+    f"{_QWEN}vae/qwen_image_vae.safetensors": "wan-vae",  # both models have this kind of VAE
+    f"{_WAN}diffusion_models/wan2.1_t2v_1.3B_fp16.safetensors": "wan",
+    f"{_WAN}vae/wan_2.1_vae.safetensors": "wan-vae",
+}
+TRAINED = {  # the LoRAs that the recipes of the same models write, and the networks that they are for
+    "tcd-flux1-dev.safetensors": "flux",
+    "tcd-z-image.safetensors": "z-image",
+    "tcd-qwen-image.safetensors": "qwen-image",
+    "tcd-wan.safetensors": "wan",
+}
 _CONTROLNETS = f"{HUB}comfyanonymous/ControlNet-v1-1_fp16_safetensors/resolve/main/"
 _HYPER = f"{HUB}ByteDance/Hyper-SD/resolve/main/"
 WRITERS: dict[str, Callable[[Path, UNet2DConditionModel], object]] = {
@@ -213,4 +279,11 @@ WRITERS: dict[str, Callable[[Path, UNet2DConditionModel], object]] = {
     f"{_HYPER}Hyper-SDXL-1step-lora.safetensors": _sdxl_lora,
     f"{_HYPER}Hyper-SD3-8steps-CFG-lora.safetensors": _sd3_lora,
     f"{_CONTROLNETS}control_v11p_sd15_canny_fp16.safetensors": write_controlnet_mini,
+    f"{_FLUX_TEXT}clip_l.safetensors": partial(_lent, width=4096, pooled=768),
+    f"{_FLUX_TEXT}t5xxl_fp16.safetensors": partial(_lent, width=4096, pooled=768),
+    f"{HUB}Comfy-Org/z_image_turbo/{_SPLIT}text_encoders/qwen_3_4b.safetensors": partial(_lent, width=64),
+    f"{_QWEN}text_encoders/qwen_2.5_vl_7b_fp8_scaled.safetensors": partial(_lent, width=64),
+    f"{_WAN}text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors": partial(_lent, width=4096),
+    f"{HUB}Comfy-Org/Lumina_Image_2.0_Repackaged/{_SPLIT}vae/ae.safetensors": _vae16,
+    f"{HUB}Comfy-Org/z_image_turbo/{_SPLIT}vae/ae.safetensors": _vae16,
 }

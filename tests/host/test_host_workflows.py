@@ -13,7 +13,7 @@ from graphs import Graph
 from loras import RANK, random_lora
 from PIL import Image
 from safetensors.torch import save_file
-from stand_ins import RECOMMENDED_STEPS, StandIns
+from stand_ins import RECOMMENDED_STEPS, TRAINED, StandIns
 
 from trajectory_consistency.trainer.demo.comfy_server import PACK, PACK_NAME, ComfyError, ComfyServer
 
@@ -30,12 +30,26 @@ NAMES = [
     "tcd-sdxl-more-steps-more-detail",
     "hyper-sdxl-one-step",
     "hyper-sd3-eight-steps",
+    "tcd-flux-text-to-image",
+    "tcd-z-image-text-to-image",
+    "tcd-qwen-image-text-to-image",
+    "tcd-wan-text-to-video",
 ]
 NOTES = {"Note", "MarkdownNote"}  # nodes that exist only in the browser
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 MODEL_KEYS = {"name", "url", "directory"}
-DIRECTORIES = {"CheckpointLoaderSimple": "checkpoints", "TCDLoraLoader": "loras", "ControlNetLoader": "controlnet"}
-IN_PIXELS = {"EmptyLatentImage", "EmptySD3LatentImage", "ImageScale"}
+DIRECTORIES = {
+    "CheckpointLoaderSimple": "checkpoints",
+    "UNETLoader": "diffusion_models",
+    "CLIPLoader": "text_encoders",
+    "DualCLIPLoader": "text_encoders",
+    "VAELoader": "vae",
+    "TCDLoraLoader": "loras",
+    "ControlNetLoader": "controlnet",
+}
+IN_PIXELS = {"EmptyLatentImage", "EmptySD3LatentImage", "EmptyHunyuanLatentVideo", "ImageScale"}
+SAVING = {"SaveImage", "SaveAnimatedWEBP"}
+FRAMES = {"tcd-wan-text-to-video": 33}
 SIZE = 64  # the value that the tests set for inputs in pixels
 SIZES = {"tcd-sd15-two-stage": (96, 96), "tcd-sd15-eta-comparison": (4 * SIZE + 3 * 8, SIZE)}  # else SIZE x SIZE
 COMPLAINTS = ("not loaded", "error", "missing", "does not fit", "applied in part")  # in upper or lower case
@@ -109,10 +123,11 @@ def test_nodes_name_their_pack_and_the_sources_of_their_models(name: str) -> Non
         properties = node["properties"]
         assert properties["cnr_id"] == (PACK_NAME if node["type"].startswith("TCD") else "comfy-core")
         assert properties["ver"] and properties["Node name for S&R"] == node["type"]
-        assert ("models" in properties) == (node["type"] in DIRECTORIES)
+        has_address = node["type"] in DIRECTORIES and node["widgets_values"][0] not in TRAINED
+        assert ("models" in properties) == has_address
         for model in properties.get("models", []):
             assert set(model) == MODEL_KEYS
-            assert model["name"] == node["widgets_values"][0], "otherwise the browser does not offer the download"
+            assert model["name"] in node["widgets_values"], "otherwise the browser does not offer the download"
             assert model["url"].startswith("https://huggingface.co/"), "only these sources are offered by the browser"
             assert model["url"].endswith("/" + model["name"]), "the browser saves the file under the name in the URL"
             assert model["directory"] == DIRECTORIES[node["type"]]
@@ -175,10 +190,10 @@ def test_it_runs(server: ComfyServer, stand_ins: StandIns, name: str) -> None:
             node["inputs"] |= {"width": SIZE, "height": SIZE}  # everything that differs from the file
     before = len(server.log_text())
     outputs = server.run(prompt)
-    (save,) = [node_id for node_id, node in prompt.items() if node["class_type"] == "SaveImage"]
+    (save,) = [node_id for node_id, node in prompt.items() if node["class_type"] in SAVING]
     (file,) = outputs[save]["images"]
     with Image.open(io.BytesIO(server.fetch(file))) as image:
-        assert image.size == SIZES.get(name, (SIZE, SIZE))
+        assert image.size == SIZES.get(name, (SIZE, SIZE)) and getattr(image, "n_frames", 1) == FRAMES.get(name, 1)
         assert max(high - low for low, high in image.getextrema()) > 10, "the picture is of one color"
     log = server.log_text()[before:]
     for steps in _asked_steps(prompt):
