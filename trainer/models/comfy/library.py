@@ -41,7 +41,7 @@ def load_comfyui() -> Host:
         sys.path.remove(str(host.folder))
         raise UserError(
             f"{sys.executable} cannot import the ComfyUI in {host.folder} ({error}): run the trainer by ComfyUI's own "
-            f'interpreter. Once: {host.python} -m pip install "{PACK}[comfyui]"; then: '
+            f'interpreter. Once: {host.python} -m pip install -e "{PACK}[comfyui]"; then: '
             f"{host.python} -m trajectory_consistency.trainer ..."
         ) from error
     finally:
