@@ -1,10 +1,10 @@
-"""The shapes world: small pictures of one shape each, with captions that describe them completely."""
+"""The shapes world: small pictures of one shape on a patterned background, with complete or partial captions."""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import astuple, dataclass
 from itertools import product
 from pathlib import Path
@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -31,19 +32,37 @@ SHAPES = ("circle", "square", "triangle", "star")
 PLACES = {"left": (0.27, 0.5), "right": (0.73, 0.5), "top": (0.5, 0.27), "bottom": (0.5, 0.73), "center": (0.5, 0.5)}
 
 
+PATTERNS = ("plain", "striped", "dotted", "checked")
+PERIOD_PX = (
+    8  # of every pattern, along each axis: that of the latents' cells, so that a tiny autoencoder can learn them
+)
+LINE_SHADE = 0.35  # how much darker the lines of a pattern are than their background; on black, how much lighter
+
+
 @dataclass(frozen=True)
 class Scene:
-    """One shape of one color, at one place on a background (ground) of a different color."""
+    """One shape of one color, at one place on a background (ground) of a different color with a pattern."""
 
     shape: str
     color: str
     place: str
     ground: str
+    pattern: str
 
     @property
     def caption(self) -> str:
         """A caption that describes the scene completely."""
-        return f"a {self.color} {self.shape} {self.place} on a {self.ground} background"
+        return self.describe(tuple(LABELS))
+
+    def describe(self, parts: Collection[str]) -> str:
+        """Return a caption that mentions only some of `LABELS`, such as "something red left"."""
+
+        def word(name: str) -> str:
+            return f" {getattr(self, name)}" if name in parts else ""
+
+        subject = f"a{word('color')}{word('shape')}" if "shape" in parts else f"something{word('color')}"
+        ground = f"{word('pattern')}{word('ground')}"
+        return subject + word("place") + (f" on a{ground} background" if ground else "")
 
     @property
     def labels(self) -> tuple[int, ...]:
@@ -56,6 +75,7 @@ LABELS: dict[str, list[str]] = {
     "color": list(COLORS),
     "place": list(PLACES),
     "ground": list(COLORS),
+    "pattern": list(PATTERNS),
 }
 """The possible values of each field of `Scene`, in its order."""
 
@@ -73,7 +93,7 @@ def random_scenes(count: int, seed: int) -> list[Scene]:
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
     """Draw a scene as an antialiased RGB picture, SIZE_PX x SIZE_PX; the exact place, size and angle are random."""
     canvas = SIZE_PX * SUPERSAMPLING
-    image = Image.new("RGB", (canvas, canvas), COLORS[scene.ground])
+    image = Image.fromarray(_background(scene, canvas, rng))
     center_x, center_y = (c * canvas + rng.uniform(-0.07, 0.07) * canvas for c in PLACES[scene.place])
     radius = rng.uniform(0.14, 0.23) * canvas
     pen = ImageDraw.Draw(image)
@@ -83,6 +103,22 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
         tilt = rng.uniform(-0.12, 0.12)
         pen.polygon(_outline(scene.shape, center_x, center_y, radius, tilt), COLORS[scene.color])
     return image.resize((SIZE_PX, SIZE_PX), Image.Resampling.BOX)
+
+
+def _background(scene: Scene, canvas: int, rng: random.Random) -> NDArray[np.uint8]:
+    """Return the background, [canvas, canvas, 3]; the direction of stripes is random."""
+    color = np.array(COLORS[scene.ground], dtype=np.float64)
+    line_color = color + LINE_SHADE * ((255 if scene.ground == "black" else 0) - color)
+    periods = SIZE_PX // PERIOD_PX
+    y, x = np.mgrid[: canvas // periods, : canvas // periods] * periods / canvas
+    along = rng.choice((x, y, x + y, x - y))
+    lines = {
+        "plain": np.zeros_like(x, dtype=bool),
+        "striped": along % 1 < 0.5,
+        "dotted": np.hypot(x % 1 - 0.5, y % 1 - 0.5) < 0.3,
+        "checked": (x % 1 < 0.5) == (y % 1 < 0.5),
+    }[scene.pattern]
+    return np.tile(np.where(lines[:, :, None], line_color, color).astype(np.uint8), (periods, periods, 1))
 
 
 def _outline(shape: str, x: float, y: float, radius: float, tilt: float) -> list[tuple[float, float]]:
@@ -104,6 +140,11 @@ def draw_pictures(scenes: Sequence[Scene], rng: random.Random) -> Tensor:
     """Draw one picture for each scene, uint8 [B, 3, 64, 64]."""
     images = np.stack([np.asarray(draw(scene, rng)) for scene in scenes])
     return torch.from_numpy(rearrange(images, "b h w c -> b c h w").copy())
+
+
+def partial_caption(scene: Scene, rng: random.Random, mention: float = 0.5) -> str:
+    """Return a caption of the scene that mentions each of `LABELS` with probability `mention`."""
+    return scene.describe([name for name in LABELS if rng.random() < mention])
 
 
 def write_folder(folder: Path, count: int, seed: int) -> None:
