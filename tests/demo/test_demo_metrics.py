@@ -1,10 +1,10 @@
-"""The demo's measures: Frechet distances with known values, and a classifier that is put to the test."""
+"""The demo's measures: distances with known values, and a classifier that is put to the test."""
 
 import math
 import random
+import statistics
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -20,114 +20,64 @@ from trajectory_consistency.trainer.demo.classifier import (
     world_sample,
 )
 from trajectory_consistency.trainer.demo.metrics import (
-    FEATURE_SPACE,
+    Judge,
+    Points,
     caption_accuracy,
-    evaluate,
-    frechet_distance,
-    noise_floor,
+    energy_distance,
+    world_pictures,
 )
-from trajectory_consistency.trainer.tiny.world import LABELS, Scene, all_scenes, draw_pictures
+from trajectory_consistency.trainer.tiny.world import LABELS, Prompt, Scene, draw_pictures, random_prompts
 
+PROMPTS = random_prompts(250, seed=3)
 Sample = tuple[Tensor, list[Scene]]
-
-
-def cloud(count: int, covariance: Tensor, mean: float = 0.0, *, seed: int = 0) -> Tensor:
-    """Points [count, D] whose sample mean and sample covariance are exactly those asked for."""
-    z = torch.randn(count, len(covariance), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    z = z - z.mean(0)
-    white = z @ torch.linalg.inv(torch.linalg.cholesky(z.T @ z / (count - 1))).mT
-    return white @ torch.linalg.cholesky(covariance).T + mean
-
-
-def random_covariance(dim: int, seed: int) -> Tensor:
-    root = torch.randn(dim, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return root @ root.T / dim + 0.01 * torch.eye(dim, dtype=torch.float64)
-
-
-def diagonal(*variances: float) -> Tensor:
-    return torch.diag(torch.tensor(variances, dtype=torch.float64))
 
 
 # ---- the distance
 
 
-@pytest.mark.parametrize("count", [2, 5, 200])
-def test_equal_sets_are_at_distance_zero(count: int) -> None:
-    features = 100 * torch.randn(count, 16, generator=torch.Generator().manual_seed(1)) + 1000
-    assert 0 <= frechet_distance(features, features) < 1e-16 * features.double().square().sum()
+KINDS = torch.arange(200)
+CENTERS = 10 * torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
 
 
-def test_a_shift_counts_by_its_square() -> None:
-    features = cloud(50, random_covariance(8, 0))
-    assert frechet_distance(features, features + 0.5) == pytest.approx(8 * 0.25, rel=1e-12)
+def drawn(seed: int, rounds: int = 1, away: float = 0.0) -> Tensor:
+    """A point of each kind, which is around a center of its own, in some rounds."""
+    noise = torch.randn(200 * rounds, 3, generator=torch.Generator().manual_seed(seed))
+    return CENTERS.repeat(rounds, 1) + noise + away
 
 
-@pytest.mark.parametrize("factor", [0.0, 0.5, 3.0])
-def test_a_scaled_covariance_counts_by_its_trace(factor: float) -> None:
-    covariance = random_covariance(8, 0)
-    a, b = cloud(50, covariance), factor * cloud(70, covariance, seed=1)
-    assert frechet_distance(a, b) == pytest.approx((1 - factor) ** 2 * covariance.trace().item(), rel=1e-10)
+def test_equal_distributions_are_at_distance_zero_and_those_that_moved_are_not() -> None:
+    reference = Points(drawn(1, rounds=5), KINDS.repeat(5))
+    same = [energy_distance(Points(drawn(seed), KINDS), reference) for seed in range(2, 12)]
+    assert abs(sum(same) / len(same)) < 0.002
+    assert energy_distance(Points(drawn(2, away=1.0), KINDS), reference) > 0.1
 
 
-def test_in_one_dimension_means_and_deviations_are_subtracted() -> None:
-    a, b = cloud(30, diagonal(4.0), 1.0), cloud(40, diagonal(9.0), -2.0, seed=1)
-    assert frechet_distance(a, b) == pytest.approx((1.0 + 2.0) ** 2 + (2.0 - 3.0) ** 2, rel=1e-12)
+def test_kinds_that_chance_picks_are_noise_that_all_kinds_alike_are_without() -> None:
+    reference = Points(drawn(1, rounds=5), KINDS.repeat(5))
+    picked = [torch.randint(200, (200,), generator=torch.Generator().manual_seed(seed)) for seed in range(2, 12)]
+    by_chance = [energy_distance(Points(drawn(seed)[some]), reference) for seed, some in enumerate(picked, 2)]
+    alike = [energy_distance(Points(drawn(seed), KINDS), reference) for seed in range(2, 12)]
+    assert torch.tensor(alike).std() < 0.2 * torch.tensor(by_chance).std()
 
 
-def test_commuting_covariances_are_compared_axis_by_axis() -> None:
-    turn = torch.linalg.qr(random_covariance(3, 5)).Q
-    a = cloud(30, diagonal(1.0, 4.0, 1e-6)) @ turn.T
-    b = cloud(30, diagonal(9.0, 0.25, 4e-6), seed=1) @ turn.T
-    assert frechet_distance(a, b) == pytest.approx((1 - 3) ** 2 + (2 - 0.5) ** 2 + (1e-3 - 2e-3) ** 2, rel=1e-10)
+def test_the_distance_is_that_of_its_definition() -> None:
+    x, y = Points(torch.tensor([[0.0], [1.0], [3.0]])), Points(torch.tensor([[0.0], [2.0]]))
+    across = (0 + 2 + 1 + 1 + 3 + 1) / 6
+    assert energy_distance(x, y) == pytest.approx(2 * across - (1 + 3 + 2) / 3 - 2)
 
 
-@pytest.mark.parametrize("dim", [2, 5, 64])
-def test_covariances_that_do_not_commute_agree_with_the_eigenvalues_of_their_product(dim: int) -> None:
-    first, second = random_covariance(dim, 1), random_covariance(dim, 2)
-    assert not torch.allclose(first @ second, second @ first, atol=1e-3)
-    eigenvalues = np.linalg.eigvals((first @ second).numpy())
-    expected = (first + second).trace().item() - 2 * np.sqrt(eigenvalues.astype(complex)).real.sum()
-    a, b = cloud(3 * dim + 2, first), cloud(4 * dim, second, seed=1)
-    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
-    assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-9)
+def test_in_one_dimension_it_is_the_area_between_the_distribution_functions() -> None:
+    x, y = torch.randn(3000, 1), 0.5 + 2 * torch.randn(3000, 1)
+    at = torch.linspace(-12, 12, 24001)
+    below = [(points < at).double().mean(0) for points in (x, y)]
+    area = 2 * torch.trapezoid((below[0] - below[1]).square(), at.double())
+    assert energy_distance(Points(x), Points(y)) == pytest.approx(area.item(), abs=2e-3)
 
 
-def test_covariances_that_do_not_commute_agree_with_newtons_square_root() -> None:
-    first, second = random_covariance(6, 3), random_covariance(6, 4)
-    y, z = first @ second, torch.eye(6, dtype=torch.float64)
-    for _ in range(60):  # Denman and Beavers: y tends to the square root of where it began
-        y, z = (y + torch.linalg.inv(z)) / 2, (z + torch.linalg.inv(y)) / 2
-    torch.testing.assert_close(y @ y, first @ second)
-    expected = (first + second).trace().item() - 2 * y.trace().item()
-    assert frechet_distance(cloud(40, first), cloud(40, second, seed=1)) == pytest.approx(expected, rel=1e-9)
-
-
-def test_fewer_samples_than_features_still_give_the_distance() -> None:
-    a = torch.tensor([[1.0, 0.0, 0.0, 0.0], [-1.0, 0.0, 0.0, 0.0]])  # variance 2 along the first axis
-    b = torch.tensor([[0.0, 2.0, 0.0, 0.0], [0.0, -2.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])  # 4 along the second
-    assert frechet_distance(a, b) == pytest.approx(2 + 4, rel=1e-12)
-
-
-def test_float32_features_far_from_the_origin_are_measured_in_float64() -> None:
-    features = (cloud(500, diagonal(1.0, 1.0)) + 4096.0).float()
-    widened = features.double()
-    exact = (1 - math.sqrt(2.0)) ** 2 * torch.cov(widened.T).trace().item()
-    stretched = (widened - widened.mean(0)) * math.sqrt(2.0) + widened.mean(0)
-    assert frechet_distance(features, stretched) == pytest.approx(exact, rel=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "message"),
-    [
-        (torch.zeros(1, 4), torch.zeros(5, 4), "at least two features"),
-        (torch.zeros(5, 4), torch.zeros(5, 3), r"got \[5, 4\] and \[5, 3\]"),
-        (torch.zeros(5), torch.zeros(5, 4), "two sets"),
-        (torch.zeros(5, 4), torch.full((5, 4), math.nan), "not finite"),
-    ],
-)
-def test_features_that_have_no_distance_are_refused(a: Tensor, b: Tensor, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        frechet_distance(a, b)
+@pytest.mark.parametrize("at", [torch.zeros(1, 4), torch.zeros(5), torch.full((5, 4), math.nan)])
+def test_points_that_have_no_distance_are_refused(at: Tensor) -> None:
+    with pytest.raises(ValueError, match="at least two points"):
+        Points(at)
 
 
 # ---- the classifier
@@ -136,11 +86,6 @@ def test_features_that_have_no_distance_are_refused(a: Tensor, b: Tensor, messag
 @pytest.fixture(scope="module")
 def trained() -> Classifier:
     return train_classifier(seed=0)
-
-
-@pytest.fixture(scope="module")
-def reference(trained: Classifier) -> Tensor:
-    return trained.features(world_sample(1000, purpose="reference", seed=0)[0])
 
 
 @pytest.fixture(scope="module")
@@ -157,9 +102,20 @@ def with_blur(pictures: Tensor, radius_px: int) -> Tensor:
     return torch.nn.functional.avg_pool2d(as_signal(pictures), kernel, 1, radius_px, count_include_pad=False)
 
 
+@pytest.fixture(scope="module")
+def judge(trained: Classifier) -> Judge:
+    world, teacher = (world_pictures(PROMPTS, rounds, purpose) for rounds, purpose in ((4, "world"), (1, "teacher")))
+    return Judge(trained, PROMPTS, world=world, teacher=teacher)
+
+
+def accuracy(classifier: Classifier, pictures: Tensor, scenes: list[Scene]) -> tuple[float, dict[str, float]]:
+    return caption_accuracy(
+        classifier, classifier.features(pictures), [Prompt(scene, tuple(LABELS)) for scene in scenes]
+    )
+
+
 def test_the_classifier_reads_held_out_pictures(trained: Classifier, held_out: Sample) -> None:
-    pictures, scenes = held_out
-    whole, parts = caption_accuracy(trained, trained.features(pictures), scenes)
+    whole, parts = accuracy(trained, *held_out)
     assert list(parts) == list(LABELS)
     assert min(whole, *parts.values()) >= 0.99
 
@@ -169,53 +125,44 @@ def test_the_classifier_reads_imperfect_pictures(
     trained: Classifier, held_out: Sample, damage: Callable[[Tensor], Tensor]
 ) -> None:
     pictures, scenes = held_out
-    whole, _ = caption_accuracy(trained, trained.features(damage(as_signal(pictures))), scenes)
-    assert whole >= 0.97
+    whole, _ = accuracy(trained, damage(as_signal(pictures)), scenes)
+    assert whole >= 0.9
 
 
-def test_features_of_the_world_have_about_unit_variance(trained: Classifier, reference: Tensor) -> None:
-    assert reference.shape == (1000, NUM_FEATURES)
-    assert reference.std(0).min() > 0.7 and reference.std(0).max() < 1.4
+def test_features_of_the_world_have_about_unit_variance(judge: Judge) -> None:
+    features = judge.world.at
+    assert features.shape == (4 * len(PROMPTS), NUM_FEATURES)
+    assert features.std(0).min() > 0.7 and features.std(0).max() < 1.4
 
 
-def test_the_distance_grows_with_the_damage(trained: Classifier, held_out: Sample, reference: Tensor) -> None:
-    pictures, scenes = held_out
-    floor = noise_floor(trained, scenes, reference, seed=0)["frechet"]
-    noisy = [evaluate(trained, with_noise(pictures, std), scenes, reference)["frechet"] for std in (0.15, 0.3, 0.6)]
-    blurred = [evaluate(trained, with_blur(pictures, px), scenes, reference)["frechet"] for px in (2, 4, 8)]
-    for distances in (noisy, blurred):
-        assert 1.5 * floor < distances[0] < distances[1] / 2 < distances[2] / 4
+def test_the_world_is_at_no_distance_from_itself(judge: Judge) -> None:
+    found = [judge.metrics(world_pictures(PROMPTS, 1, f"fresh {seed}")) for seed in range(4)]
+    for key in ("to_world", "to_teacher"):
+        assert abs(statistics.mean(each[key] for each in found)) < 2e-3  # type: ignore[literal-required]
+    assert min(each["accuracy"] for each in found) > 0.98
 
 
-def test_the_distance_sees_what_is_missing_from_the_world(
-    trained: Classifier, held_out: Sample, reference: Tensor
-) -> None:
-    circles = random.Random(0).choices([scene for scene in all_scenes() if scene.shape == "circle"], k=500)
-    found = evaluate(trained, draw_pictures(circles, random.Random(1)), circles, reference)
-    assert found["accuracy"] > 0.99
-    floor = noise_floor(trained, held_out[1], reference, seed=0)
-    assert found["frechet"] > 10 * floor["frechet"]
+def test_the_distances_grow_with_the_damage(judge: Judge) -> None:
+    pictures = world_pictures(PROMPTS, 1, "damaged")
+    noisy = [judge.metrics(with_noise(pictures, std)) for std in (0.15, 0.3, 0.6)]
+    blurred = [judge.metrics(with_blur(pictures, px)) for px in (2, 4, 8)]
+    for found in (noisy, blurred):
+        for first, second, third in ([each["to_world"] for each in found], [each["to_teacher"] for each in found]):
+            assert 0.01 < first < second / 2 < third / 4
 
 
-def test_the_noise_floor_is_what_the_world_itself_scores(
-    trained: Classifier, held_out: Sample, reference: Tensor
-) -> None:
-    pictures, scenes = held_out
-    floor = noise_floor(trained, scenes, reference, seed=0)
-    world = evaluate(trained, pictures, scenes, reference)
-    assert floor["accuracy"] >= 0.99
-    assert floor["frechet"] == pytest.approx(world["frechet"], rel=0.2)
-    assert floor["frechet"] != world["frechet"]
-    assert noise_floor(trained, scenes, reference, seed=0) == floor
-    assert noise_floor(trained, scenes, reference, seed=1) != floor
+def test_the_distance_sees_what_is_missing_from_the_world(judge: Judge) -> None:
+    rng = random.Random(1)
+    circles = [[scene for scene in prompt.scenes() if scene.shape == "circle"] for prompt in PROMPTS]
+    scenes = [rng.choice(allowed or prompt.scenes()) for allowed, prompt in zip(circles, PROMPTS, strict=True)]
+    found = judge.metrics(draw_pictures(scenes, rng))
+    assert found["accuracy"] > 0.98, "no caption says that it shows no circle"
+    assert found["to_world"] > 0.01
 
 
-def test_the_result_says_what_was_measured(trained: Classifier, held_out: Sample, reference: Tensor) -> None:
-    pictures, scenes = held_out
-    found = evaluate(trained, pictures, scenes, reference)
-    assert (found["accuracy"], found["accuracy_of"]) == caption_accuracy(trained, trained.features(pictures), scenes)
-    assert found["frechet"] == frechet_distance(trained.features(pictures), reference)
-    assert (found["samples"], found["reference_samples"], found["feature_space"]) == (500, 1000, FEATURE_SPACE)
+def test_pictures_that_are_not_one_for_each_prompt_are_refused(judge: Judge) -> None:
+    with pytest.raises(ValueError, match="one for each prompt, got 3"):
+        judge.metrics(world_pictures(PROMPTS[:3], 1, "few"))
 
 
 def test_bytes_and_floats_measure_the_same_and_batches_do_not_matter(trained: Classifier, held_out: Sample) -> None:
@@ -226,19 +173,29 @@ def test_bytes_and_floats_measure_the_same_and_batches_do_not_matter(trained: Cl
     torch.testing.assert_close(one_by_one, whole[:20], rtol=1e-4, atol=1e-4)
 
 
-def test_accuracy_counts_each_part_and_the_whole(trained: Classifier) -> None:
-    scene = Scene("circle", "red", "left", "blue")
-    asked = [scene, Scene("star", "red", "left", "blue"), Scene("circle", "red", "top", "green"), scene]
-    features = trained.features(draw_pictures([scene] * 4, random.Random(0)))
-    whole, parts = caption_accuracy(trained, features, asked)
+def test_accuracy_counts_the_parts_that_are_mentioned_and_the_whole(trained: Classifier) -> None:
+    drawn, star = Scene("circle", "red", "left", "blue", "dotted"), Scene("star", "red", "left", "blue", "plain")
+    asked = [
+        Prompt(drawn, tuple(LABELS)),
+        Prompt(star, ("color", "place", "ground")),
+        Prompt(star, ("shape", "color", "place")),
+        Prompt(star, ("place", "pattern")),
+    ]
+    whole, parts = caption_accuracy(trained, trained.features(draw_pictures([drawn] * 4, random.Random(0))), asked)
     assert whole == 0.5
-    assert parts == {"shape": 0.75, "color": 1.0, "place": 0.75, "ground": 0.75}
+    assert parts == {"shape": 0.5, "color": 1.0, "place": 1.0, "ground": 1.0, "pattern": 0.5}
 
 
-def test_accuracy_needs_a_scene_for_each_picture(trained: Classifier, held_out: Sample) -> None:
-    pictures, scenes = held_out
-    with pytest.raises(ValueError, match="got 500 pictures and 499 scenes"):
-        caption_accuracy(trained, trained.features(pictures), scenes[1:])
+def test_a_part_that_is_never_mentioned_has_no_accuracy(trained: Classifier) -> None:
+    scene = Scene("circle", "red", "left", "blue", "dotted")
+    features = trained.features(draw_pictures([scene], random.Random(0)))
+    whole, parts = caption_accuracy(trained, features, [Prompt(scene, ("shape",))])
+    assert whole == parts["shape"] == 1.0 and math.isnan(parts["color"])
+
+
+def test_accuracy_needs_a_prompt_for_each_picture(trained: Classifier, held_out: Sample) -> None:
+    with pytest.raises(ValueError, match=f"got 500 pictures, {len(PROMPTS)} prompts"):
+        caption_accuracy(trained, trained.features(held_out[0]), PROMPTS)
 
 
 # ---- its training, briefly
@@ -277,11 +234,11 @@ def test_samples_for_different_purposes_share_no_stream() -> None:
 
 
 def test_pictures_lie_channels_first_and_labels_in_the_order_of_the_world() -> None:
-    scene = Scene("square", "yellow", "left", "blue")
+    scene = Scene("square", "yellow", "left", "blue", "plain")
     picture = draw_pictures([scene], random.Random(0))[0]
     assert picture[:, 32, 18].tolist() == [245, 205, 50]
     assert picture[:, 32, 60].tolist() == [40, 80, 210]
-    assert scene_labels([scene]).tolist() == [[1, 3, 0, 2]]
+    assert scene_labels([scene]).tolist() == [[1, 3, 0, 2, 0]]
 
 
 def test_bytes_span_the_signal_and_floats_are_clamped() -> None:

@@ -17,8 +17,8 @@ from ..models import open_checkpoint
 from ..models.framing import Framing
 from ..models.sampling import Guidance, initial_noise, sample_latents
 from ..tiny.world import SIZE_PX
+from .distill import TEACHER_GUIDANCE
 
-TEACHER_GUIDANCE = 2.0
 _BATCH = 64
 
 
@@ -46,9 +46,9 @@ def _rows(label: str, adapter: str | None, gamma: float, *numbers: int) -> list[
 
 METHODS = (
     *_rows("Teacher", None, 0.0, 50, 4),
-    *_rows("LCM", "lcm", 1.0, 1, 4, 16),
-    *_rows("TCD", "tcd", 0.3, 1, 4, 16),
-    *_rows("TCD S+", "target-time", 0.3, 1, 2, 4, 8, 16),
+    *_rows("LCM", "lcm", 1.0, 1, 2, 4, 8, 32),
+    *_rows("TCD", "tcd", 0.3, 1, 2, 4, 8, 32),
+    *_rows("TCD S+", "target-time", 0.0, 1, 2, 4, 8, 32),
 )
 """S+ is the variant in which the network gets the target time: TCF(S+) of arXiv 2402.19159."""
 COMFY_METHODS = [method for method in METHODS if method.adapter == "target-time" and method.steps <= 4]

@@ -1,97 +1,121 @@
-"""The demo's metrics: Frechet distance to pictures of the shapes world, and the share of correct captions."""
+"""The demo's metrics: distances between sets of pictures, and the share of pictures that show what the caption says."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TypedDict
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from ..tiny.world import LABELS, Scene, draw_pictures
-from .classifier import NUM_FEATURES, Classifier, scene_labels
+from ..tiny.world import LABELS, Prompt, draw_pictures
+from .classifier import Classifier, scene_labels
 
-FEATURE_SPACE = f"{NUM_FEATURES} features, each of about unit variance, of a classifier of the shapes world"
+
+class Points:
+    """Points [N, D], each of a kind [N]; without kinds, each point is its own kind.
+
+    If two samples contain every kind equally often, such as one picture for each caption, only points of different
+    kinds are compared. This removes the noise that a random choice of kinds would add.
+    """
+
+    def __init__(self, at: Tensor, kinds: Tensor | None = None) -> None:
+        """Raises ValueError if `at` does not hold at least two points, or a value is not finite."""
+        if at.ndim != 2 or len(at) < 2 or not at.isfinite().all():
+            raise ValueError(f"expected at least two points [N, D] of finite values, got {list(at.shape)}")
+        self.at, self.kinds = at, kinds
+
+    @cached_property
+    def within(self) -> float:
+        """The mean distance between two different points."""
+        kinds = torch.arange(len(self.at)) if self.kinds is None else self.kinds
+        return _mean_distance(self.at, self.at, kinds[:, None] == kinds)
+
+    def to(self, other: Points) -> float:
+        """Return the mean distance between a point of this sample and a point of the other."""
+        if self.kinds is None or other.kinds is None:
+            return torch.cdist(self.at, other.at).mean(dtype=torch.float64).item()
+        return _mean_distance(self.at, other.at, self.kinds[:, None] == other.kinds)
+
+
+def energy_distance(points: Points, reference: Points) -> float:
+    """Return 2 E|X - Y| - E|X - X'| - E|Y - Y'|; unbiased, so around 0 for equal distributions (Szekely 2013)."""
+    return 2 * points.to(reference) - points.within - reference.within
+
+
+def _mean_distance(x: Tensor, y: Tensor, apart: Tensor) -> float:
+    """Return the mean distance between points [N, D] and [M, D], without the pairs [N, M] that are set in `apart`."""
+    distances = torch.cdist(x, y).masked_fill_(apart, 0)
+    return distances.sum(dtype=torch.float64).item() / (~apart).sum().item()
 
 
 class Metrics(TypedDict):
-    """Metrics of a set of pictures. A Frechet distance also depends on the sample counts and the feature space."""
+    """Metrics of one picture for each prompt."""
 
-    frechet: float
-    """Squared Frechet distance to the reference pictures."""
+    to_world: float
+    """Energy distance to the world's own pictures for the same prompts."""
+    to_teacher: float
+    """Energy distance to the teacher's pictures for the same prompts."""
     accuracy: float
     """Fraction of pictures that show everything their caption says."""
     accuracy_of: dict[str, float]
-    """Fraction of pictures that show each part of their caption, by the names in `LABELS`."""
-    samples: int
-    reference_samples: int
-    feature_space: str
+    """Fraction of pictures that show each part of the captions that mention it, by the names in `LABELS`."""
 
 
-def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
-    """Squared Frechet distance between Gaussians fitted to features [N, D] and [M, D] (Dowson and Landau 1982).
+class Judge:
+    """A classifier, and what the world and the teacher draw for some prompts; pictures are compared with these."""
 
-    |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), in float64. With C = R^T R, the trace is the minimum of
-    |R_a - Q R_b|^2 over orthogonal Q. As a sum of squares, it is zero for equal sets without cancellation, and it needs
-    no matrix square root. Raises ValueError for other shapes, fewer than two samples or non-finite values.
+    def __init__(self, classifier: Classifier, prompts: Sequence[Prompt], world: Tensor, teacher: Tensor) -> None:
+        """world, teacher: pictures of all prompts in their order, any number of times, [R * B, 3, 64, 64]."""
+        self.classifier, self.prompts = classifier, prompts
+        self.world, self.teacher = self.points(classifier.features(world)), self.points(classifier.features(teacher))
+
+    def points(self, features: Tensor) -> Points:
+        """Return features of pictures of all prompts, any number of times, [R * B, D], as points of B kinds."""
+        rounds, left = divmod(len(features), len(self.prompts))
+        if left:
+            raise ValueError(f"expected {len(self.prompts)} pictures, one for each prompt, got {len(features)}")
+        return Points(features, torch.arange(len(self.prompts)).repeat(rounds))
+
+    def metrics(self, pictures: Tensor) -> Metrics:
+        """Measure pictures [B, 3, 64, 64], uint8 or floats in [-1, 1], one for each prompt.
+
+        Raises ValueError if there are not B pictures, or `as_signal` does.
+        """
+        features = self.classifier.features(pictures)
+        points = self.points(features)
+        accuracy, accuracy_of = caption_accuracy(self.classifier, features, self.prompts)
+        return Metrics(
+            to_world=energy_distance(points, self.world),
+            to_teacher=energy_distance(points, self.teacher),
+            accuracy=accuracy,
+            accuracy_of=accuracy_of,
+        )
+
+
+def world_pictures(prompts: Sequence[Prompt], rounds: int, purpose: str) -> Tensor:
+    """Draw each prompt `rounds` times, uint8 [rounds * B, 3, 64, 64]; what a caption leaves open is random.
+
+    Different purposes give independent pictures.
     """
-    for features in (features_a, features_b):
-        if features.ndim != 2 or len(features) < 2 or features.shape[1] != features_a.shape[1]:
-            raise ValueError(
-                "expected two sets of at least two features each, [N, D] and [M, D], "
-                f"got {list(features_a.shape)} and {list(features_b.shape)}"
-            )
-        if not features.isfinite().all():
-            raise ValueError("the features hold values that are not finite")
-    mean_a, root_a = _gaussian(features_a)
-    mean_b, root_b = _gaussian(features_b)
-    left, _, right = torch.linalg.svd(root_a @ root_b.T)
-    return ((mean_a - mean_b).square().sum() + (root_a - left @ right @ root_b).square().sum()).item()
-
-
-def _gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean [D] of features [N, D], and R [D, D] with R^T R their unbiased covariance, in float64."""
-    features = features.double()
-    mean = features.mean(0)
-    centered = (features - mean) / (len(features) - 1) ** 0.5
-    # Rows of zeros do not change the covariance, and make R square if there are fewer samples than features.
-    return mean, torch.linalg.qr(F.pad(centered, (0, 0, 0, features.shape[1])), mode="r").R
+    rng = random.Random(purpose)
+    allowed = [prompt.scenes() for prompt in prompts]
+    return draw_pictures([rng.choice(scenes) for _ in range(rounds) for scenes in allowed], rng)
 
 
 def caption_accuracy(
-    classifier: Classifier, features: Tensor, scenes: Sequence[Scene]
+    classifier: Classifier, features: Tensor, prompts: Sequence[Prompt]
 ) -> tuple[float, dict[str, float]]:
-    """Return the fraction of pictures that show their scene completely, and the fraction for each of `LABELS`.
+    """Return the fraction of pictures that show all that their caption mentions, and the fraction by part of `LABELS`.
 
-    features: of the pictures, [B, D]. Raises ValueError if there are not B scenes.
+    features: of the pictures, [B, D]. A part that no caption mentions has the fraction NaN. Raises ValueError if there
+    are not B prompts.
     """
-    if len(features) != len(scenes):
-        raise ValueError(f"expected one scene for each picture, got {len(features)} pictures and {len(scenes)} scenes")
-    right = (classifier.labels(features) == scene_labels(scenes)).double()
-    return right.amin(1).mean().item(), dict(zip(LABELS, right.mean(0).tolist(), strict=True))
-
-
-def evaluate(classifier: Classifier, pictures: Tensor, scenes: Sequence[Scene], reference_features: Tensor) -> Metrics:
-    """Evaluate pictures [B, 3, 64, 64], uint8 or floats in [-1, 1], that were sampled for the captions of `scenes`.
-
-    reference_features: [M, D], features of held-out pictures. Raises ValueError if `as_signal`, `caption_accuracy` or
-    `frechet_distance` does.
-    """
-    features = classifier.features(pictures)
-    accuracy, accuracy_of = caption_accuracy(classifier, features, scenes)
-    return Metrics(
-        frechet=frechet_distance(features, reference_features),
-        accuracy=accuracy,
-        accuracy_of=accuracy_of,
-        samples=len(features),
-        reference_samples=len(reference_features),
-        feature_space=FEATURE_SPACE,
-    )
-
-
-def noise_floor(classifier: Classifier, scenes: Sequence[Scene], reference_features: Tensor, *, seed: int) -> Metrics:
-    """Return the metrics of newly drawn pictures of the same scenes: the best values that can be expected."""
-    pictures = draw_pictures(scenes, random.Random(f"noise floor {seed}"))
-    return evaluate(classifier, pictures, scenes, reference_features)
+    if len(features) != len(prompts):
+        raise ValueError(f"expected one picture for each prompt, got {len(features)} pictures, {len(prompts)} prompts")
+    mentioned = torch.tensor([[name in prompt.parts for name in LABELS] for prompt in prompts])
+    right = classifier.labels(features) == scene_labels([prompt.scene for prompt in prompts])
+    of_parts = (right & mentioned).sum(0).double() / mentioned.sum(0)
+    return (right | ~mentioned).all(1).double().mean().item(), dict(zip(LABELS, of_parts.tolist(), strict=True))

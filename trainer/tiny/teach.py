@@ -36,14 +36,13 @@ INITIAL_LOG_VARIANCE = -6.0
 SHAPE_WEIGHT = 6.0  # weight of the shape's pixels in the VAE's loss, relative to the background
 FARTHEST_LINE = 0.72  # largest difference, in [-1, 1], between a background's color and that of its lines
 EDGE_WEIGHT = 1.0  # of the differences between neighboring pixels in the VAE's loss
-LAYOUT_FROM = 850  # from this timestep on, the caption decides where the shape is
+LAYOUT_FROM = 700  # from this timestep on, the caption decides which shape is where
 
 
 def pictures(count: int, seed: int) -> tuple[Tensor, list[str]]:
     """Draw `count` random scenes; return pictures, uint8 [count, 3, H, W], and captions."""
     scenes, rng = world.random_scenes(count, seed), random.Random(seed)
-    # A caption that says everything, or some of it: what it does not mention, the model must draw at random.
-    captions = [world.partial_caption(scene, rng, rng.choice((0.5, 1.0))) for scene in scenes]
+    captions = [world.random_prompt(scene, rng).caption for scene in scenes]
     return world.draw_pictures(scenes, rng), captions
 
 
@@ -147,9 +146,10 @@ def train_unet(
 
 
 def _draw_timesteps(batch: int, generator: torch.Generator) -> Tensor:
-    """Draw timesteps [batch]: one half uniformly from LAYOUT_FROM on, the other half uniformly from all.
+    """Draw timesteps [batch]: half uniformly from LAYOUT_FROM on, the others uniformly from all.
 
-    If all were drawn uniformly, the model would not learn the words for places: they matter only at high noise levels.
+    If all were drawn uniformly, the model would learn the words for shapes and places slowly: they matter only at high
+    noise levels.
     """
     timesteps = torch.randint(NUM_TIMESTEPS, (batch,), generator=generator)
     timesteps[: batch // 2] = torch.randint(LAYOUT_FROM, NUM_TIMESTEPS, (batch // 2,), generator=generator)
@@ -169,18 +169,17 @@ def main() -> None:
     """Train the three models and write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="the checkpoint to write")
-    parser.add_argument("--vae-steps", type=int, default=10000)
-    parser.add_argument("--unet-steps", type=int, default=16000)
+    parser.add_argument("--vae-steps", type=int, default=8000)
+    parser.add_argument("--unet-steps", type=int, default=14000)
     parser.add_argument("--pictures", type=int, default=24000)
-    parser.add_argument("--start", type=Path, help="continue from this checkpoint, and keep its VAE unchanged")
+    parser.add_argument("--vae", type=Path, help="use the VAE of this checkpoint, instead of training one")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     unet, vae, text_encoder = empty_unet("tiny"), empty_vae("tiny"), empty_text_encoder("tiny")
     images, captions = pictures(options.pictures, options.seed)
-    if options.start:
-        file = SingleFile(options.start)
-        unet, vae, text_encoder = file.unet(torch.float32), file.vae("tiny"), file.text_encoder(torch.float32)[0]
+    if options.vae:
+        vae = SingleFile(options.vae).vae("tiny")
     else:
         train_vae(vae, images, steps=options.vae_steps, batch=8, generator=generator(options.seed, "vae"))
     latents = encode_pictures(vae.eval(), images)
@@ -190,7 +189,7 @@ def main() -> None:
         latents,
         captions,
         steps=options.unet_steps,
-        batch=32,
+        batch=64,
         generator=generator(options.seed, "unet"),
         save=lambda unet, text_encoder: write_checkpoint(options.out, unet, vae, text_encoder),
     )

@@ -29,13 +29,11 @@ COLORS = {
 }
 SHAPES = ("circle", "square", "triangle", "star")
 # The center (x, y) of the shape, as fractions of the picture's width and height.
-PLACES = {"left": (0.27, 0.5), "right": (0.73, 0.5), "top": (0.5, 0.27), "bottom": (0.5, 0.73), "center": (0.5, 0.5)}
-
-
+PLACES = {"left": (0.28, 0.5), "right": (0.72, 0.5), "top": (0.5, 0.28), "bottom": (0.5, 0.72), "center": (0.5, 0.5)}
 PATTERNS = ("plain", "striped", "dotted", "checked")
-PERIOD_PX = (
-    8  # of every pattern, along each axis: that of the latents' cells, so that a tiny autoencoder can learn them
-)
+# The period of every pattern along each axis. A tiny autoencoder can learn the patterns, because they are the same in
+# every cell of 8 x 8 pixels, which is one position of the latents.
+PERIOD_PX = 8
 LINE_SHADE = 0.35  # how much darker the lines of a pattern are than their background; on black, how much lighter
 
 
@@ -80,6 +78,24 @@ LABELS: dict[str, list[str]] = {
 """The possible values of each field of `Scene`, in its order."""
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """A caption that mentions some parts of a scene, by the names in `LABELS`, and leaves the others open."""
+
+    scene: Scene
+    parts: tuple[str, ...]
+
+    @property
+    def caption(self) -> str:
+        """The caption, such as "something red on a dotted background"."""
+        return self.scene.describe(self.parts)
+
+    def scenes(self) -> list[Scene]:
+        """Return every scene that the caption allows."""
+        asked = [(name, getattr(self.scene, name)) for name in self.parts]
+        return [scene for scene in all_scenes() if all(getattr(scene, name) == value for name, value in asked)]
+
+
 def all_scenes() -> list[Scene]:
     """Return every possible scene, in a fixed order."""
     return [Scene(*parts) for parts in product(*LABELS.values()) if parts[1] != parts[3]]
@@ -90,17 +106,29 @@ def random_scenes(count: int, seed: int) -> list[Scene]:
     return random.Random(seed).choices(all_scenes(), k=count)
 
 
+def random_prompt(scene: Scene, rng: random.Random) -> Prompt:
+    """Choose what a caption mentions: in half of all cases everything, otherwise each part with probability 1/2."""
+    mention = rng.choice((0.5, 1.0))
+    return Prompt(scene, tuple(name for name in LABELS if rng.random() < mention))
+
+
+def random_prompts(count: int, seed: int) -> list[Prompt]:
+    """Return `count` prompts, half of them complete on average; a function of the seed."""
+    rng = random.Random(f"prompts {seed}")
+    return [random_prompt(scene, rng) for scene in random_scenes(count, seed)]
+
+
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
     """Draw a scene as an antialiased RGB picture, SIZE_PX x SIZE_PX; the exact place, size and angle are random."""
     canvas = SIZE_PX * SUPERSAMPLING
     image = Image.fromarray(_background(scene, canvas, rng))
-    center_x, center_y = (c * canvas + rng.uniform(-0.07, 0.07) * canvas for c in PLACES[scene.place])
-    radius = rng.uniform(0.14, 0.23) * canvas
+    center_x, center_y = (c * canvas + rng.uniform(-0.04, 0.04) * canvas for c in PLACES[scene.place])
+    radius = rng.uniform(0.17, 0.22) * canvas
     pen = ImageDraw.Draw(image)
     if scene.shape == "circle":
         pen.ellipse([center_x - radius, center_y - radius, center_x + radius, center_y + radius], COLORS[scene.color])
     else:
-        tilt = rng.uniform(-0.12, 0.12)
+        tilt = rng.uniform(-0.08, 0.08)
         pen.polygon(_outline(scene.shape, center_x, center_y, radius, tilt), COLORS[scene.color])
     return image.resize((SIZE_PX, SIZE_PX), Image.Resampling.BOX)
 
@@ -142,15 +170,10 @@ def draw_pictures(scenes: Sequence[Scene], rng: random.Random) -> Tensor:
     return torch.from_numpy(rearrange(images, "b h w c -> b c h w").copy())
 
 
-def partial_caption(scene: Scene, rng: random.Random, mention: float = 0.5) -> str:
-    """Return a caption of the scene that mentions each of `LABELS` with probability `mention`."""
-    return scene.describe([name for name in LABELS if rng.random() < mention])
-
-
 def write_folder(folder: Path, count: int, seed: int) -> None:
-    """Write `count` random pictures and their captions into a folder, as `00000.png`, `00000.txt` and so on."""
+    """Write `count` random pictures and captions, as by `random_prompt`: `00000.png`, `00000.txt` and so on."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     for index, scene in enumerate(random_scenes(count, seed)):
         draw(scene, rng).save(folder / f"{index:05d}.png")
-        (folder / f"{index:05d}.txt").write_text(scene.caption + "\n", encoding="utf-8")
+        (folder / f"{index:05d}.txt").write_text(random_prompt(scene, rng).caption + "\n", encoding="utf-8")

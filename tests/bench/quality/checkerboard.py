@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from measures import Points, energy_distance
-from methods import FRESH_NOISE, METHODS, PLAIN, SEEDS, STEPS, TUNED_AT, VARIATIONS, Method, cells
+from methods import CELLS, FRESH_NOISE, METHODS, PLAIN, SEEDS, STEPS, TUNED_AT, VARIATIONS, Method
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -41,10 +40,11 @@ from trajectory_consistency.tcd.target_time import sinusoid
 from trajectory_consistency.tcd.times import Points as TimePoints
 from trajectory_consistency.tcd.times import sample_times, share_out
 from trajectory_consistency.trainer.atomic import atomic_write
+from trajectory_consistency.trainer.demo.metrics import Points, energy_distance
 from trajectory_consistency.trainer.training.optimizer import lr_factor
 
 NAME = "checkerboard"
-TUNED, OTHERS = METHODS | PLAIN, VARIATIONS
+TUNED, OTHERS, OTHERS_SEEDS = METHODS | PLAIN, VARIATIONS, SEEDS
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 CENTERS = torch.tensor([(x, y) for x in range(4) for y in range(4) if (x + y) % 2], dtype=torch.float32) - 1.5
 SPREAD = 0.05  # of each, where two centers are 1.41 apart
@@ -296,7 +296,7 @@ def measure(method: Method, lr: float, seed: int, folder: Path) -> dict[str, Any
     return {
         "samples": {
             f"{steps} {gamma:g}": measure_points(sample(denoiser, steps, gamma, 20_000 + seed), seed)
-            for steps, gamma in cells(method)
+            for steps, gamma in CELLS
         },
         "trajectory": trajectory_errors(denoiser, 30_000 + seed),
     }
@@ -314,8 +314,8 @@ def measure_references(seed: int, folder: Path) -> dict[str, dict[str, float]]:
     return found
 
 
-def draw(lr: Mapping[str, float], folder: Path, path: Path) -> None:
-    """Draw points of each method, by its learning rate, in a row of numbers of steps, and the teacher's above them."""
+def draw(lr: Mapping[str, float], gamma: Mapping[str, float], folder: Path, path: Path) -> None:
+    """Draw points of each method, by its learning rate and gamma, in a row of numbers of steps."""
     from matplotlib import pyplot
 
     names = ["teacher", *lr]
@@ -324,10 +324,9 @@ def draw(lr: Mapping[str, float], folder: Path, path: Path) -> None:
     )
     for name, row in zip(names, panels, strict=True):
         denoiser = teacher if name == "teacher" else distill(TUNED[name], lr[name], SEEDS[0], folder)
-        gamma = 0.0 if name == "teacher" else TUNED[name].gamma
-        row[0].set_ylabel(f"{name}\nγ = {gamma:g}")
+        row[0].set_ylabel(f"{name}\nγ = {gamma.get(name, 0.0):g}")
         for steps, panel in zip(STEPS, row, strict=True):
-            x, y = sample(denoiser, steps, gamma, seed=0).T
+            x, y = sample(denoiser, steps, gamma.get(name, 0.0), seed=0).T
             panel.scatter(x, y, s=0.4, color="black", linewidths=0)
             panel.set(xlim=(-2, 2), ylim=(-2, 2), xticks=[], yticks=[], aspect="equal")
             if name == "teacher":

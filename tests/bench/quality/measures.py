@@ -1,55 +1,17 @@
-"""Measures of a sample of points against reference points: energy distance and coverage."""
+"""Measures of pictures and points beside the energy distance: coverage, and how much fine detail there is."""
 
 from __future__ import annotations
-
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
-
-class Points:
-    """Points [N, D], each of a kind [N]; without kinds, each point is its own kind.
-
-    If two samples contain every kind equally often, such as one picture for each caption, only points of different
-    kinds are compared. This removes the noise that a random choice of kinds would add.
-    """
-
-    def __init__(self, at: Tensor, kinds: Tensor | None = None) -> None:
-        self.at, self.kinds = at, kinds
-
-    @cached_property
-    def within(self) -> float:
-        """The mean distance between two different points."""
-        kinds = torch.arange(len(self.at)) if self.kinds is None else self.kinds
-        return _mean_distance(self.at, self.at, kinds[:, None] == kinds)
-
-    def to(self, other: Points) -> float:
-        """Return the mean distance between a point of this sample and a point of the other."""
-        if self.kinds is None or other.kinds is None:
-            return torch.cdist(self.at, other.at).mean(dtype=torch.float64).item()
-        return _mean_distance(self.at, other.at, self.kinds[:, None] == other.kinds)
-
-    @cached_property
-    def radius(self) -> Tensor:
-        """The distance of each point to its fifth nearest neighbor, [N]."""
-        return torch.cdist(self.at, self.at).kthvalue(6, dim=1).values  # the nearest is itself
-
-
-def energy_distance(points: Points, reference: Points) -> float:
-    """Return 2 E|X - Y| - E|X - X'| - E|Y - Y'|; unbiased, so around 0 for equal distributions."""
-    return 2 * points.to(reference) - points.within - reference.within
+from trajectory_consistency.trainer.demo.metrics import Points
 
 
 def coverage(points: Points, reference: Points) -> float:
     """Return the share of reference points with a point at least as near as their fifth neighbor (arXiv 2002.09797)."""
-    return (torch.cdist(reference.at, points.at).min(1).values <= reference.radius).double().mean().item()
-
-
-def _mean_distance(x: Tensor, y: Tensor, apart: Tensor) -> float:
-    """Return the mean distance between points [N, D] and [M, D], without the pairs [N, M] that are set in `apart`."""
-    distances = torch.cdist(x, y).masked_fill_(apart, 0)
-    return distances.sum(dtype=torch.float64).item() / (~apart).sum().item()
+    radius = torch.cdist(reference.at, reference.at).kthvalue(6, dim=1).values  # the nearest is the point itself
+    return (torch.cdist(reference.at, points.at).min(1).values <= radius).double().mean().item()
 
 
 def fine_detail(pictures: Tensor) -> float:

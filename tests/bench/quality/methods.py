@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trajectory_consistency.trainer.config.settings import MethodConfig
+from trajectory_consistency.trainer.demo.distill import EMA_DECAY, HUBER_C
 
 STEPS = (1, 2, 4, 8, 16, 32)
 GAMMAS = (0.0, 0.3, 1.0)
@@ -16,8 +17,6 @@ SEEDS = (100, 1, 2)
 TUNING_SEED = SEEDS[0]
 """Seed of the runs that choose the learning rate. The best of them is also the first of the reported runs."""
 TUNED_AT = (1, 2, 4, 8)
-EMA_DECAY, HUBER_C = 0.95, 0.03
-"""The same for all methods: decay of the average that computes the target, and c of the distance."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Method:
     name: str
     about: str
     gamma: float
-    """Gamma of the method's own sampler."""
+    """Gamma of the method's own sampler, with which its learning rate is chosen."""
     changed: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the trainer's section [method] that differ from the common ones."""
     of: str = ""
@@ -44,12 +43,8 @@ class Method:
         return MethodConfig(**{**self.settings, "phases": tuple(self.settings["phases"])})
 
 
-def cells(method: Method, most: int = STEPS[-1]) -> list[tuple[int, float]]:
-    """Return the (steps, gamma) at which a method is measured: gammas of other methods only up to `most` steps.
-
-    One step adds no noise, so it is the same at every gamma.
-    """
-    return [(steps, gamma) for steps in STEPS for gamma in GAMMAS if gamma == method.gamma or 1 < steps <= most]
+CELLS = [(steps, gamma) for steps in STEPS for gamma in GAMMAS if steps > 1 or gamma == 0]
+"""The (steps, gamma) at which every method is measured. One step adds no noise, so it is the same at every gamma."""
 
 
 def _by_name(*methods: Method) -> dict[str, Method]:
@@ -67,10 +62,15 @@ METHODS = _by_name(
     ),
     Method("TDD", "from the times of samplers of 4 to 8 steps, shortly below t", 0.3, {"law": "target"}),
     Method("TCD", "uniformly from 0 to t", 0.3, {"law": "uniform"}),
-    Method("TCD S+", "as TCD, and the network gets s", 0.3, {"law": "uniform", "target_time": True}),
+    Method(
+        "TCD S+",
+        "as TCD, and the network gets s; weighting x0",
+        0.3,
+        {"law": "uniform", "target_time": True, "weighting": "x0"},
+    ),
     Method(
         "TCD S+, diagonal",
-        "as TCD S+, but s = t_next in half of each batch and s = 0 in 15 %; weighting x0",
+        "as TCD S+, but s = t_next in half of each batch and s = 0 in 15 %",
         0.0,
         {"law": "uniform", "target_time": True, "weighting": "x0", "diagonal": 0.5, "to_clean": 0.15},
     ),
@@ -85,12 +85,13 @@ def _changed(of: str, name: str, **changed: Any) -> Method:
 PLAIN = _by_name(*(_changed(name, "plain", ema_decay=0.0) for name in ("LCM", "TCD", "TCD S+")))
 """Methods whose target is computed by the student itself, with their own learning rates."""
 VARIATIONS = _by_name(
-    _changed("TCD", "weighting x0", weighting="x0"),
-    _changed("TCD S+", "input t - s", target_input="t-s"),
-    _changed("TCD S+", "weighting gap", weighting="gap"),
-    _changed("TCD S+", "weighting x0", weighting="x0"),
-    _changed("TCD S+", "Huber, c = 0.001", huber_c=0.001),
+    _changed("TCD S+", "no weighting", weighting="none"),
     _changed("TCD S+, diagonal", "no weighting", weighting="none"),
+    _changed("TCD S+, diagonal", "weighting gap", weighting="gap"),
+    _changed("TCD S+, diagonal", "plain", ema_decay=0.0),
+    _changed("TCD S+, diagonal", "decay 0.99", ema_decay=0.99),
+    _changed("TCD S+, diagonal", "Huber, c = 0.001", huber_c=0.001),
+    _changed("TCD S+, diagonal", "input t - s", target_input="t-s"),
     _changed("TCD S+, diagonal", "without s", target_time=False),
 )
 """Methods with one setting changed, and the learning rate of the method that they vary."""

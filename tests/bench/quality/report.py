@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import checkerboard
 import shapes
 import torch
-from methods import EMA_DECAY, FRESH_NOISE, GAMMAS, HUBER_C, METHODS, PLAIN, SEEDS, STEPS, VARIATIONS
+from methods import FRESH_NOISE, GAMMAS, METHODS, PLAIN, SEEDS, STEPS, VARIATIONS
 
 from trajectory_consistency.trainer.demo.classifier import NUM_FEATURES
-from trajectory_consistency.trainer.demo.methods import TEACHER_GUIDANCE
+from trajectory_consistency.trainer.demo.distill import EMA_DECAY, HUBER_C, TEACHER_GUIDANCE
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[2] / "docs"
@@ -36,6 +36,8 @@ class Results(NamedTuple):
 
 
 ALL = METHODS | PLAIN | VARIATIONS
+S_PLUS, BEFORE = "TCD S+, diagonal", "TCD S+"
+"""The method that the goals are for, and the same without the shares of the diagonal and of s = 0."""
 
 
 class Measure(NamedTuple):
@@ -54,6 +56,8 @@ class About(NamedTuple):
     others: Mapping[str, Measure]
     goals: Mapping[str, str]
     """The quantities that have goals, and their names in the text."""
+    detail: Mapping[str, Measure] = {}
+    """Quantities of which neither more nor less is better; they are shown at every gamma."""
 
 
 ABOUT = {
@@ -67,41 +71,52 @@ ABOUT = {
     ),
     shapes.NAME: About(
         f"Energy distance to the world's own pictures, times 1000, in {NUM_FEATURES} features of a classifier, each of "
-        f"unit variance. {shapes.PICTURES} pictures, one for each caption, are compared with {shapes.REFERENCES} "
-        "reference pictures for each caption; pairs of the same caption are left out. For fresh pictures of the world "
-        "it is {fresh}.",
+        f"unit variance. {shapes.PROMPTS} pictures, one for each of as many complete captions, are compared with "
+        f"{shapes.REFERENCES} pictures of each by the world; pairs of the same caption are left out. For fresh "
+        "pictures of the world it is {fresh}.",
         {
             "from_teacher": Measure(
-                "Energy distance to the teacher's pictures with 50 steps, times 1000",
+                "Distance to the teacher",
                 1e3,
                 "{:.1f}",
                 f"As above, but the references are {shapes.TEACHERS} pictures for each caption that the teacher draws "
-                "from other noise. This shows how much the distillation lost.",
+                "in 50 steps from other noise. This shows how much the distillation lost.",
             ),
+            "open_distance": Measure(
+                "Partial captions: distance to the world",
+                1e3,
+                "{:.1f}",
+                f"The same for {shapes.PROMPTS} captions that leave something open. What they leave open is drawn at "
+                "random, so the measure is less exact: for fresh pictures of the world it is {fresh}.",
+            ),
+            "open_from_teacher": Measure("Partial captions: distance to the teacher", 1e3, "{:.1f}"),
             "covered": Measure(
                 "Coverage, in %",
                 100,
                 "{:.0f}",
                 "The share of the world's pictures that have a drawn picture at least as near as their fifth nearest "
-                "neighbor in the world. It shows whether all variants that a caption allows are drawn.",
+                "neighbor in the world. It shows whether all variants that a caption allows are drawn. Fresh pictures "
+                "have {fresh}.",
             ),
-            "right": Measure("Pictures that show all four parts of their caption, in %", 100, "{:.0f}"),
+            "right": Measure("Pictures that show all five parts of their caption, in %", 100, "{:.0f}"),
+            "open_right": Measure("Partial captions: pictures that show what is mentioned, in %", 100, "{:.0f}"),
+        },
+        {"distance": "distance to the world", "from_teacher": "distance to the teacher"},
+        {
             "detail": Measure(
                 "Fine detail, in %",
                 100,
                 "{:.2f}",
-                "The share of the pictures' power above half of the Nyquist frequency. Fresh pictures have "
-                "{fresh}. More than that is noise, less is blur.",
+                "The share of the pictures' power above half of the Nyquist frequency. Fresh pictures have {fresh}.",
             ),
             "edges": Measure(
                 "Edges",
                 1,
                 "{:.2f}",
-                "The mean absolute difference between neighboring pixels, of values from 0 to 255. Fresh pictures of "
-                "the world have {fresh}.",
+                "The mean absolute difference between neighboring pixels, of values from 0 to 255. Fresh pictures have "
+                "{fresh}.",
             ),
         },
-        {"distance": "distance to the world", "from_teacher": "distance to the teacher"},
     ),
 }
 
@@ -134,14 +149,21 @@ def part(name: str, results: Results) -> str:
         Template((HERE / "world.md").read_text(encoding="utf-8"))
         .substitute(
             name=name,
-            distance_is=about.distance_is.format(fresh=_reference(results, "fresh data", "distance", 1e3, "{:.1f}")),
-            distances=_table(results, results.lr, "distance", 1e3, "{:.1f}"),
+            distance_is=about.distance_is.format(fresh=_reference(results, "fresh data", "distance")),
+            distances=_table(results, results.lr, "distance"),
             by_gamma="\n\n".join(
                 f"{title.capitalize()}:\n\n{_by_gamma(results, measure)}" for measure, title in about.goals.items()
             ),
             goals="\n".join(f"* {line}" for line in _goals(results, about.goals)),
             trajectories=_trajectories(results),
-            others="\n\n".join(_other(results, key, measure) for key, measure in about.others.items()),
+            others="\n\n".join(
+                _section(results, key, measure, _table(results, results.lr, key, measure))
+                for key, measure in about.others.items()
+            ),
+            detail="\n\n".join(
+                _section(results, key, measure, _by_gamma(results, key, measure))
+                for key, measure in about.detail.items()
+            ),
             variations=_variations(results, about.goals),
             tries=_tries(results),
         )
@@ -149,10 +171,9 @@ def part(name: str, results: Results) -> str:
     )
 
 
-def _other(results: Results, key: str, measure: Measure) -> str:
+def _section(results: Results, key: str, measure: Measure, table: str) -> str:
     """Return the section of a measured quantity other than the distance."""
-    table = _table(results, results.lr, key, measure.scale, measure.form)
-    fresh = _reference(results, "fresh data", key, measure.scale, measure.form)
+    fresh = _reference(results, "fresh data", key, measure)
     return "\n\n".join(filter(None, (f"### {measure.title}", measure.note.format(fresh=fresh), table)))
 
 
@@ -161,28 +182,39 @@ def write(found: Mapping[str, Results], made: Path) -> None:
     folder = DOCS / "quality"
     folder.mkdir(exist_ok=True)
     for world in (checkerboard, shapes):
-        world.draw(found[world.NAME].lr, made / world.NAME, folder / f"{world.NAME}-pictures.png")
+        results = found[world.NAME]
+        gamma = {name: best_gamma(results, name) for name in results.lr}
+        world.draw(results.lr, gamma, made / world.NAME, folder / f"{world.NAME}-pictures.png")
     for name, results in found.items():
         _plot_distances(results, folder / f"{name}-distance.png")
         _plot_trajectories(results, folder / f"{name}-trajectory.png")
     (DOCS / "quality.md").write_text(page(found), encoding="utf-8")
 
 
-def _sample(run: Mapping[str, Any], steps: int, gamma: float) -> Mapping[str, float]:
-    sample: Mapping[str, float] = run["samples"][f"{steps} {gamma:g}"]
-    return sample
+def _values(results: Results, name: str, steps: int, gamma: float, measure: str) -> list[float]:
+    """Return what each seed's run measured."""
+    key = f"{steps} {gamma if steps > 1 else 0:g}"
+    return [run["samples"][key][measure] for run in results.runs[name]]
 
 
-def _distances(results: Results, name: str, gamma: float, measure: str = "distance") -> list[float]:
-    """Return the mean over seeds, times 1000, by steps; NaN if it was not measured."""
-    runs, own = results.runs[name], ALL[name].gamma
+def _means(results: Results, name: str, measure: str = "distance", gamma: float | None = None) -> list[float]:
+    """Return the mean over seeds, times 1000, by steps, with the method's best gamma if no other is given."""
+    gamma = best_gamma(results, name) if gamma is None else gamma
+    return [1e3 * statistics.mean(_values(results, name, steps, gamma, measure)) for steps in STEPS]
 
-    def mean(steps: int, gamma: float) -> float:
-        if any(f"{steps} {gamma:g}" not in run["samples"] for run in runs):
-            return math.nan
-        return statistics.mean(1e3 * _sample(run, steps, gamma)[measure] for run in runs)
 
-    return [mean(steps, own if steps == 1 else gamma) for steps in STEPS]
+def best_gamma(results: Results, name: str) -> float:
+    """Return the gamma of the smallest distance, by the geometric mean over 2 and more steps."""
+
+    def score(gamma: float) -> float:
+        return math.prod(max(mean, 0.1) for mean in _means(results, name, gamma=gamma)[1:])
+
+    return min(GAMMAS, key=score)
+
+
+def _teacher(results: Results, measure: str = "distance") -> float:
+    """Return the mean, times 1000, of what the teacher draws in 50 steps of DDIM."""
+    return statistics.mean(1e3 * each["DDIM 50"][measure] for each in results.references)
 
 
 def _spread(values: Sequence[float], form: str) -> str:
@@ -196,17 +228,21 @@ def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _table(results: Results, names: Iterable[str], measure: str, scale: float, form: str) -> str:
-    """Return the table by steps, of methods with their own gammas and of the teacher's solvers."""
+DISTANCE = Measure("", 1e3, "{:.1f}")
 
-    def cell(name: str, steps: int) -> str:
-        return _spread([scale * _sample(run, steps, ALL[name].gamma)[measure] for run in results.runs[name]], form)
 
-    rows = [[name, *(cell(name, steps) for steps in STEPS)] for name in names]
+def _table(results: Results, names: Iterable[str], key: str, measure: Measure = DISTANCE) -> str:
+    """Return the table by steps, of methods with their best gammas and of the teacher's solvers."""
+
+    def cells(name: str, gamma: float) -> Iterator[str]:
+        for steps in STEPS:
+            yield _spread([measure.scale * each for each in _values(results, name, steps, gamma, key)], measure.form)
+
+    rows = [[f"{name}, γ {gamma:g}", *cells(name, gamma)] for name in names for gamma in [best_gamma(results, name)]]
     for solver in ("DDIM", "DPM-Solver++(2M)", *(f"TCD, γ {gamma:g}" for gamma in FRESH_NOISE)):
-        by_steps = (_reference(results, f"{solver} {steps}", measure, scale, form) for steps in STEPS)
+        by_steps = (_reference(results, f"{solver} {steps}", key, measure) for steps in STEPS)
         rows.append([f"teacher, {solver}", *by_steps])
-    best = _reference(results, "DDIM 50", measure, scale, form)
+    best = _reference(results, "DDIM 50", key, measure)
     rows.append(["teacher, DDIM, 50 steps", *[""] * (len(STEPS) - 1), best])
     return _rows(["steps", *map(str, STEPS)], rows)
 
@@ -215,25 +251,27 @@ def _variations(results: Results, measures: Mapping[str, str]) -> str:
     """Return the tables of the variations, together with the methods that they vary."""
     others = [name for name in results.runs if name not in results.lr]
     names = [*dict.fromkeys(ALL[name].of for name in others), *others]
-    tables = (
-        f"{title.capitalize()}:\n\n{_table(results, names, measure, 1e3, '{:.1f}')}"
-        for measure, title in measures.items()
-    )
+    tables = (f"{title.capitalize()}:\n\n{_table(results, names, measure)}" for measure, title in measures.items())
     return "\n\n".join(["### Variations", *tables]) + "\n"
 
 
-def _reference(results: Results, name: str, measure: str, scale: float, form: str) -> str:
-    found = [scale * each[name][measure] for each in results.references if name in each]
-    return _spread(found, form) if found else ""
+def _reference(results: Results, name: str, key: str, measure: Measure = DISTANCE) -> str:
+    found = [measure.scale * each[name][key] for each in results.references if name in each]
+    return _spread(found, measure.form) if found else ""
 
 
-def _by_gamma(results: Results, measure: str) -> str:
-    rows = [
-        [name, f"{gamma:g}", *(f"{each:.1f}".replace("nan", "") for each in found)]
-        for name in results.lr
-        for gamma in GAMMAS
-        for found in [_distances(results, name, gamma, measure)]
-    ]
+def _by_gamma(results: Results, key: str, measure: Measure = DISTANCE) -> str:
+    """Return the means at every gamma, of all methods and of the teacher by the TCD sampler."""
+    rows = []
+    for name in results.lr:
+        for gamma in GAMMAS:
+            means = (measure.scale / 1e3 * each for each in _means(results, name, key, gamma))
+            rows.append([name, f"{gamma:g}", *map(measure.form.format, means)])
+    for gamma in GAMMAS:
+        solver = f"TCD, γ {gamma:g}" if gamma else "DDIM"
+        found = [[each[f"{solver} {steps}"][key] for each in results.references] for steps in STEPS]
+        means = (measure.scale * statistics.mean(values) for values in found)
+        rows.append(["teacher", f"{gamma:g}", *map(measure.form.format, means)])
     return _rows(["", "γ", *map(str, STEPS)], rows)
 
 
@@ -260,88 +298,47 @@ def _tries(results: Results) -> str:
 
 
 def _goals(results: Results, measures: Mapping[str, str]) -> list[str]:
-    """Return one line for each goal, with the result and whether it is met."""
-    kinds = [kind for kind in ("", ", plain", ", weighting x0") if f"TCD S+{kind}" in results.runs]
-    found = [_goals_of(results, kind, *each) for each in measures.items() for kind in kinds]
-    found.append(_goals_of_diagonal(results, measures))
-    return [f"{text}: **{'met' if met else 'not met'}**" for goals in found for text, met in goals]
+    """Return one line for each goal of S+, with the result and whether it is met."""
+    goals = [*_goals_of_distances(results, measures), _goal_of_jumps(results)]
+    if any("open_distance" in cell for cell in results.references[0].values()):
+        lcm, found = (_means(results, name, "open_distance")[2] for name in ("LCM", S_PLUS))
+        goals.append(_goal("distance to the world, partial captions, with 4 steps", found, 0.7 * lcm, "0.7 of LCM's"))
+    return [f"{text}: **{'met' if met else 'not met'}**" for text, met in goals]
 
 
-def _goals_of(results: Results, kind: str, measure: str, called: str) -> list[tuple[str, bool]]:
-    """Return the goals of TCD and TCD S+ of one kind, such as ", plain", compared with LCM (of that kind if run)."""
-    baseline = f"LCM{kind}" if f"LCM{kind}" in results.runs else "LCM"
-    lcm, tcd, s_plus = (
-        _distances(results, name, ALL[name].gamma, measure) for name in (baseline, f"TCD{kind}", f"TCD S+{kind}")
-    )
-    best = min(lcm)
-    goals = [
-        (
-            f"TCD{kind}, {called}: {tcd[2]:.1f} with 4 steps and {tcd[5]:.1f} with 32 "
-            f"(goal: not worse with 32; LCM: {lcm[2]:.1f} and {lcm[5]:.1f})",
-            tcd[5] <= tcd[2],
-        ),
-        (
-            f"TCD S+{kind}, {called} with 2 steps: {s_plus[1]:.1f} (goal: at most LCM's best, {best:.1f})",
-            s_plus[1] <= best,
-        ),
-        (
-            f"TCD S+{kind}, {called} with 4 steps: {s_plus[2]:.1f} "
-            f"(goal: at most 0.6 times LCM's best, {0.6 * best:.1f})",
-            s_plus[2] <= 0.6 * best,
-        ),
-    ]
-    if measure == "distance":
-        limit = 1.5 * statistics.mean(1e3 * each["DDIM 50"]["distance"] for each in results.references)
-        text = (
-            f"TCD S+{kind}, {called} with 8 steps: {s_plus[3]:.1f} "
-            f"(goal: at most 1.5 times the teacher's with 50 steps, {limit:.1f})"
-        )
-        goals.append((text, s_plus[3] <= limit))
-    return goals
+def _goal(what: str, found: float, limit: float, limit_is: str) -> tuple[str, bool]:
+    return f"{what}: {found:.2f} (goal: at most {limit:.2f}, {limit_is})", found <= limit
 
 
-def _goals_of_diagonal(results: Results, measures: Mapping[str, str]) -> list[tuple[str, bool]]:
-    """Return the goals of TCD S+ with a share of s = t_next: few steps and many alike good."""
-    name, goals = "TCD S+, diagonal", []
+def _goals_of_distances(results: Results, measures: Mapping[str, str]) -> Iterator[tuple[str, bool]]:
     noise = statistics.stdev(1e3 * each["fresh data"]["distance"] for each in results.references)
-    teacher = statistics.mean(1e3 * each["DDIM 50"]["distance"] for each in results.references)
-    found = {measure: _distances(results, name, ALL[name].gamma, measure) for measure in measures}
-    lcm = {measure: _distances(results, "LCM", ALL["LCM"].gamma, measure) for measure in measures}
-    world, most = found["distance"], max(found["distance"][1:])
-    limit = min(world[2] + 2 * noise, teacher)
-    text = f"{name}, {measures['distance']} from 2 to 32 steps: at most {most:.1f}"
-    goals.append((f"{text} (goal: at most {limit:.1f}, by 4 steps and by the teacher's 50)", most <= limit))
-    if "from_teacher" in measures:
-        away, best = found["from_teacher"], min(lcm["from_teacher"])
-        text = f"{name}, {measures['from_teacher']}"
-        goals += [
-            (f"{text} from 2 to 32 steps: at most {max(away[1:]):.1f} (goal: 0.5)", max(away[1:]) <= 0.5),
-            (
-                f"{text} with 1 step: {away[0]:.1f} (goal: half of LCM's, {lcm['from_teacher'][0] / 2:.1f})",
-                away[0] <= lcm["from_teacher"][0] / 2,
-            ),
-            (f"{text} with 2 steps: {away[1]:.1f} (goal: 0.7 of LCM's best, {0.7 * best:.1f})", away[1] <= 0.7 * best),
-        ]
-    errors, before = _errors(results, name), _errors(results, "TCD S+")
-    ratio = max(errors[pair] / before[pair] for pair in errors)
-    goals.append((f"{name}, errors of the jumps: at most {ratio:.2f} of TCD S+'s (goal: 0.7)", ratio <= 0.7))
-    return goals
+    world, called = _means(results, S_PLUS), measures["distance"]
+    most = max(world[1:])
+    yield _goal(f"{called} with 2 to 32 steps", most, world[2] + 2 * noise, "its own with 4 steps and twice the noise")
+    yield _goal(f"{called} with 2 to 32 steps", most, _teacher(results), "the teacher's with 50 steps")
+    nearest = "from_teacher" if "from_teacher" in measures else "distance"
+    found, lcm, called = _means(results, S_PLUS, nearest), _means(results, "LCM", nearest), measures[nearest]
+    if nearest == "from_teacher":
+        yield _goal(f"{called} with 2 to 32 steps", max(found[1:]), 0.5, "about the noise")
+    yield _goal(f"{called} with 1 step", found[0], 0.5 * lcm[0], "half of LCM's")
+    yield _goal(f"{called} with 2 steps", found[1], 0.7 * min(lcm), "0.7 of LCM's best")
+
+
+def _goal_of_jumps(results: Results) -> tuple[str, bool]:
+    found, before = (_errors(results, name) for name in (S_PLUS, BEFORE))
+    ratio = max(found[pair] / before[pair] for pair in found)
+    return _goal(f"errors of the jumps, relative to {BEFORE}, at most", ratio, 0.7, "for every t and s")
 
 
 def _plot_distances(results: Results, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, len(GAMMAS), figsize=(12, 4), sharey=True, layout="constrained")
-    teacher = statistics.mean(1e3 * each["DDIM 50"]["distance"] for each in results.references)
     for panel, gamma in zip(panels, GAMMAS, strict=True):
         for name in results.lr:
-            panel.plot(
-                STEPS,
-                [each if math.isnan(each) else max(each, 0.3) for each in _distances(results, name, gamma)],
-                marker="o",
-                label=name,
-            )
-        panel.axhline(max(teacher, 0.3), color="gray", linestyle=":", label="teacher, DDIM, 50 steps")
+            means = [max(each, 0.3) for each in _means(results, name, gamma=gamma)]
+            panel.plot(STEPS, means, marker="o", label=name)
+        panel.axhline(max(_teacher(results), 0.3), color="gray", linestyle=":", label="teacher, DDIM, 50 steps")
         panel.set(xscale="log", yscale="log", title=f"γ = {gamma:g}", xlabel="steps", xticks=STEPS, xticklabels=STEPS)
         panel.minorticks_off()
     panels[0].set_ylabel("energy distance × 1000")

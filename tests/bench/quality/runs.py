@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -36,7 +37,11 @@ def compare(name: str, folder: Path) -> report.Results:
         tries[method][lr] = score
     best = {method: min(tried, key=tried.__getitem__) for method, tried in tries.items()}
     rate_of = best | {name: best[method.of] for name, method in world.OTHERS.items()}
-    finals = [(method, lr, seed) for method, lr in rate_of.items() for seed in SEEDS]
+    finals = [
+        (method, lr, seed)
+        for method, lr in rate_of.items()
+        for seed in (world.OTHERS_SEEDS if method in world.OTHERS else SEEDS)
+    ]
     runs = at_once(f"{name}, runs", partial(measure, name, folder), finals)
     references = at_once(f"{name}, teacher", partial(measure_references, name, folder), [(seed,) for seed in SEEDS])
     by_method: dict[str, list[Any]] = {method: [] for method in rate_of}
@@ -79,9 +84,11 @@ def measure_references(name: str, folder: Path, seed: int) -> Any:
 
 
 def done(path: Path, make: Any) -> Any:
-    """Return the result in the file; if there is none, compute it with `make` and write it."""
+    """Return the result in the file; if there is none, compute it with `make` and write it, with its seconds."""
     if not path.exists():
+        started, result = time.monotonic(), make()
         unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(make(), indent=1), encoding="utf-8")
+        content = {"seconds": round(time.monotonic() - started), "result": result}
+        unfinished.write_text(json.dumps(content, indent=1), encoding="utf-8")
         unfinished.replace(path)
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(path.read_text(encoding="utf-8"))["result"]

@@ -6,122 +6,99 @@ the features of the demo's classifier, between what a student draws and pictures
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from measures import Points, coverage, edge_strength, energy_distance, fine_detail
-from methods import FRESH_NOISE, METHODS, SEEDS, STEPS, TUNED_AT, VARIATIONS, Method, cells
+from measures import coverage, edge_strength, fine_detail
+from methods import CELLS, FRESH_NOISE, METHODS, SEEDS, STEPS, TUNED_AT, VARIATIONS, Method
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trajectory_consistency.tcd import TimePoint, add_noise, jump, timestep_grid
 from trajectory_consistency.tcd.adapter import FILE
 from trajectory_consistency.trainer.atomic import atomic_write
-from trajectory_consistency.trainer.config import settings as config
+from trajectory_consistency.trainer.demo import distill as demo_distill
 from trajectory_consistency.trainer.demo import methods as demo
-from trajectory_consistency.trainer.demo.classifier import Classifier, train_classifier, world_sample
-from trajectory_consistency.trainer.demo.metrics import caption_accuracy
+from trajectory_consistency.trainer.demo.classifier import Classifier, train_classifier
+from trajectory_consistency.trainer.demo.metrics import Judge, world_pictures
 from trajectory_consistency.trainer.files.adapter_weights import load_weights
 from trajectory_consistency.trainer.models.teacher_sampling import dpm_solver_sample
-from trajectory_consistency.trainer.run import run
 from trajectory_consistency.trainer.tiny import world
 from trajectory_consistency.trainer.views.grid import Row, draw_grid
 
 NAME = "shapes"
-TUNED: Mapping[str, Method] = METHODS
-OTHERS: Mapping[str, Method] = {name: VARIATIONS[name] for name in ("TCD, weighting x0", "TCD S+, weighting x0")}
+TUNED = METHODS
+OTHERS, OTHERS_SEEDS = VARIATIONS, SEEDS[:1]
 LEARNING_RATES = (3e-4, 1e-3)
-ITERATIONS, TRY_ITERATIONS, BATCH = 1000, 350, 32
-SCENES = world.all_scenes()
-CAPTIONS = [scene.caption for scene in SCENES]
-PICTURES = len(SCENES)
-"""Of each cell of the tables: one for each thing that a caption can say, so that chance has no hand in the captions."""
-REFERENCES, TEACHERS, FOLLOWED = 6, 2, 32
-"""Pictures of each caption by the world and by the teacher, and of each start of a trajectory."""
+ITERATIONS, TRY_ITERATIONS, BATCH = 1000, 350, demo_distill.BATCH
+PROMPTS = 250
+COMPLETE = [world.Prompt(scene, tuple(world.LABELS)) for scene in world.random_scenes(PROMPTS, seed=1)]
+OPEN = [prompt for prompt in world.random_prompts(4 * PROMPTS, seed=1) if len(prompt.parts) < len(world.LABELS)]
+OPEN = OPEN[:PROMPTS]
+"""Prompts whose captions say everything, and prompts that leave something open; each cell has a picture of each."""
+CAPTIONS = [prompt.caption for prompt in (*COMPLETE, *OPEN)]
+REFERENCES, TEACHERS, FOLLOWED = 8, 3, 32
+"""Pictures of each prompt by the world and by the teacher, and of each start of a trajectory."""
 COLUMNS, DRAWN = 8, (1, 2, 4, 32)
 """Pictures in a row, and numbers of steps, of what is shown."""
 
 
-class Measured(NamedTuple):
-    """What pictures of the world and of the teacher are in the classifier's features."""
-
-    reference: Points
-    teacher: Points
-
-
-def load_or_encode(folder: Path) -> None:
+def prepare(folder: Path) -> None:
     """Make what all runs share: the pictures, the classifier, the teacher's pictures and trajectories."""
-    if not (folder / "pictures").exists():
-        world.write_folder(folder / "pictures.unfinished", 1024, seed=0)
-        (folder / "pictures.unfinished").rename(folder / "pictures")
-    teacher_features(folder)
+    demo_distill.write_pictures(folder)
+    teacher_pictures(folder)
     trajectories(folder)
 
 
 def distill(method: Method, lr: float, seed: int, folder: Path, iterations: int = ITERATIONS) -> Path:
     """Train a student by a method, or have it as it was trained before, and return its LoRA file."""
-    settings = config.from_mapping(
-        {
-            "base": {"path": "tiny"},
-            "data": {
-                "folder": str(folder / "pictures"),
-                "resolution": world.SIZE_PX,
-                "cache": str(folder / "cache"),
-            },
-            "method": {
-                **method.settings,
-                "guidance_min": demo.TEACHER_GUIDANCE,
-                "guidance_max": demo.TEACHER_GUIDANCE,
-            },
-            "adapter": {"rank": 32, "alpha": 32.0},
-            "training": {"steps": iterations, "batch": BATCH, "lr": lr, "warmup_steps": 10, "seed": seed},
-            "output": {"folder": str(folder / f"{method.name}-{lr:g}-{seed}-{iterations}"), "name": "lora"},
-        }
-    )
-    return settings.lora_path if settings.lora_path.exists() else run(settings)
+    out = folder / f"{method.name}-{lr:g}-{seed}-{iterations}"
+    return demo_distill.distill(method.settings, out, shared=folder, lr=lr, steps=iterations, seed=seed)
 
 
 @cache
-def measured(folder: Path) -> Measured:
-    features = classifier(folder).features(pictures_of(SCENES * REFERENCES, "reference"))
-    return Measured(
-        Points(features, kinds(REFERENCES)),
-        Points(teacher_features(folder), kinds(TEACHERS)),
-    )
+def judges(folder: Path) -> tuple[Judge, Judge]:
+    """What pictures of COMPLETE and of OPEN are compared with."""
+    of_teacher = teacher_pictures(folder).unflatten(0, (TEACHERS, len(CAPTIONS)))
+
+    def judge(prompts: list[world.Prompt], teacher: Tensor) -> Judge:
+        drawn = world_pictures(prompts, REFERENCES, "reference")
+        return Judge(classifier(folder), prompts, world=drawn, teacher=teacher.flatten(0, 1))
+
+    return judge(COMPLETE, of_teacher[:, :PROMPTS]), judge(OPEN, of_teacher[:, PROMPTS:])
 
 
-def kinds(rounds: int) -> Tensor:
-    """Which caption each picture of `rounds` times all is of."""
-    return torch.arange(PICTURES).repeat(rounds)
-
-
-def teacher_features(folder: Path) -> Tensor:
-    """Features of what the teacher draws in 50 steps."""
+def teacher_pictures(folder: Path) -> Tensor:
+    """What the teacher draws in 50 steps, uint8 [TEACHERS * 2 * PROMPTS, 3, H, W]."""
     path = folder / "teacher.safetensors"
     if not path.exists():
         row = demo.Method("teacher", None, 50, 0.0)
-        drawn = demo.DemoSampler({}, CAPTIONS * TEACHERS).pictures(row, PICTURES * TEACHERS, 40_000)
+        drawn = demo.DemoSampler({}, CAPTIONS * TEACHERS).pictures(row, len(CAPTIONS) * TEACHERS, 40_000)
         with atomic_write(path) as unfinished:
-            save_file({"features": classifier(folder).features(drawn)}, unfinished)
-    return load_file(path)["features"]
+            save_file({"pictures": drawn}, unfinished)
+    return load_file(path)["pictures"]
+
+
+def fresh_pictures(purpose: str) -> Tensor:
+    """What the world draws, in the order of CAPTIONS."""
+    return torch.cat([world_pictures(prompts, 1, purpose) for prompts in (COMPLETE, OPEN)])
 
 
 def measure_pictures(pictures: Tensor, folder: Path) -> dict[str, float]:
-    """What is reported of pictures [N, 3, H, W], one for each caption."""
-    against, features = measured(folder), classifier(folder).features(pictures)
-    points = Points(features, kinds(1))
-    return {
-        "distance": energy_distance(points, against.reference),
-        "from_teacher": energy_distance(points, against.teacher),
-        "covered": coverage(points, against.reference),
-        "right": caption_accuracy(classifier(folder), features, SCENES)[0],
-        "detail": fine_detail(pictures),
-        "edges": edge_strength(pictures),
-    }
+    """What is reported of pictures [N, 3, H, W], in the order of CAPTIONS."""
+    found: dict[str, float] = {"detail": fine_detail(pictures), "edges": edge_strength(pictures)}
+    for prefix, judge, part in zip(("", "open_"), judges(folder), pictures.split(PROMPTS), strict=True):
+        points, metrics = judge.points(judge.classifier.features(part)), judge.metrics(part)
+        found |= {
+            f"{prefix}distance": metrics["to_world"],
+            f"{prefix}from_teacher": metrics["to_teacher"],
+            f"{prefix}right": metrics["accuracy"],
+            f"{prefix}covered": coverage(points, judge.world),
+        }
+    return found
 
 
 def try_out(method: Method, lr: float, seed: int, folder: Path) -> list[float]:
@@ -135,7 +112,7 @@ def measure(method: Method, lr: float, seed: int, folder: Path) -> dict[str, Any
     """Everything that is reported of a student: of its samples by "steps gamma", and of its jumps by "t s"."""
     lora = distill(method, lr, seed, folder)
     return {
-        "samples": measure_cells(lora, cells(method, most=TUNED_AT[-1]), seed, folder),
+        "samples": measure_cells(lora, CELLS, seed, folder),
         "trajectory": trajectory_errors(lora, folder),
     }
 
@@ -145,28 +122,28 @@ def measure_cells(lora: Path, wanted: list[tuple[int, float]], seed: int, folder
     studio, found = demo.DemoSampler({"student": lora}, CAPTIONS), {}
     for steps, gamma in wanted:
         row = demo.Method(f"{steps} steps", "student", steps, gamma)
-        pictures = studio.pictures(row, PICTURES, 20_000 + 1000 * seed)
+        pictures = studio.pictures(row, len(CAPTIONS), 20_000 + 1000 * seed)
         found[f"{steps} {gamma:g}"] = measure_pictures(pictures, folder)
     return found
 
 
 def measure_references(seed: int, folder: Path) -> dict[str, dict[str, float]]:
     """The same of fresh pictures, and of the teacher by two solvers and the TCD sampler; its jumps are "DDIM"."""
-    found = {"fresh data": measure_pictures(pictures_of(SCENES, f"fresh {seed}"), folder)}
+    found = {"fresh data": measure_pictures(fresh_pictures(f"fresh {seed}"), folder)}
     found["DDIM"] = trajectory_errors(None, folder)
     studio, start = demo.DemoSampler({}, CAPTIONS), 20_000 + 1000 * seed
     samplers = {"DDIM": 0.0, **{f"TCD, γ {gamma:g}": gamma for gamma in FRESH_NOISE}}
     for steps in (*STEPS, 50):
         for sampler, gamma in samplers.items():
             row = demo.Method(f"{sampler} {steps}", None, steps, gamma)
-            found[row.label] = measure_pictures(studio.pictures(row, PICTURES, start), folder)
+            found[row.label] = measure_pictures(studio.pictures(row, len(CAPTIONS), start), folder)
         if steps > TUNED_AT[-1]:
             continue  # where it is DDIM's own distance
         latents = dpm_solver_sample(
             studio.model,
             studio.cond,
             studio.guidance.uncond,
-            demo.noise_for(start, PICTURES),
+            demo.noise_for(start, len(CAPTIONS)),
             steps=steps,
             guidance=studio.guidance.scale,
         )
@@ -176,9 +153,9 @@ def measure_references(seed: int, folder: Path) -> dict[str, dict[str, float]]:
 
 def _followed() -> tuple[demo.DemoSampler, Tensor]:
     """What trajectories are followed of: captions, encoded, and the latents of pictures of them."""
-    pictures, scenes = world_sample(FOLLOWED, purpose="trajectories", seed=0)
-    studio = demo.DemoSampler({}, [scene.caption for scene in scenes])
-    return studio, studio.autoencoder.encode(pictures).mean
+    prompts = world.random_prompts(FOLLOWED, seed=2)
+    studio = demo.DemoSampler({}, [prompt.caption for prompt in prompts])
+    return studio, studio.autoencoder.encode(world_pictures(prompts, 1, "trajectories")).mean
 
 
 def _point(studio: demo.DemoSampler, timestep: int) -> TimePoint:
@@ -229,13 +206,13 @@ def trajectory_errors(lora: Path | None, folder: Path) -> dict[str, float]:
     return errors
 
 
-def draw(lr: Mapping[str, float], folder: Path, path: Path) -> None:
-    """Draw some captions by each method, by its learning rate, in rows of numbers of steps, under the teacher's."""
-    captions = [scene.caption for scene in world.random_scenes(COLUMNS, 1)]
+def draw(lr: Mapping[str, float], gamma: Mapping[str, float], folder: Path, path: Path) -> None:
+    """Draw some captions by each method, with its learning rate and gamma, in rows of numbers of steps."""
+    captions = [prompt.caption for prompt in (*COMPLETE[: COLUMNS // 2], *OPEN[: COLUMNS // 2])]
     loras = {name: distill(METHODS[name], rate, SEEDS[0], folder) for name, rate in lr.items()}
     studio = demo.DemoSampler(loras, captions)
     rows = [demo.Method("Teacher", None, steps, 0.0) for steps in (50, 4)]
-    rows += [demo.Method(name, name, steps, METHODS[name].gamma) for name in lr for steps in DRAWN]
+    rows += [demo.Method(name, name, steps, gamma[name]) for name in lr for steps in DRAWN]
     grid = [
         Row(
             f"{row.label}, {row.steps} step{'s' if row.steps > 1 else ''}\n{row.detail}",
@@ -255,8 +232,3 @@ def classifier(folder: Path) -> Classifier:
     made = Classifier().eval().requires_grad_(False)
     made.load_state_dict(load_file(path))
     return made
-
-
-def pictures_of(scenes: list[world.Scene], purpose: str) -> Tensor:
-    """Pictures of scenes by the world itself, apart from those of any other purpose."""
-    return world.draw_pictures(scenes, random.Random(purpose))
