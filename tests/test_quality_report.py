@@ -27,7 +27,7 @@ def cell(name: str, steps: int, gamma: float) -> dict[str, float]:
 
 def results(error: float = 0.5) -> report.Results:
     """Two seeds of every method; the errors of the jumps of S+ are `error` times those of the others."""
-    others = ("covered", "right", "open_right", "open_from_teacher", "detail", "edges")
+    others = ("covered", "strays", "right", "open_right", "open_from_teacher", "detail", "edges")
     rest = dict.fromkeys(others, 0.5)
 
     def run(name: str) -> dict[str, Any]:
@@ -41,11 +41,18 @@ def results(error: float = 0.5) -> report.Results:
         teacher = dict.fromkeys(("distance", "from_teacher", "open_distance"), 3e-3) | rest
         solvers = ("DDIM", "DPM-Solver++(2M)", *(f"TCD, γ {gamma:g}" for gamma in FRESH_NOISE))
         found = {f"{solver} {steps}": teacher for solver in solvers for steps in (*STEPS, 50)}
-        return {**found, "DDIM": dict.fromkeys(JUMPS, 0.3), "fresh data": teacher | {"distance": fresh}}
+        return {
+            **found,
+            "DDIM": dict.fromkeys(JUMPS, 0.3),
+            "teacher": {"unevenness": 0.03},
+            "fresh data": teacher | {"distance": fresh},
+        }
 
     lr = dict.fromkeys(METHODS, 1e-3)
     tries = {name: {3e-4: 0.2, 1e-3: 0.1} for name in METHODS}
-    return report.Results(tries, lr, {name: [run(name)] * 2 for name in METHODS}, [reference(0.0), reference(1e-4)])
+    return report.Results(
+        tries, lr, {name: [run(name)] * 2 for name in METHODS}, [reference(0.0), reference(1e-4)], 1800
+    )
 
 
 @pytest.mark.parametrize(("name", "gamma"), [("LCM", 1.0), ("TCD", 0.3), ("PCM", 0.0)])
@@ -70,3 +77,11 @@ def test_the_page_has_every_method_in_every_table() -> None:
         assert text.count(f"\n| {name}, γ {gamma:g} |") == 1 + len(report.ABOUT["shapes"].others)
     assert "| LCM, γ 1 | 2.2 (0.0) | 2.4 (0.0) | 2.8 (0.0) | 3.6 (0.0) | 5.2 (0.0) | 8.4 (0.0) |" in text
     assert "| teacher, DDIM, 50 steps |  |  |  |  |  | 3.0 (0.0) |" in text
+
+
+def test_the_page_begins_with_the_main_methods_and_ends_with_the_hours() -> None:
+    text = report.page({"checkerboard": results(), "shapes": results()})
+    first, everything = text.split("# All results")
+    assert "| TCD S+, diagonal, γ 0 | 2.0 (0.0) | 2.0 (0.0) |" in first
+    assert first.count("\n| TCD S+, diagonal, γ 0 |") == 3 and "| PCM, γ" not in first
+    assert "took 1.0 hours of one core" in everything

@@ -33,11 +33,15 @@ class Results(NamedTuple):
     """Results by method, one for each seed."""
     references: Sequence[Mapping[str, Mapping[str, float]]]
     """For each seed: results of the teacher's samplers and of fresh data, by name."""
+    seconds: float
+    """What all runs took."""
 
 
 ALL = METHODS | PLAIN | VARIATIONS
 S_PLUS, BEFORE = "TCD S+, diagonal", "TCD S+"
 """The method that the goals are for, and the same without the shares of the diagonal and of s = 0."""
+MAIN = ("LCM", "TCD", BEFORE, S_PLUS)
+"""The methods of the page's first tables."""
 
 
 class Measure(NamedTuple):
@@ -56,8 +60,6 @@ class About(NamedTuple):
     others: Mapping[str, Measure]
     goals: Mapping[str, str]
     """The quantities that have goals, and their names in the text."""
-    detail: Mapping[str, Measure] = {}
-    """Quantities of which neither more nor less is better; they are shown at every gamma."""
 
 
 ABOUT = {
@@ -102,23 +104,24 @@ ABOUT = {
             "open_right": Measure("Partial captions: pictures that show what is mentioned, in %", 100, "{:.0f}"),
         },
         {"distance": "distance to the world", "from_teacher": "distance to the teacher"},
-        {
-            "detail": Measure(
-                "Fine detail, in %",
-                100,
-                "{:.2f}",
-                "The share of the pictures' power above half of the Nyquist frequency. Fresh pictures have {fresh}.",
-            ),
-            "edges": Measure(
-                "Edges",
-                1,
-                "{:.2f}",
-                "The mean absolute difference between neighboring pixels, of values from 0 to 255. Fresh pictures have "
-                "{fresh}.",
-            ),
-        },
     ),
 }
+DETAIL = {
+    "detail": Measure(
+        "Fine detail, in %",
+        100,
+        "{:.2f}",
+        "The share of the pictures' power above half of the Nyquist frequency. Fresh pictures have {fresh}.",
+    ),
+    "edges": Measure(
+        "Edges",
+        1,
+        "{:.2f}",
+        "The mean absolute difference between neighboring pixels, of values from 0 to 255. Fresh pictures have "
+        "{fresh}.",
+    ),
+}
+"""What is measured of the shapes at every gamma, and of which neither more nor less is better."""
 
 
 def page(found: Mapping[str, Results]) -> str:
@@ -126,6 +129,7 @@ def page(found: Mapping[str, Results]) -> str:
     parts = {name: part(name, results) for name, results in found.items()}
     if len(parts) == 1:
         return next(iter(parts.values()))
+    board, pictures = found[checkerboard.NAME], found[shapes.NAME]
     return Template((HERE / "page.md").read_text(encoding="utf-8")).substitute(
         huber_c=HUBER_C,
         ema_decay=EMA_DECAY,
@@ -133,11 +137,22 @@ def page(found: Mapping[str, Results]) -> str:
         methods="\n".join(f"| {each.name} | {each.about} | {each.gamma:g} |" for each in METHODS.values()),
         checkerboard_size=f"{checkerboard.ITERATIONS} iterations of {checkerboard.BATCH} points, "
         f"{len(checkerboard.LEARNING_RATES)} learning rates tried.",
-        shapes_size=f"{shapes.ITERATIONS} iterations of {shapes.BATCH} pictures; "
-        f"{len(shapes.LEARNING_RATES)} learning rates tried, with {shapes.TRY_ITERATIONS} iterations each.",
+        shapes_size=f"{shapes.ITERATIONS} iterations of {shapes.BATCH} pictures, {len(shapes.LEARNING_RATES)} learning "
+        f"rates tried with {shapes.TRY_ITERATIONS} iterations each.",
         guidance=f"{TEACHER_GUIDANCE:g}",
+        checkerboard_noise=_reference(board, "fresh data", "distance"),
+        checkerboard_to_data=_table(board, MAIN, "distance"),
+        unevenness=f"{100 * pictures.references[0]['teacher']['unevenness']:.1f}",
+        shapes_noise=_reference(pictures, "fresh data", "distance"),
+        shapes_noise_teacher=_reference(pictures, "DDIM 50", "from_teacher"),
+        shapes_to_teacher=_table(pictures, MAIN, "from_teacher"),
+        shapes_to_world=_table(pictures, MAIN, "distance"),
+        detail="\n\n".join(
+            _section(pictures, key, measure, _by_gamma(pictures, key, measure, MAIN)) for key, measure in DETAIL.items()
+        ),
         torch=torch.__version__,
         machine=f"{platform.system()} {platform.machine()}",
+        hours=f"{sum(results.seconds for results in found.values()) / 3600:.1f}",
         **parts,
     )
 
@@ -160,10 +175,7 @@ def part(name: str, results: Results) -> str:
                 _section(results, key, measure, _table(results, results.lr, key, measure))
                 for key, measure in about.others.items()
             ),
-            detail="\n\n".join(
-                _section(results, key, measure, _by_gamma(results, key, measure))
-                for key, measure in about.detail.items()
-            ),
+            method=S_PLUS,
             variations=_variations(results, about.goals),
             tries=_tries(results),
         )
@@ -260,10 +272,10 @@ def _reference(results: Results, name: str, key: str, measure: Measure = DISTANC
     return _spread(found, measure.form) if found else ""
 
 
-def _by_gamma(results: Results, key: str, measure: Measure = DISTANCE) -> str:
-    """Return the means at every gamma, of all methods and of the teacher by the TCD sampler."""
+def _by_gamma(results: Results, key: str, measure: Measure = DISTANCE, names: Iterable[str] = ()) -> str:
+    """Return the means at every gamma, of methods (all without `names`) and of the teacher by the TCD sampler."""
     rows = []
-    for name in results.lr:
+    for name in names or results.lr:
         for gamma in GAMMAS:
             means = (measure.scale / 1e3 * each for each in _means(results, name, key, gamma))
             rows.append([name, f"{gamma:g}", *map(measure.form.format, means)])

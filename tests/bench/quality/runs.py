@@ -47,7 +47,8 @@ def compare(name: str, folder: Path) -> report.Results:
     by_method: dict[str, list[Any]] = {method: [] for method in rate_of}
     for (method, _, _), run in zip(finals, runs, strict=True):
         by_method[method].append(run)
-    return report.Results(tries, best, by_method, references)
+    seconds = sum(json.loads(path.read_text(encoding="utf-8"))["seconds"] for path in folder.glob("*.json"))
+    return report.Results(tries, best, by_method, references, seconds)
 
 
 def at_once(what: str, work: Any, jobs: Sequence[tuple[Any, ...]]) -> list[Any]:

@@ -22,7 +22,7 @@ from trajectory_consistency.tcd.adapter import FILE
 from trajectory_consistency.trainer.atomic import atomic_write
 from trajectory_consistency.trainer.demo import distill as demo_distill
 from trajectory_consistency.trainer.demo import methods as demo
-from trajectory_consistency.trainer.demo.classifier import Classifier, train_classifier
+from trajectory_consistency.trainer.demo.classifier import Classifier, scene_labels, train_classifier
 from trajectory_consistency.trainer.demo.metrics import Judge, world_pictures
 from trajectory_consistency.trainer.files.adapter_weights import load_weights
 from trajectory_consistency.trainer.models.teacher_sampling import dpm_solver_sample
@@ -40,7 +40,7 @@ OPEN = [prompt for prompt in world.random_prompts(4 * PROMPTS, seed=1) if len(pr
 OPEN = OPEN[:PROMPTS]
 """Prompts whose captions say everything, and prompts that leave something open; each cell has a picture of each."""
 CAPTIONS = [prompt.caption for prompt in (*COMPLETE, *OPEN)]
-REFERENCES, TEACHERS, FOLLOWED = 8, 3, 32
+REFERENCES, TEACHERS, FOLLOWED = 8, 6, 32
 """Pictures of each prompt by the world and by the teacher, and of each start of a trajectory."""
 COLUMNS, DRAWN = 8, (1, 2, 4, 32)
 """Pictures in a row, and numbers of steps, of what is shown."""
@@ -80,6 +80,23 @@ def teacher_pictures(folder: Path) -> Tensor:
         with atomic_write(path) as unfinished:
             save_file({"pictures": drawn}, unfinished)
     return load_file(path)["pictures"]
+
+
+def unevenness(folder: Path) -> float:
+    """Return the largest difference of a value's share among the teacher's pictures from its share in the world.
+
+    A picture counts where its caption leaves the part open, such as the color in "a star on a dotted background".
+    """
+    _, judge = judges(folder)
+    drawn = judge.classifier.labels(judge.teacher.at).unflatten(0, (TEACHERS, PROMPTS))
+    largest = 0.0
+    for k, (name, values) in enumerate(world.LABELS.items()):
+        silent = [row for row, prompt in enumerate(OPEN) if name not in prompt.parts]
+        allowed = [scene_labels(OPEN[row].scenes())[:, k] for row in silent]
+        expected = torch.stack([torch.bincount(each, minlength=len(values)) / len(each) for each in allowed]).mean(0)
+        found = torch.bincount(drawn[:, silent, k].flatten(), minlength=len(values)) / (TEACHERS * len(silent))
+        largest = max(largest, (found - expected).abs().max().item())
+    return largest
 
 
 def fresh_pictures(purpose: str) -> Tensor:
@@ -131,6 +148,7 @@ def measure_references(seed: int, folder: Path) -> dict[str, dict[str, float]]:
     """The same of fresh pictures, and of the teacher by two solvers and the TCD sampler; its jumps are "DDIM"."""
     found = {"fresh data": measure_pictures(fresh_pictures(f"fresh {seed}"), folder)}
     found["DDIM"] = trajectory_errors(None, folder)
+    found["teacher"] = {"unevenness": unevenness(folder)}
     studio, start = demo.DemoSampler({}, CAPTIONS), 20_000 + 1000 * seed
     samplers = {"DDIM": 0.0, **{f"TCD, γ {gamma:g}": gamma for gamma in FRESH_NOISE}}
     for steps in (*STEPS, 50):
