@@ -1,8 +1,10 @@
 """Train the embedded tiny teacher on the shapes world: SD1.5's VAE, text encoder and UNet, scaled down.
 
-    python -m trajectory_consistency.trainer.tiny.teach --out trainer/tiny/tiny-sd.safetensors
+    python -m trajectory_consistency.trainer.tiny.teach --out FILE
+    python -m trajectory_consistency.trainer.tiny.teach --start FILE --seed 1 --lr 1e-3 --unet-steps 10000 --out FILE
 
-The result is a single-file checkpoint with the same names as SD1.5's.
+The result is a single-file checkpoint with the same names as SD1.5's. `make teacher` runs both commands, as for the
+embedded one.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from . import world
 
 NUM_TIMESTEPS = 1000
 CAPTION_DROPOUT = 0.1
+VAE_BATCH, UNET_BATCH = 8, 64
 KL_WEIGHT = 1e-4
 INITIAL_LOG_VARIANCE = -6.0
 SHAPE_WEIGHT = 6.0  # weight of the shape's pixels in the VAE's loss, relative to the background
@@ -59,7 +62,7 @@ def _steps(count: int, label: str, optimizer: torch.optim.Optimizer, peak_lr: fl
         schedule.step()
 
 
-def train_vae(vae: AutoencoderKL, images: Tensor, *, steps: int, batch: int, generator: torch.Generator) -> None:
+def train_vae(vae: AutoencoderKL, images: Tensor, *, steps: int, generator: torch.Generator) -> None:
     """Train a VAE on pictures, uint8 [N, 3, H, W], with L1 + L2 + KL; then scale its latents to unit variance."""
     with torch.no_grad():  # start with a narrow posterior: one as wide as the prior would hide the signal in noise
         vae.quant_conv.bias[vae.config.latent_channels :] = INITIAL_LOG_VARIANCE
@@ -67,7 +70,7 @@ def train_vae(vae: AutoencoderKL, images: Tensor, *, steps: int, batch: int, gen
     vae.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99))
     for step in _steps(steps, "vae", optimizer, 1e-3):
-        x = to_signal(images[torch.randint(len(images), (batch,), generator=generator)])
+        x = to_signal(images[torch.randint(len(images), (VAE_BATCH,), generator=generator)])
         posterior = vae.encode(x).latent_dist
         latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
         error = vae.decode(latents).sample - x
@@ -113,7 +116,7 @@ def train_unet(
     captions: list[str],
     *,
     steps: int,
-    batch: int,
+    peak_lr: float,
     generator: torch.Generator,
     save: Callable[[UNet2DConditionModel, CLIPTextModel], None],
 ) -> None:
@@ -125,10 +128,10 @@ def train_unet(
     optimizer = torch.optim.AdamW(models.parameters(), lr=1e-3, weight_decay=1e-3)
     alpha_bar = scaled_linear_alpha_bar(NUM_TIMESTEPS).float()
     ids, empty = tokenize(captions), tokenize([""])
-    for step in _steps(steps, "unet", optimizer, 2e-3):
-        picked = torch.randint(len(latents), (batch,), generator=generator)
-        dropped = torch.rand(batch, generator=generator) < CAPTION_DROPOUT
-        timesteps = _draw_timesteps(batch, generator)
+    for step in _steps(steps, "unet", optimizer, peak_lr):
+        picked = torch.randint(len(latents), (UNET_BATCH,), generator=generator)
+        dropped = torch.rand(UNET_BATCH, generator=generator) < CAPTION_DROPOUT
+        timesteps = _draw_timesteps(UNET_BATCH, generator)
         eps = torch.randn(latents[picked].shape, generator=generator)
         x_t = add_noise(latents[picked], eps, vp_level(rearrange(alpha_bar[timesteps], "b -> b 1 1 1")))
         context = text_encoder(torch.where(dropped[:, None], empty, ids[picked])).last_hidden_state
@@ -172,16 +175,18 @@ def main() -> None:
     parser.add_argument("--vae-steps", type=int, default=8000)
     parser.add_argument("--unet-steps", type=int, default=14000)
     parser.add_argument("--pictures", type=int, default=24000)
-    parser.add_argument("--vae", type=Path, help="use the VAE of this checkpoint, instead of training one")
+    parser.add_argument("--lr", type=float, default=2e-3, help="the highest learning rate of the UNet")
+    parser.add_argument("--start", type=Path, help="continue from this checkpoint, and keep its VAE")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     unet, vae, text_encoder = empty_unet("tiny"), empty_vae("tiny"), empty_text_encoder("tiny")
     images, captions = pictures(options.pictures, options.seed)
-    if options.vae:
-        vae = SingleFile(options.vae).vae("tiny")
+    if options.start:
+        file = SingleFile(options.start)
+        unet, vae, text_encoder = file.unet(torch.float32), file.vae("tiny"), file.text_encoder(torch.float32)[0]
     else:
-        train_vae(vae, images, steps=options.vae_steps, batch=8, generator=generator(options.seed, "vae"))
+        train_vae(vae, images, steps=options.vae_steps, generator=generator(options.seed, "vae"))
     latents = encode_pictures(vae.eval(), images)
     train_unet(
         unet,
@@ -189,7 +194,7 @@ def main() -> None:
         latents,
         captions,
         steps=options.unet_steps,
-        batch=64,
+        peak_lr=options.lr,
         generator=generator(options.seed, "unet"),
         save=lambda unet, text_encoder: write_checkpoint(options.out, unet, vae, text_encoder),
     )

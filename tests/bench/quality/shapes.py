@@ -78,7 +78,7 @@ def teacher_pictures(folder: Path) -> Tensor:
         row = demo.Method("teacher", None, 50, 0.0)
         drawn = demo.DemoSampler({}, CAPTIONS * TEACHERS).pictures(row, len(CAPTIONS) * TEACHERS, 40_000)
         with atomic_write(path) as unfinished:
-            save_file({"pictures": drawn}, unfinished)
+            save_file({"pictures": drawn.contiguous()}, unfinished)
     return load_file(path)["pictures"]
 
 
