@@ -10,7 +10,7 @@ from ..config import settings as config
 from ..run import run
 from ..tiny import world
 
-TEACHER_GUIDANCE = 2.0
+TEACHER_GUIDANCE = 1.5
 EMA_DECAY, HUBER_C = 0.95, 0.03
 PICTURES = 1024
 BATCH = 32

@@ -29,7 +29,7 @@ def compare(name: str, folder: Path) -> report.Results:
     """Choose each method's learning rate, run it with every seed, and return all results of a world."""
     world = WORLDS[name]
     folder.mkdir(parents=True, exist_ok=True)
-    world.prepare(folder)
+    done(folder / "prepared.json", lambda: world.prepare(folder))
     rates = [(method, lr) for method in world.TUNED for lr in world.LEARNING_RATES]
     scores = at_once(f"{name}, tries", partial(try_out, name, folder), rates)
     tries: dict[str, dict[float, float]] = {method: {} for method in world.TUNED}
