@@ -49,6 +49,7 @@ COLUMNS, DRAWN = 8, (1, 2, 4, 32)
 def prepare(folder: Path) -> None:
     """Make what all runs share: the pictures, the classifier, the teacher's pictures and trajectories."""
     demo_distill.write_pictures(folder)
+    classifier(folder)
     teacher_pictures(folder)
     trajectories(folder)
 
