@@ -95,6 +95,11 @@ class Judge:
         )
 
 
+def pixel_difference(pictures: Tensor, others: Tensor) -> float:
+    """Return the root mean square difference of the pixels of pictures, uint8 [B, 3, H, W], averaged over pictures."""
+    return (pictures.float() - others.float()).square().mean((1, 2, 3)).sqrt().mean().item()
+
+
 def world_pictures(prompts: Sequence[Prompt], rounds: int, purpose: str) -> Tensor:
     """Draw each prompt `rounds` times, uint8 [rounds * B, 3, 64, 64]; what a caption leaves open is random.
 
