@@ -24,6 +24,7 @@ from trajectory_consistency.trainer.demo.metrics import (
     Points,
     caption_accuracy,
     energy_distance,
+    pixel_difference,
     world_pictures,
 )
 from trajectory_consistency.trainer.tiny.world import LABELS, Prompt, Scene, draw_pictures, random_prompts
@@ -260,3 +261,11 @@ def test_bytes_span_the_signal_and_floats_are_clamped() -> None:
 def test_what_is_no_picture_is_refused(pictures: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         as_signal(pictures)
+
+
+def test_the_difference_of_pixels_is_of_pairs() -> None:
+    pictures = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    others = pictures.clone()
+    others[1, :, :2] = 200  # half of one picture: its root mean square is 200 / sqrt(2)
+    assert pixel_difference(pictures, pictures) == 0
+    assert pixel_difference(pictures, others) == pixel_difference(others, pictures) == pytest.approx(100 / math.sqrt(2))
