@@ -106,8 +106,8 @@ def test_two_processes_are_one_with_the_whole_batch(name: str, fsdp: bool, folde
     alone = trained(name, folder, ALONE)
     together = trained_together(name, folder, tmp_path / "meeting", fsdp=fsdp)
     for found in together:
-        for part in ("gradient", "losses", "weights"):
-            assert (found[part] - alone[part]).norm() <= 1e-5 * alone[part].norm(), part
+        for part, tolerance in (("gradient", 1e-5), ("losses", 1e-5), ("weights", 1e-4)):
+            assert (found[part] - alone[part]).norm() <= tolerance * alone[part].norm(), part
         kept, total = found["share"].tolist()
         assert (total > 1e6 and 0.45 < kept / total < 0.55) if fsdp else total == 0
 
