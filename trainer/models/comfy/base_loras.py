@@ -109,7 +109,7 @@ def _check_shape(key: str, weight: Tensor, patches: Any) -> None:
     import comfy.lora
 
     try:
-        shape = comfy.lora.calculate_weight(patches, weight.detach().clone(), key).shape
+        shape = comfy.lora.calculate_weight(patches, weight.detach().to(torch.float32, copy=True), key).shape
     except (RuntimeError, ValueError) as error:
         logging.error("%s: %s", key, error)
         return

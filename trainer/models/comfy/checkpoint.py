@@ -44,6 +44,8 @@ class HostCheckpoint:
         does not fit it.
         """
         load_comfyui()
+        from ....nodes.host.training.network import takes_guidance
+
         self._base = base
         self._is_checkpoint = not base.model
         self.path = (
@@ -56,9 +58,10 @@ class HostCheckpoint:
         self._vae = find_model("vae", base.vae, "base.vae") if base.vae else None
         self._config, self._model, self._is_quantised, self._in_file = _recognize(self.path)
         self._time_layer = check_trainable(self._config, self._model, self.path)
+        self._takes_guidance = takes_guidance(self._model.diffusion_model)
         self._loras = HostLoras(base.loras)
         if base.loras:
-            self._loras.check(self._unquantised())
+            self._loras.check(_unquantised(self._config))
         self._sampling = self._model.model_sampling
         self.host_family = type(self._config).__name__
         form = self._config.latent_format
@@ -87,12 +90,10 @@ class HostCheckpoint:
 
     def describe(self) -> str:
         """Describe the model in one line, such as `Flux, loaded by ComfyUI, shift 1.15`."""
-        from ....nodes.host.training.network import takes_guidance
-
         shift = getattr(self._sampling, "shift", None)
         parts = [f"{self.host_family}, loaded by ComfyUI"]
         parts += [] if shift is None else [f"shift {shift:g}"]
-        parts += ["the guidance scale is an input"] if takes_guidance(self._model.diffusion_model) else []
+        parts += ["the guidance scale is an input"] if self._takes_guidance else []
         parts += [f"with {self._base.lora_names}"] if self._base.loras else []
         return ", ".join(parts)
 
@@ -134,13 +135,15 @@ class HostCheckpoint:
             paths = [str(path) for path in self._text_encoders]
             clip = comfy.sd.load_clip(paths, clip_type=kind, model_options=options)
             _check_text_encoders(clip, self._text_encoders)
-            return HostTextEncoder(self._loras.merge_into_text_encoder(clip))
-        _, clip, *_ = comfy.sd.load_checkpoint_guess_config(
-            str(self.path), output_model=False, output_vae=False, te_model_options=options
-        )
-        if clip is None:
-            raise UserError(f"{self.path} has no text encoder: name files in base.text_encoders")
-        return HostTextEncoder(self._loras.merge_into_text_encoder(clip))
+        else:
+            _, clip, *_ = comfy.sd.load_checkpoint_guess_config(
+                str(self.path), output_model=False, output_vae=False, te_model_options=options
+            )
+            if clip is None:
+                raise UserError(f"{self.path} has no text encoder: name files in base.text_encoders")
+        if device.type != "meta":
+            clip = self._loras.merge_into_text_encoder(clip)
+        return HostTextEncoder(clip)
 
     def load_autoencoder(self, device: torch.device) -> HostAutoencoder:
         """Load the VAE, frozen, in float32. Raises UserError if there is none."""
@@ -191,12 +194,6 @@ class HostCheckpoint:
             "tcd.base_fingerprint": fingerprint(self.path),
             **({} if shift is None else {"tcd.shift": f"{shift:g}"}),
         }
-
-    def _unquantised(self) -> Any:
-        """Return the host's BaseModel on the meta device with plain weights, which quantised layers get only later."""
-        if getattr(self._config, "quant_config", None) is None:
-            return self._model
-        return type(self._config)(self._config.unet_config).get_model({}, "", device=torch.device("meta"))
 
     def _distillation(self) -> str:
         """Return what the model itself says about being distilled to few steps; empty if it does not."""
@@ -272,6 +269,11 @@ def _check_text_encoders(clip: Any, files: Sequence[Path]) -> None:
                 f"base.text_encoders has {file}, which ComfyUI does not recognize as a text encoder: name the files "
                 "that its node Load CLIP takes"
             )
+
+
+def _unquantised(config: Any) -> Any:
+    """Return the host's BaseModel on the meta device, with plain weights also where the file's are quantised."""
+    return type(config)(config.unet_config).get_model({}, "", device=torch.device("meta"))
 
 
 def check_trainable(config: Any, model: Any, path: Path) -> str:
