@@ -39,10 +39,13 @@ def load_comfyui() -> Host:
         import comfy.sd
     except ImportError as error:
         sys.path.remove(str(host.folder))
+        # find_host gives the running interpreter where it finds none of ComfyUI's own, as for the portable version.
+        is_unknown = host.python == Path(sys.executable)
+        python, which = ("PYTHON", ", the PYTHON that starts it") if is_unknown else (host.python, "")
         raise UserError(
             f"{sys.executable} cannot import the ComfyUI in {host.folder} ({error}): run the trainer by ComfyUI's own "
-            f'interpreter. Once: {host.python} -m pip install -e "{PACK}[comfyui]"; then: '
-            f"{host.python} -m trajectory_consistency.trainer ..."
+            f'interpreter{which}. Once: {python} -m pip install -e "{PACK}[comfyui]"; then: '
+            f"{python} -m trajectory_consistency.trainer ..."
         ) from error
     finally:
         logging.getLogger().setLevel(log_level)
