@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trajectory_consistency.trainer.demo.comfy_server import Host, HostNotFoundError, find_host
+from trajectory_consistency.trainer.find_comfyui import Host, HostNotFoundError, find_host
 
 # These tests import ComfyUI, and run where its packages are: `python tests/engine`.
 collect_ignore = [] if find_spec("comfy") else ["engine"]

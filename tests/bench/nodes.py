@@ -29,7 +29,8 @@ from reference import tcd_scheduler_sample  # noqa: E402
 
 from trajectory_consistency.tcd import timestep_grid  # noqa: E402
 from trajectory_consistency.trainer.config.base import BaseConfig  # noqa: E402
-from trajectory_consistency.trainer.demo.comfy_server import PACK, ComfyServer, find_host  # noqa: E402
+from trajectory_consistency.trainer.demo.comfy_server import ComfyServer  # noqa: E402
+from trajectory_consistency.trainer.find_comfyui import PACK, find_host  # noqa: E402
 from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint  # noqa: E402
 
 GAMMAS, STEPS = (0.0, 0.3, 1.0), (1, 2, 4, 8)

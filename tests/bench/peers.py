@@ -20,7 +20,7 @@ sys.path.insert(0, str(HERE.parent / "host"))
 
 from checkpoints import write_sd3_mini, write_sd15_mini  # noqa: E402
 
-from trajectory_consistency.trainer.demo.comfy_server import PACK, find_host  # noqa: E402
+from trajectory_consistency.trainer.find_comfyui import PACK, find_host  # noqa: E402
 
 
 def main() -> None:

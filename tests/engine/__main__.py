@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from trajectory_consistency.trainer.demo.comfy_server import Host, HostNotFoundError, find_host
+from trajectory_consistency.trainer.find_comfyui import Host, HostNotFoundError, find_host
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

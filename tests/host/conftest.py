@@ -22,7 +22,8 @@ from diffusers import SD3Transformer2DModel, UNet2DConditionModel, WanTransforme
 from graphs import MINI
 from stand_ins import StandIns
 
-from trajectory_consistency.trainer.demo.comfy_server import PACK, ComfyServer, Host
+from trajectory_consistency.trainer.demo.comfy_server import ComfyServer
+from trajectory_consistency.trainer.find_comfyui import PACK, Host
 
 HERE = Path(__file__).parent
 

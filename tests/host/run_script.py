@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from trajectory_consistency.trainer.demo.comfy_server import PACK, Host
+from trajectory_consistency.trainer.find_comfyui import PACK, Host
 
 SCRIPTS = Path(__file__).parent / "scripts"
 

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from stand_ins import StandIns
 from test_host_workflows import NAMES, SAVING, api_prompt
 
-from trajectory_consistency.trainer.demo.comfy_server import PACK, ComfyServer
+from trajectory_consistency.trainer.demo.comfy_server import ComfyServer
+from trajectory_consistency.trainer.find_comfyui import PACK
 
 pytestmark = [pytest.mark.host, pytest.mark.browser]
 

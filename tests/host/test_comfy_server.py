@@ -8,16 +8,10 @@ from typing import Any
 
 import pytest
 
+from trajectory_consistency.trainer import find_comfyui
 from trajectory_consistency.trainer.demo import comfy_server
-from trajectory_consistency.trainer.demo.comfy_server import (
-    PACK,
-    PACK_NAME,
-    ComfyError,
-    ComfyServer,
-    Host,
-    HostNotFoundError,
-    find_host,
-)
+from trajectory_consistency.trainer.demo.comfy_server import PACK_NAME, ComfyError, ComfyServer
+from trajectory_consistency.trainer.find_comfyui import PACK, Host, HostNotFoundError, find_host
 
 STAND_IN = """
 import http.server, json, os, signal, sys
@@ -77,13 +71,13 @@ class TestFinding:
 
     def test_around_the_pack_before_home(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         around = _folder(tmp_path / "around")
-        monkeypatch.setattr(comfy_server, "PACK", around / "custom_nodes" / PACK_NAME)
+        monkeypatch.setattr(find_comfyui, "PACK", around / "custom_nodes" / PACK_NAME)
         monkeypatch.setattr(Path, "home", lambda: tmp_path)
         _folder(tmp_path / "comfy" / "ComfyUI")
         assert find_host().folder == around.resolve()
 
     def test_at_home(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(comfy_server, "PACK", tmp_path / "a" / "b")
+        monkeypatch.setattr(find_comfyui, "PACK", tmp_path / "a" / "b")
         monkeypatch.setattr(Path, "home", lambda: tmp_path)
         found = _folder(tmp_path / "comfy" / "ComfyUI")
         assert find_host().folder == found.resolve()
@@ -99,7 +93,7 @@ class TestFinding:
             assert find_host().python == folder / venv / inner
 
     def test_nowhere(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(comfy_server, "PACK", tmp_path / "a" / "b")
+        monkeypatch.setattr(find_comfyui, "PACK", tmp_path / "a" / "b")
         monkeypatch.setattr(Path, "home", lambda: tmp_path)
         with pytest.raises(
             HostNotFoundError, match="set COMFYUI_PATH to its folder, or get it with git clone"

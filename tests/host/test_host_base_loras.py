@@ -13,7 +13,7 @@ from run_script import run_script
 from safetensors.torch import load_file, save_file
 
 from trajectory_consistency.trainer.config.base import BaseConfig, BaseLora
-from trajectory_consistency.trainer.demo.comfy_server import Host
+from trajectory_consistency.trainer.find_comfyui import Host
 from trajectory_consistency.trainer.models.unet import families as bases
 from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint
 from trajectory_consistency.trainer.models.unet.ldm import UNET_PREFIX, unet_to_ldm

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from run_script import run_script
 
-from trajectory_consistency.trainer.demo.comfy_server import Host
+from trajectory_consistency.trainer.find_comfyui import Host
 
 pytestmark = pytest.mark.host
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from trajectory_consistency.trainer.demo.comfy_server import PACK, PACK_NAME, ComfyServer
+from trajectory_consistency.trainer.demo.comfy_server import PACK_NAME, ComfyServer
+from trajectory_consistency.trainer.find_comfyui import PACK
 
 LANGUAGES = ("zh", "ja")  # English texts are in the nodes themselves; the browser shows them without a translation
 DOCS = PACK / "nodes" / "web" / "docs"

@@ -3,7 +3,7 @@
 import pytest
 from run_script import run_script
 
-from trajectory_consistency.trainer.demo.comfy_server import Host
+from trajectory_consistency.trainer.find_comfyui import Host
 
 pytestmark = pytest.mark.host
 

@@ -10,7 +10,8 @@ import torch
 from graphs import Graph, shown
 from reference import sigma_table
 
-from trajectory_consistency.trainer.demo.comfy_server import PACK, ComfyError, ComfyServer
+from trajectory_consistency.trainer.demo.comfy_server import ComfyError, ComfyServer
+from trajectory_consistency.trainer.find_comfyui import PACK
 
 # Renaming, reordering or narrowing anything here breaks saved workflows; only additions are safe.
 CONTRACT = {

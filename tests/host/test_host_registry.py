@@ -10,7 +10,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from trajectory_consistency.trainer.demo.comfy_server import PACK, PACK_NAME, PACK_PARTS, ComfyServer, Host
+from trajectory_consistency.trainer.demo.comfy_server import PACK_NAME, PACK_PARTS, ComfyServer
+from trajectory_consistency.trainer.find_comfyui import PACK, Host
 
 FORBIDDEN = ("S102", "S307", "E702")  # ruff's codes for exec, eval, and statements separated by a semicolon
 READ_BY_PEOPLE = {"CHANGELOG.md", "LICENSE", "README.md", "SECURITY.md"}

@@ -15,7 +15,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from stand_ins import RECOMMENDED_STEPS, TRAINED, StandIns
 
-from trajectory_consistency.trainer.demo.comfy_server import PACK, PACK_NAME, ComfyError, ComfyServer
+from trajectory_consistency.trainer.demo.comfy_server import PACK_NAME, ComfyError, ComfyServer
+from trajectory_consistency.trainer.find_comfyui import PACK
 
 NAMES = [
     "tcd-sd15-text-to-image",

@@ -19,11 +19,11 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UserError
+from ..find_comfyui import Host, HostNotFoundError, find_host
 from ..tiny import world
 from ..views.grid import Row, draw_grid
 from .classifier import train_classifier
 from .comfy_row import sample_in_comfy
-from .comfy_server import Host, HostNotFoundError, find_host
 from .distill import distill, write_pictures
 from .methods import COMFY_METHODS, METHODS, DemoSampler, Method
 from .metrics import Judge, pixel_difference, world_pictures

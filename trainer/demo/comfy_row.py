@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
+from ..find_comfyui import Host
 from ..models.unet.checkpoint import TINY_PATH
 from ..models.unet.families import config
 from ..tiny.world import SIZE_PX
 from ..views.preview_prompts import load_picture
-from .comfy_server import ComfyServer, Host
+from .comfy_server import ComfyServer
 
 _TINY_PACK = Path(__file__).parent / "tiny_pack"
 _CHECKPOINT, _LORA = "tiny-sd.safetensors", "tcd-lora.safetensors"

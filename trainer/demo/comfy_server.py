@@ -1,4 +1,4 @@
-"""Run a headless ComfyUI (the host) within a `with` block: find it, start it, run prompts over HTTP, and stop it.
+"""Run a headless ComfyUI (the host) within a `with` block: start it, run prompts over HTTP, and stop it.
 
 Only the standard library is used. The host runs in its own interpreter, so neither process sees the other's packages.
 
@@ -14,19 +14,18 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-PACK = Path(__file__).resolve().parents[2]
+from ..find_comfyui import PACK, Host, find_host
+
 PACK_NAME = "trajectory-consistency"
 PACK_PARTS = ("__init__.py", "pyproject.toml", "locales", "nodes", "tcd", "workflows")  # what the host needs
 
@@ -37,56 +36,12 @@ _POLL_S = 0.05
 _LOG_LINES = 30
 
 
-class HostNotFoundError(RuntimeError):
-    """There is no ComfyUI on this computer; the message says in one line how to get it."""
-
-
 class ComfyError(RuntimeError):
     """The host did not start, or a prompt failed; `node_type` is the class of the node that failed, if one did."""
 
     def __init__(self, message: str, node_type: str | None = None) -> None:
         super().__init__(message)
         self.node_type = node_type
-
-
-@dataclass(frozen=True)
-class Host:
-    """A ComfyUI folder, and the Python interpreter that has its requirements installed."""
-
-    folder: Path
-    python: Path
-
-
-def find_host() -> Host:
-    """Find ComfyUI: COMFYUI_PATH, else the ComfyUI whose custom_nodes folder contains this pack, else ~/comfy/ComfyUI.
-
-    Interpreter: COMFYUI_PYTHON, else the one in ComfyUI's .venv or venv, else the running one. Raises HostNotFoundError
-    if there is none, and if COMFYUI_PATH or COMFYUI_PYTHON is set to something that does not exist.
-    """
-    named = os.environ.get("COMFYUI_PATH")
-    folders = [Path(named)] if named else [PACK.parents[1], Path.home() / "comfy" / "ComfyUI"]
-    for folder in folders:
-        if (folder / "main.py").is_file() and (folder / "comfy").is_dir():
-            return Host(folder.resolve(), _interpreter(folder))
-    looked = " and ".join(str(folder) for folder in folders)
-    raise HostNotFoundError(
-        f"no ComfyUI in {looked}: set COMFYUI_PATH to its folder, or get it with "
-        "git clone https://github.com/comfyanonymous/ComfyUI ~/comfy/ComfyUI "
-        "and install its requirements.txt into a .venv there"
-    )
-
-
-def _interpreter(folder: Path) -> Path:
-    named = os.environ.get("COMFYUI_PYTHON")
-    if named and not Path(named).is_file():
-        raise HostNotFoundError(
-            f"COMFYUI_PYTHON is {named}, but there is no such file: set it to ComfyUI's interpreter"
-        )
-    inner = Path("Scripts", "python.exe") if os.name == "nt" else Path("bin", "python")
-    candidates = [Path(named)] if named else [folder / venv / inner for venv in (".venv", "venv")]
-    existing = [candidate for candidate in candidates if candidate.is_file()]
-    # Not resolved: the python of a venv may be a symbolic link.
-    return existing[0].absolute() if existing else Path(sys.executable)
 
 
 class ComfyServer:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from ...demo.comfy_server import PACK, Host, HostNotFoundError, find_host
 from ...errors import UserError
+from ...find_comfyui import PACK, Host, HostNotFoundError, find_host
 
 OLDEST_TESTED = "0.3.48"
 _VERSION_FILE = "comfyui_version.py"
