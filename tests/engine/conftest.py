@@ -8,6 +8,7 @@ import pytest
 import torch
 
 comfy.cli_args.args.cpu = True
+comfy.cli_args.args.use_pytorch_cross_attention = True
 torch.set_num_threads(1)
 HOST_TESTS = Path(__file__).parents[1] / "host"
 sys.path += [str(HOST_TESTS / "scripts"), str(HOST_TESTS / "packs" / "lent_models")]

@@ -36,6 +36,14 @@ class SmallVae:
         latents = torch.cat([cells * (1 + k) for k in range(-(-self.channels // 3))], dim=1)[:, : self.channels]
         return latents.unsqueeze(2) if self.has_frames else latents
 
+    def memory_used_encode(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        """As of the host's VAEs: the bytes that encoding takes."""
+        return 100 * shape[-2] * shape[-1]
+
+    def memory_used_decode(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        """As of the host's VAEs: the bytes that decoding takes."""
+        return 100 * shape[-2] * shape[-1]
+
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents to pictures [1, H, W, 3], or videos [1, 1, H, W, 3]."""
         pictures = functional.interpolate(latents.squeeze(2) if self.has_frames else latents, scale_factor=8)
@@ -52,7 +60,8 @@ def lend(family: Family) -> mock._patch_dict | Any:
     target = ClipTarget(comfy.sd1_clip.SD1Tokenizer, Text)
 
     def load_text_encoder(self: HostCheckpoint, dtype: torch.dtype, device: torch.device) -> HostTextEncoder:
-        options = {"dtype": dtype, "load_device": device, "offload_device": device, "initial_device": device}
+        cpu = torch.device("cpu")
+        options = {"dtype": dtype, "load_device": cpu, "offload_device": cpu, "initial_device": device}
         return HostTextEncoder(comfy.sd.CLIP(target, model_options=options))
 
     def load_autoencoder(self: HostCheckpoint, device: torch.device) -> HostAutoencoder:

@@ -127,7 +127,7 @@ def estimate_memory(checkpoint: Checkpoint, settings: MemorySettings) -> MemoryE
     model = checkpoint.load(settings.dtype, META)
     weights = model.adapter.add(STUDENT, _new_weights(model, settings))
     trained = sum(parameter.numel() for parameter in weights.parameters())
-    frozen = sum(map(_bytes, model.network.parameters()))
+    frozen = sum(map(_bytes, (*model.network.parameters(), *model.network.buffers())))
     adapter = (4 * (2 if settings.ema else 1) + 2 * settings.moment_bytes) * trained
     sampling = frozen + _teacher_sampling(checkpoint, model, settings) if settings.teacher_samples else 0
     # In the optimizer step: the gradients, and one temporary float32 per weight.
@@ -206,8 +206,12 @@ def _weights(model: Model) -> list[nn.Parameter]:
     return [*model.network.parameters(), *model.adapter.weights[STUDENT].parameters()]
 
 
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _bytes(tensor: Any) -> int:
+    if hasattr(tensor, "__tensor_flatten__"):  # a quantised weight: its numbers, and their scales
+        parts, _ = tensor.__tensor_flatten__()
+        return sum(_bytes(getattr(tensor, part)) for part in parts)
+    size: int = tensor.numel() * tensor.element_size()
+    return size
 
 
 @contextmanager

@@ -46,6 +46,8 @@ class HostNetwork:
         self.network: nn.Module = patcher.model.diffusion_model
         self.device: torch.device = patcher.load_device
         self.schedule = schedule_of(patcher.get_model_object("model_sampling")).to(self.device)
+        if self.device.type == "meta":  # only now, because the schedule is made from the tables' values
+            self.model.model_sampling.to(self.device)
         self.adapter = Adapter(self.network, time_layer)
         self.takes_guidance = takes_guidance(self.network)
         self.one_by_one = False

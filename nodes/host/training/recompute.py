@@ -8,13 +8,13 @@ tensor that is saved for the backward pass before it is written over (`allow_mut
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import allow_mutation_on_saved_tensors
+from torch.autograd.graph import allow_mutation_on_saved_tensors, saved_tensors_hooks
 
 from ....tcd import Adapter
 from .kernels import differentiable_kernels
@@ -117,13 +117,24 @@ class _Recomputed(torch.autograd.Function):
         inputs = [
             tensor.detach().requires_grad_(needs) for tensor, needs in zip(ctx.saved_tensors, needed, strict=True)
         ]
-        with differentiable_kernels(), ctx.adapter.using(ctx.state), allow_mutation_on_saved_tensors():
+        with differentiable_kernels(), ctx.adapter.using(ctx.state), _saved_tensors_may_change(ctx.saved_tensors):
             with torch.enable_grad():
                 outputs = ctx.run(inputs)
             pairs = [(y, gradient) for y, gradient in zip(outputs, gradients, strict=True) if y.requires_grad]
             # It also adds to the gradients of the adapter's weights.
             torch.autograd.backward([y for y, _ in pairs], [gradient for _, gradient in pairs])
         return (None, None, None, *(tensor.grad for tensor in inputs))
+
+
+def _saved_tensors_may_change(inputs: Sequence[Tensor]) -> AbstractContextManager[None]:
+    """Let networks write over tensors that are saved for the backward pass, as when they run again.
+
+    On the meta device, torch cannot tell the tensors apart, and there is no content to keep. Tensors that are saved by
+    hooks are not checked for changes.
+    """
+    if any(tensor.is_meta for tensor in inputs):
+        return saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    return allow_mutation_on_saved_tensors()
 
 
 def _flatten(value: Any, leaves: list[Tensor]) -> _Rebuild:

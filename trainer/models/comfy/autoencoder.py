@@ -21,20 +21,37 @@ class HostAutoencoder:
     def encode(self, pixels: Tensor) -> LatentDistribution:
         """Encode pictures, uint8 [B, 3, H, W]; the host's VAEs return the mean of the posterior.
 
-        One at a time: a VAE for videos would take a batch of pictures for the frames of one video.
+        One at a time: a VAE for videos would take a batch of pictures for the frames of one video. Pictures on the meta
+        device only take the memory that the host expects to need.
         """
+        if pixels.is_meta:
+            return LatentDistribution(self._encode_shapes(pixels), None)
         pictures = rearrange(pixels, "b c h w -> b 1 h w c").float() / 255
         latents = torch.cat([self.vae.encode(picture) for picture in pictures]).float()
         return LatentDistribution(self.latent_format.process_in(latents), None)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode normalized latents to pictures, uint8 [B, 3, H, W]; the frames of a video are side by side."""
+        """Decode normalized latents to pictures, uint8 [B, 3, H, W]; the frames of a video are side by side.
+
+        Latents on the meta device only take the memory that the host expects to need.
+        """
+        if latents.is_meta:
+            _take(self.vae.memory_used_decode(latents[:1].shape, torch.float32))
+            height, width = (side * self.latent_format.spacial_downscale_ratio for side in latents.shape[-2:])
+            return torch.empty(len(latents), 3, height, width, dtype=torch.uint8, device=latents.device)
         pictures = []
         for latent in self.latent_format.process_out(latents.float()).split(1):
             picture = self.vae.decode(latent)
             frames = picture[0] if picture.ndim == 5 else picture
             pictures.append(rearrange(frames, "f h w c -> c h (f w)"))
         return (torch.stack(pictures).clamp(0, 1) * 255).round().to(torch.uint8)
+
+    def _encode_shapes(self, pixels: Tensor) -> Tensor:
+        form = self.latent_format
+        frames = (1,) if form.latent_dimensions == 3 else ()
+        _take(self.vae.memory_used_encode((1, 3, *frames, *pixels.shape[2:]), torch.float32))
+        height, width = (side // form.spacial_downscale_ratio for side in pixels.shape[2:])
+        return torch.empty(len(pixels), form.latent_channels, *frames, height, width, device=pixels.device)
 
     def to(self, device: torch.device) -> HostAutoencoder:
         """Return the VAE; the host moves it to its device while it is used."""
@@ -43,3 +60,8 @@ class HostAutoencoder:
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield all weights."""
         yield from self.vae.first_stage_model.parameters()
+
+
+def _take(size: float) -> None:
+    """Allocate `size` bytes on the meta device, and free them."""
+    torch.empty(int(size), dtype=torch.uint8, device="meta")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +23,7 @@ from ..framing import Framing
 from ..seam import Fingerprints, LatentFormat
 from .autoencoder import HostAutoencoder
 from .base_loras import HostLoras
-from .conditioning import join
+from .conditioning import join, to_device
 from .library import find_model, load_comfyui
 from .model import HostModel
 from .text_encoder import HostTextEncoder
@@ -32,6 +33,9 @@ _UNETS = {"SD15": "sd15", "SD20": "sd2", "SDXL": "sdxl"}
 _RESOLUTIONS = {"SD15": 512, "SD20": 768}
 _OTHER_RESOLUTION = 1024
 _TEXT, _VAE = "text encoder", "VAE"
+_META = torch.device("meta")
+_LONG_CAPTION = "a word " * 100
+"""With more tokens than almost any caption has."""
 
 
 class HostCheckpoint:
@@ -56,13 +60,13 @@ class HostCheckpoint:
         self.name = self.path.stem
         self._text_encoders = [find_model("text_encoders", name, "base.text_encoders") for name in base.text_encoders]
         self._vae = find_model("vae", base.vae, "base.vae") if base.vae else None
-        self._config, self._model, self._is_quantised, self._in_file = _recognize(self.path)
-        self._time_layer = check_trainable(self._config, self._model, self.path)
-        self._takes_guidance = takes_guidance(self._model.diffusion_model)
+        self._config, model, self._is_quantised, self._in_file = _recognize(self.path)
+        self._time_layer = check_trainable(self._config, model, self.path)
+        self._takes_guidance = takes_guidance(model.diffusion_model)
         self._loras = HostLoras(base.loras)
         if base.loras:
             self._loras.check(_unquantised(self._config))
-        self._sampling = self._model.model_sampling
+        self._sampling = model.model_sampling
         self.host_family = type(self._config).__name__
         form = self._config.latent_format
         is_video = form.latent_dimensions == 3
@@ -126,7 +130,10 @@ class HostCheckpoint:
         import comfy.sd
 
         self.check_encoders()
-        options = {"dtype": dtype, "load_device": device, "offload_device": torch.device("cpu")}
+        cpu = torch.device("cpu")
+        options = {"dtype": dtype, "load_device": device, "offload_device": cpu}
+        if device == _META:  # the weights alone: the host would ask its devices for their free memory
+            options |= {"load_device": cpu, "initial_device": device}
         if self._text_encoders and self._base.clip_type:
             kind = getattr(comfy.sd.CLIPType, self._base.clip_type.upper(), None)
             if kind is None:
@@ -157,7 +164,9 @@ class HostCheckpoint:
             prefixes = dict.fromkeys(self._config.vae_key_prefix, "")
             state = comfy.utils.state_dict_prefix_replace(state, prefixes, filter_keys=True)
             state = self._config.process_vae_state_dict(state)
-        vae = comfy.sd.VAE(sd=state, metadata=metadata, device=device, dtype=torch.float32)
+        # On the meta device the weights are loaded all the same: only they tell the host which VAE it is.
+        place = torch.device("cpu") if device == _META else device
+        vae = comfy.sd.VAE(sd=state, metadata=metadata, device=place, dtype=torch.float32)
         if vae.first_stage_model is None:
             raise UserError(f"{path} has no VAE that ComfyUI recognizes: name one in base.vae")
         return HostAutoencoder(vae, self._config.latent_format)
@@ -170,8 +179,14 @@ class HostCheckpoint:
         return join(captions)
 
     def placeholder_conditioning(self, rows: int, device: torch.device) -> Conditioning:
-        """Return conditioning with arbitrary content, for measuring memory."""
-        raise NotImplementedError
+        """Return conditioning of a long caption with arbitrary content, for measuring memory.
+
+        It is what the text encoders return on the meta device, where they need no weights. Sizes and numbers, which the
+        engine reads, are on the CPU.
+        """
+        (encoded,) = self.load_text_encoder(torch.float32, _META).encode([_LONG_CAPTION])
+        row = Conditioning({name: torch.zeros_like(value, device="cpu") for name, value in encoded.tensors.items()})
+        return to_device(join([row] * rows), device)
 
     @cached_property
     def _fingerprints(self) -> Fingerprints:
@@ -207,8 +222,9 @@ class HostCheckpoint:
         import comfy.model_patcher
         import comfy.sd
 
-        if device.type == "meta":
-            return comfy.model_patcher.ModelPatcher(self._model, load_device=device, offload_device=device)
+        if device == _META:
+            model = _recognize(self.path, dtype).model
+            return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device)
         options: dict[str, Any] = {"load_device": device, "offload_device": device}
         if not self._is_quantised:
             options["dtype"] = dtype
@@ -232,8 +248,10 @@ class _Recognized(NamedTuple):
     """The other parts that are in the file: _TEXT, _VAE."""
 
 
-def _recognize(path: Path) -> _Recognized:
+def _recognize(path: Path, dtype: torch.dtype = torch.float32) -> _Recognized:
     """Let ComfyUI recognize the network in a file; its weights stay on the disk.
+
+    dtype: of the network's weights, except those that are stored in 8 bits or fewer.
 
     Raises UserError if it does not know the network, or cannot read the file.
     """
@@ -249,14 +267,19 @@ def _recognize(path: Path) -> _Recognized:
     config = comfy.model_detection.model_config_from_unet(state, prefix, metadata=metadata)
     if config is None:
         raise UserError(f"ComfyUI does not recognize the network in {path}: give a file that its loader nodes take")
-    model = config.get_model(state, prefix, device=torch.device("meta"))
     stored = comfy.utils.weight_dtype(state, prefix)
     found = {
         _TEXT: bool(config.process_clip_state_dict(dict(state))),
         _VAE: any(key.startswith(tuple(config.vae_key_prefix)) for key in state),
     }
     others = tuple(part for part, is_there in found.items() if is_there)
-    return _Recognized(config, model, config.quant_config is not None or stored.itemsize == 1, others)
+    has_layouts, is_small = config.quant_config is not None, stored is not None and stored.itemsize == 1
+    config.set_inference_dtype(stored if is_small else dtype, dtype if has_layouts or is_small else None)
+    model = config.get_model(state, prefix, device=_META)
+    if has_layouts:  # the host makes such weights when it loads them
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of torch: nothing is copied to meta
+            model.load_model_weights(state, prefix)
+    return _Recognized(config, model, has_layouts or is_small, others)
 
 
 def _check_text_encoders(clip: Any, files: Sequence[Path]) -> None:
@@ -273,7 +296,7 @@ def _check_text_encoders(clip: Any, files: Sequence[Path]) -> None:
 
 def _unquantised(config: Any) -> Any:
     """Return the host's BaseModel on the meta device, with plain weights also where the file's are quantised."""
-    return type(config)(config.unet_config).get_model({}, "", device=torch.device("meta"))
+    return type(config)(config.unet_config).get_model({}, "", device=_META)
 
 
 def check_trainable(config: Any, model: Any, path: Path) -> str:

@@ -52,6 +52,19 @@ def join(rows: Sequence[Conditioning]) -> Conditioning:
     return Conditioning.cat(padded)
 
 
+def to_device(batch: Conditioning, device: torch.device) -> Conditioning:
+    """Return a joined batch on a device; what `to_conditionings` reads stays where it is.
+
+    On the meta device, nothing could be read.
+    """
+    return Conditioning(
+        {
+            name: tensor if name.startswith(_VALUE) or name.endswith(_SIZE) else tensor.to(device)
+            for name, tensor in batch.tensors.items()
+        }
+    )
+
+
 def to_conditionings(batch: Conditioning) -> list[Any]:
     """Return the CONDITIONING of each row of a joined batch, with each tensor cut to its row's own size."""
     from ....nodes.host.training import from_tensors

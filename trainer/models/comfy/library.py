@@ -36,6 +36,8 @@ def load_comfyui() -> Host:
 
         # ComfyUI chooses its device when it is imported, and fails if it expects a GPU and there is none.
         comfy.cli_args.args.cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+        # torch's attention, which has gradients and is the same on every device; also with xformers installed.
+        comfy.cli_args.args.use_pytorch_cross_attention = True
         import comfy.sd
     except ImportError as error:
         sys.path.remove(str(host.folder))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..conditioning import Conditioning
 from .conditioning import to_row
@@ -19,8 +21,25 @@ class HostTextEncoder:
         self.clip = clip
 
     def encode(self, captions: Sequence[str]) -> list[Conditioning]:
-        """Encode each caption as the node CLIP Text Encode does, weights in brackets included."""
-        return [to_row(self.clip.encode_from_tokens_scheduled(self.clip.tokenize(caption))) for caption in captions]
+        """Encode each caption as the node CLIP Text Encode does, weights in brackets included.
+
+        With weights on the meta device, the result has shapes only.
+        """
+        is_meta = any(weight.is_meta for weight in self.parameters())
+        encode = self._encode_shapes if is_meta else self.clip.encode_from_tokens_scheduled
+        return [to_row(encode(self.clip.tokenize(caption))) for caption in captions]
+
+    @torch.no_grad()
+    def _encode_shapes(self, tokens: Any) -> Any:
+        """Return the CONDITIONING on the meta device, as CLIP.encode_from_tokens, without its memory management."""
+        import comfy.model_management
+
+        meta, network = torch.device("meta"), self.clip.cond_stage_model
+        network.reset_clip_options()
+        network.set_clip_options({"execution_device": meta})
+        with mock.patch.object(comfy.model_management, "intermediate_device", lambda: meta), _ReadAsOne():
+            context, pooled, *more = network.encode_token_weights(tokens)
+        return [[context, {"pooled_output": pooled, **(more[0] if more else {})}]]
 
     def to(self, device: torch.device) -> HostTextEncoder:
         """Return the encoder; the host moves it to its device while it encodes."""
@@ -29,3 +48,12 @@ class HostTextEncoder:
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield all weights."""
         yield from self.clip.cond_stage_model.parameters()
+
+
+class _ReadAsOne(TorchDispatchMode):
+    """Within the block, numbers that are read from the meta device are 1, such as whether a mask is all ones."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        if function is torch.ops.aten._local_scalar_dense.default and arguments[0].is_meta:
+            return 1
+        return function(*arguments, **(options or {}))
