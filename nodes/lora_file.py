@@ -1,5 +1,6 @@
 """The header of a LoRA file: its tensors' names and shapes, its base model, and the settings that it recommends."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,8 @@ from ..tcd.lora_metadata import (
     DEFAULT_STEPS,
     DEFAULT_TARGET_INPUT,
     ETA_KEY,
+    FAMILY_KEY,
+    SHIFT_KEY,
     STEPS_KEY,
     TARGET_TIME_KEY,
     TARGET_TIME_MODULE_KEY,
@@ -24,6 +27,7 @@ from .ranges import check_range
 
 _BASE_BY_CONTEXT_WIDTH = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
 _BASE_BY_NAME = {"single_transformer_blocks_": "Flux", "double_blocks_": "Flux", "joint_blocks_": "SD3"}
+_SAME_SHIFT = 1e-3  # relative; files have six digits
 _CHECKPOINT_PREFIXES = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.")
 
 
@@ -107,6 +111,24 @@ class LoraFile:
     def target_time_module(self) -> str | None:
         """The path of the layer to whose output the embedding is added, or None if the file does not name it."""
         return self.metadata.get(TARGET_TIME_MODULE_KEY)
+
+    def differences(self, family: str, shift: float | None) -> list[str]:
+        """Return in what a model differs from the base that the file was trained on, with what to do about it.
+
+        family: the host's name of the model's architecture. shift: of its noise schedule; None if it has none. What the
+        file does not say is not compared. Raises ValueError if the file's shift is not a number.
+        """
+        found = []
+        trained_on = self.metadata.get(FAMILY_KEY)
+        if trained_on is not None and trained_on != family:
+            found.append(f"it was trained on {trained_on}, and the model is {family}: use a model of that family")
+        trained_shift = self._number(SHIFT_KEY, float, math.nan, low=0, high=math.inf)
+        if shift is not None and abs(trained_shift - shift) > _SAME_SHIFT * shift:
+            found.append(
+                f"it was trained with shift {trained_shift:g}, and the model has {shift:g}: set that of the model to "
+                f"{trained_shift:g}, by the node ModelSampling of its family, before this node"
+            )
+        return found
 
     def alpha_from_metadata(self, path: str, rank: int) -> float | None:
         """Return the alpha of a module from the PEFT config in the metadata, or None if there is no such config.

@@ -15,6 +15,13 @@ BASE_LORAS_KEY = "tcd.base_loras"
 """The LoRAs on the base in training, to be loaded too, such as "my-style.safetensors at 0.8, detail.safetensors at 1".
 
 A file without this key was trained on the base alone."""
+STRENGTH_KEY = "tcd.strength"
+FAMILY_KEY = "tcd.family"
+"""ComfyUI's name of the architecture that the file was trained on, such as Flux."""
+SHIFT_KEY = "tcd.shift"
+"""The shift of the base's noise schedule, if it has one."""
+BASE_FINGERPRINT_KEY = "tcd.base_fingerprint"
+"""A hash of the base's file."""
 
 DEFAULT_STEPS = 4
 DEFAULT_ETA = 0.3

@@ -160,6 +160,9 @@ class FlowModel:
         """Return a name that is not made of the path: another implementation calls the blocks layers."""
         return "lora_transformer_" + layer.replace("blocks", "layers").replace(".", "_")
 
+    def unloaded_keys(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        return []
+
     def blocks(self) -> list[nn.Module]:
         return list(self.network.blocks)
 

@@ -11,7 +11,7 @@ from ...tcd import Coverage, TargetTime, coverage, kohya_name, split_target_time
 from ..lora_file import LoraFile
 from .lora_beside import add_beside
 from .lora_files import read_tensors
-from .model_name import model_name
+from .model_name import model_name, model_shift
 from .target_time import check_target_time, install_target_time
 
 _log = logging.getLogger("trajectory-consistency")
@@ -40,12 +40,15 @@ def apply_lora(model: Any, lora: LoraFile, strength: float, *, allow_partial: bo
     _check_coverage(fit, lora, model_name(model), allow_partial)
     keys = {module: targets[module].key for module in fit.matched}
     _check_no_duplicates(keys.items(), lora)
+    differences = lora.differences(model_name(model), model_shift(model.get_model_object("model_sampling")))
     time_layer = None
     if lora.target_time_shape:
         time_layer = check_target_time(model, lora.name, lora.target_time_shape, lora.target_time_module)
     tensors, embedding = split_target_time(read_tensors(lora))
     tensors = to_kohya(tensors, lora.alpha_from_metadata)
     tensors = {name: tensor for name, tensor in tensors.items() if name.split(".")[0] in keys}
+    if differences:
+        _log.warning("%s is for another base: %s", lora.name, "; ".join(differences))
     patched = model.clone()
     patches = add_beside(patched, lora.name, comfy.lora.load_lora(tensors, keys), weights, strength)
     patched.add_patches(patches, strength)

@@ -8,7 +8,7 @@ import tomllib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from ...tcd.lora_metadata import BASE_LORAS_KEY, CFG_KEY, ETA_KEY, STEPS_KEY, TARGET_TIME_KEY
+from ...tcd.lora_metadata import BASE_LORAS_KEY, CFG_KEY, ETA_KEY, STEPS_KEY, STRENGTH_KEY, TARGET_TIME_KEY
 from ..config.settings import Config
 from ..models.seam import Checkpoint
 
@@ -43,6 +43,7 @@ def lora_metadata(config: Config, checkpoint: Checkpoint) -> dict[str, str]:
         STEPS_KEY: str(output.steps),
         ETA_KEY: str(output.eta),
         CFG_KEY: str(output.cfg),
+        STRENGTH_KEY: "1.0",
         CONFIG_DIGEST_KEY: config_digest(config),
     }
 

@@ -208,6 +208,10 @@ class Model(Protocol):
         """
         ...
 
+    def unloaded_keys(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        """Return the modules of a LoRA file, by lora_key, that the program for which it is written would not load."""
+        ...
+
     def blocks(self) -> list[nn.Module]:
         """Return the repeated blocks of the network: FSDP gathers the weights of one at a time."""
         ...

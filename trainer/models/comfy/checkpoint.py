@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ....tcd import Schedule
+from ....tcd.lora_metadata import BASE_FINGERPRINT_KEY, FAMILY_KEY, SHIFT_KEY, TARGET_TIME_MODULE_KEY
 from ...config.base import BaseConfig
 from ...errors import UserError
 from ...safetensors_file import SafetensorsFile
@@ -201,13 +202,16 @@ class HostCheckpoint:
 
     def lora_metadata(self) -> Mapping[str, str]:
         """Return the metadata about this model for a LoRA file."""
-        shift = getattr(self._sampling, "shift", None)
+        from ....nodes.host.model_name import model_shift
+
+        shift = model_shift(self._sampling)
         return {
             "modelspec.architecture": f"{self.family}/lora",
             "modelspec.implementation": "comfyui",
-            "tcd.family": self.host_family,
-            "tcd.base_fingerprint": fingerprint(self.path),
-            **({} if shift is None else {"tcd.shift": f"{shift:g}"}),
+            FAMILY_KEY: self.host_family,
+            BASE_FINGERPRINT_KEY: fingerprint(self.path),
+            TARGET_TIME_MODULE_KEY: self._time_layer,
+            **({} if shift is None else {SHIFT_KEY: f"{shift:g}"}),
         }
 
     def _distillation(self) -> str:

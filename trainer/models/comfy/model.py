@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ....tcd import AdapterWeights, Schedule, TargetInput, TimePoint, kohya_name
 from ....tcd.adapter import layer_shapes
+from ....tcd.lora_keys import UP
 from .. import unet_layers
 from ..conditioning import Conditioning
 from ..seam import LatentFormat
@@ -104,6 +105,16 @@ class HostModel:
     def lora_key(self, layer: str) -> str:
         """Return the layer's name in a LoRA file: kohya's for UNets, otherwise the host's own, diffusion_model.PATH."""
         return kohya_name(self._unet_paths[layer]) if layer in self._unet_paths else f"diffusion_model.{layer}"
+
+    def unloaded_keys(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        """Return the modules of a LoRA file that ComfyUI's own loader would leave out."""
+        import comfy.lora
+
+        # The {} is needed: the host's function adds to its default argument.
+        keys = comfy.lora.model_lora_keys_unet(self._host.model, {})
+        loaded = comfy.lora.load_lora(dict(tensors), keys, log_missing=False)
+        modules = [name.removesuffix(f".{UP}") for name in tensors if name.endswith(f".{UP}")]
+        return [module for module in modules if keys.get(module) not in loaded]
 
     def blocks(self) -> list[nn.Module]:
         """Return the members of the outermost lists of modules, where a network repeats itself."""

