@@ -6,9 +6,26 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..lora_file import module_scale, read_lora
+from ...tcd.lora_metadata import (
+    BASE_FINGERPRINT_KEY,
+    CFG_KEY,
+    ETA_KEY,
+    FAMILY_KEY,
+    SHIFT_KEY,
+    STEPS_KEY,
+    STRENGTH_KEY,
+)
+from ..lora_file import LoraFile, module_scale, read_lora
 from .layout import layout_of
 
+_FACTS = {
+    "base": BASE_FINGERPRINT_KEY,
+    "shift": SHIFT_KEY,
+    "steps": STEPS_KEY,
+    "eta": ETA_KEY,
+    "cfg": CFG_KEY,
+    "strength": STRENGTH_KEY,
+}
 _MAX_METADATA_LENGTH = 200  # longer values, such as embedded images, are left out
 
 
@@ -18,9 +35,9 @@ def describe_file(path: Path) -> str:
     Raises UserError if it is not a LoRA.
     """
     lora = read_lora(path)
-    layout, modules = layout_of(lora), lora.modules.values()
+    family, modules = lora.metadata.get(FAMILY_KEY) or _family_by_layout(lora), lora.modules.values()
     lines = [
-        f"{path}: a LoRA for {layout.family if layout else 'no family that is known here'}",
+        f"{path}: a LoRA for {family or 'no family that is known here'}",
         f"modules   {len(modules)}, such as {next(iter(lora.modules))}",
         f"rank      {_format_counts(Counter(module.rank for module in modules))}",
         f"scale     {_format_counts(Counter(round(module_scale(module), 6) for module in modules))} (alpha / rank)",
@@ -28,8 +45,14 @@ def describe_file(path: Path) -> str:
     ]
     if lora.target_time is not None:
         lines.append(f"target    the network gets the target time, as {lora.target_time.target_input}")
+    lines += [f"{label:<10}{lora.metadata[key]}" for label, key in _FACTS.items() if key in lora.metadata]
     short = {key: value for key, value in lora.metadata.items() if len(value) <= _MAX_METADATA_LENGTH}
     return "\n".join([*lines, *(f"{key} = {value}" for key, value in sorted(short.items()))])
+
+
+def _family_by_layout(lora: LoraFile) -> str | None:
+    layout = layout_of(lora)
+    return layout.family if layout else None
 
 
 def _format_counts(modules_by_value: Counter[Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...tcd import coverage
+from ...tcd.lora_metadata import FAMILY_KEY
 from ..errors import UserError
 from ..lora_file import LoraFile
 from ..models import lora_layouts
@@ -20,6 +21,11 @@ def check_layout(lora: LoraFile, source: Path) -> LoraLayout:
     """Return the layout of the LoRA that was read from `source`; raises UserError if it fits no known family."""
     layout = layout_of(lora)
     if layout is None:
-        known = ", ".join(layout.family for layout in lora_layouts())
-        raise UserError(f"{source} is a LoRA for no family that is known here ({known})")
+        known = ", ".join(layout.family for layout in lora_layouts()) or "UNets, and need diffusers"
+        family = lora.metadata.get(FAMILY_KEY)
+        whose = f"{family}, a family that ComfyUI loads" if family else "no family that is known here"
+        raise UserError(
+            f"{source} is a LoRA for {whose}: PEFT's names and merged checkpoints are for {known} alone. ComfyUI "
+            "loads the file as it is, and export --names kohya --dtype ... writes it in another dtype"
+        )
     return layout

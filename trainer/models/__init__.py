@@ -64,7 +64,12 @@ The last one never returns None: it raises a UserError that says what the model 
 
 
 def lora_layouts() -> Iterator[LoraLayout]:
-    """Yield how LoRA files are laid out, for each model family of each engine."""
+    """Yield how LoRA files are laid out, for each family of UNets; none if there is no diffusers, which builds them.
+
+    Files for other models have the names of their own networks, which only ComfyUI knows.
+    """
+    if find_spec("diffusers") is None:
+        return
     from .unet.lora_layouts import lora_layouts as unet_layouts
 
     yield from unet_layouts()
