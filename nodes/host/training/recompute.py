@@ -126,7 +126,7 @@ class _Recomputed(torch.autograd.Function):
         return (None, None, None, *(tensor.grad for tensor in inputs))
 
 
-def _saved_tensors_may_change(inputs: Sequence[Tensor]) -> AbstractContextManager[None]:
+def _saved_tensors_may_change(inputs: Sequence[Tensor]) -> AbstractContextManager[object]:
     """Let networks write over tensors that are saved for the backward pass, as when they run again.
 
     On the meta device, torch cannot tell the tensors apart, and there is no content to keep. Tensors that are saved by
