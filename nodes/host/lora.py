@@ -8,6 +8,7 @@ import comfy.lora
 from torch import Tensor
 
 from ...tcd import Coverage, TargetTime, coverage, kohya_name, split_target_time, to_kohya
+from ...tcd.lora_metadata import BASE_LORAS_KEY
 from ..lora_file import LoraFile
 from .lora_beside import add_beside
 from .lora_files import read_tensors
@@ -49,6 +50,8 @@ def apply_lora(model: Any, lora: LoraFile, strength: float, *, allow_partial: bo
     tensors = {name: tensor for name, tensor in tensors.items() if name.split(".")[0] in keys}
     if differences:
         _log.warning("%s is for another base: %s", lora.name, "; ".join(differences))
+    if BASE_LORAS_KEY in lora.metadata:
+        _log.info("%s was trained on a base with LoRAs, load them too: %s", lora.name, lora.metadata[BASE_LORAS_KEY])
     patched = model.clone()
     patches = add_beside(patched, lora.name, comfy.lora.load_lora(tensors, keys), weights, strength)
     patched.add_patches(patches, strength)

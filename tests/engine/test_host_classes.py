@@ -24,7 +24,6 @@ from families import FAMILIES
 from time_layers import CHROMA, DIT
 from torch import nn
 
-from trajectory_consistency.nodes.host.model_schedule import schedule_of
 from trajectory_consistency.nodes.host.training.recompute import blocks
 from trajectory_consistency.tcd import BridgeSchedule
 from trajectory_consistency.trainer.errors import UserError
@@ -120,7 +119,7 @@ def reason(config: Any, model: Any) -> str | None:
         return str(error).rpartition("trained: ")[2]
     patcher = comfy.model_patcher.ModelPatcher(model, load_device=META, offload_device=META)
     trained = HostModel(patcher, time_layer, LatentFormat(config.latent_format.latent_channels, 8), {})
-    schedule = schedule_of(model.model_sampling)
+    schedule = trained.schedule
     assert not isinstance(schedule, BridgeSchedule) and schedule.sigmas_for(4).isfinite().all()
     assert blocks(trained.network), "its activations can be recomputed"
     weights = trained.new_weights(rank=2, alpha=2.0, seed=0, target_input="s")

@@ -136,3 +136,15 @@ def test_a_model_with_another_shift_is_warned_of(
         host.apply_lora(patcher, host.read_lora("fast.safetensors"), 1.0)
     (warning,) = [each for each in caplog.messages if "another base" in each]
     assert "trained with shift 3, and the model has 5" in warning
+
+
+def test_loras_on_the_base_are_named_where_the_file_is_loaded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, metadata = trained("sd3", folder)
+    metadata = metadata | {"tcd.base_loras": "my-style.safetensors at 0.8"}
+    save_file(file_tensors(model, model.adapter.weights[STUDENT]), tmp_path / "fast.safetensors", metadata=metadata)
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], {".safetensors"}))
+    with caplog.at_level(logging.INFO):
+        host.apply_lora(load("sd3", folder), host.read_lora("fast.safetensors"), 1.0)
+    assert any("load them too: my-style.safetensors at 0.8" in each for each in caplog.messages)

@@ -8,6 +8,7 @@ from typing import Any
 
 from ...tcd.lora_metadata import (
     BASE_FINGERPRINT_KEY,
+    BASE_LORAS_KEY,
     CFG_KEY,
     ETA_KEY,
     FAMILY_KEY,
@@ -20,6 +21,7 @@ from .layout import layout_of
 
 _FACTS = {
     "base": BASE_FINGERPRINT_KEY,
+    "with": BASE_LORAS_KEY,
     "shift": SHIFT_KEY,
     "steps": STEPS_KEY,
     "eta": ETA_KEY,

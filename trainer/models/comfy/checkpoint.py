@@ -278,7 +278,9 @@ def _recognize(path: Path, dtype: torch.dtype = torch.float32) -> _Recognized:
     }
     others = tuple(part for part, is_there in found.items() if is_there)
     has_layouts, is_small = config.quant_config is not None, stored is not None and stored.itemsize == 1
-    config.set_inference_dtype(stored if is_small else dtype, dtype if has_layouts or is_small else None)
+    # Beside weights with layouts of their own, such as INT8, the host has the others in a usual dtype.
+    plain = stored if is_small and not has_layouts else dtype
+    config.set_inference_dtype(plain, dtype if has_layouts or is_small else None)
     model = config.get_model(state, prefix, device=_META)
     if has_layouts:  # the host makes such weights when it loads them
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # of torch: nothing is copied to meta
