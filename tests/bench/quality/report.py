@@ -147,6 +147,8 @@ def page(found: Mapping[str, Results]) -> str:
         shapes_noise_teacher=_reference(pictures, "DDIM 50", "from_teacher"),
         shapes_to_teacher=_table(pictures, MAIN, "from_teacher"),
         shapes_to_world=_table(pictures, MAIN, "distance"),
+        open_noise_teacher=_reference(pictures, "DDIM 50", "open_from_teacher"),
+        open_to_teacher=_table(pictures, MAIN, "open_from_teacher"),
         detail="\n\n".join(
             _section(pictures, key, measure, _by_gamma(pictures, key, measure, MAIN)) for key, measure in DETAIL.items()
         ),
