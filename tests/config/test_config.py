@@ -1,5 +1,6 @@
 """Every way in which a configuration can be wrong, and that a right one survives being written."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,20 @@ def test_no_file_and_no_toml(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("steps = = 5", encoding="utf-8")
     with pytest.raises(UserError, match="is not a TOML file"):
         config.load(tmp_path / "bad.toml")
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ({"model": "x", "engine": "diffusers"}, "base.model is set, which only the engine comfyui takes"),
+        (
+            {"path": "x", "text_encoders": ["y"], "clip_type": "flux", "engine": "diffusers"},
+            "base.text_encoders is set, which only the engine comfyui takes: set base.engine=comfyui",
+        ),
+        ({"model": "x", "text_encoders": ["y"]}, "base.clip_type is missing: base.text_encoders needs the type"),
+        ({"model": "x", "clip_type": "flux"}, "base.clip_type is flux, but base.text_encoders is empty"),
+    ],
+)
+def test_keys_of_the_base_that_do_not_fit_each_other_are_refused(base: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        config.from_mapping({**RIGHT, "base": base})

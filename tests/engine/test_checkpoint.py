@@ -110,13 +110,13 @@ def test_a_network_alone_needs_text_encoders_and_a_vae(folder: Path) -> None:
     with pytest.raises(UserError, match="base.text_encoders is empty"):
         open_checkpoint(base).check_encoders()
     with pytest.raises(UserError, match="base.vae is empty"):
-        open_checkpoint(replace(base, text_encoders=(base.model,))).check_encoders()
+        open_checkpoint(replace(base, text_encoders=(base.model,), clip_type="flux")).check_encoders()
 
 
 def test_a_checkpoint_without_text_encoder_and_vae_is_refused_before_it_is_loaded(folder: Path) -> None:
     for name in ("sd15", "sd3"):
         checkpoint = open_checkpoint(base_of(name, folder))
-        with pytest.raises(UserError, match="has no text encoder and no VAE: use a full checkpoint, or name the file"):
+        with pytest.raises(UserError, match="has no text encoder and no VAE: use a full checkpoint, or set"):
             checkpoint.check_encoders()
 
 
@@ -129,6 +129,30 @@ def test_a_checkpoint_with_both_is_taken(folder: Path, tmp_path: Path) -> None:
             open_checkpoint(BaseConfig(path=str(tmp_path / "part.safetensors"), engine="comfyui")).check_encoders()
     save_file(load_file(written("sd15", folder)) | encoder | vae, tmp_path / "whole.safetensors")
     open_checkpoint(BaseConfig(path=str(tmp_path / "whole.safetensors"), engine="comfyui")).check_encoders()
+
+
+def test_files_of_their_own_complete_a_checkpoint(folder: Path, tmp_path: Path) -> None:
+    other = str(written("flux", folder))
+    base = base_of("sd15", folder)
+    with pytest.raises(UserError, match=r"has no text encoder: .* set base.text_encoders and base.clip_type$"):
+        open_checkpoint(replace(base, vae=other)).check_encoders()
+    encoders = replace(base, text_encoders=(other,), clip_type="stable_diffusion")
+    with pytest.raises(UserError, match=r"has no VAE: .* set base.vae$"):
+        open_checkpoint(encoders).check_encoders()
+    open_checkpoint(replace(encoders, vae=other)).check_encoders()
+
+
+def test_an_unknown_clip_type_is_refused_before_weights_are_loaded(folder: Path) -> None:
+    base = base_of("flux", folder)
+    base = replace(base, text_encoders=(base.model,), clip_type="fluxx", vae=base.model)
+    with pytest.raises(UserError, match="base.clip_type is fluxx: use one of stable_diffusion, .*flux"):
+        open_checkpoint(base).check_encoders()
+
+
+@pytest.mark.parametrize(("key", "value", "marker"), [("prediction", "v", "v_pred"), ("zero_snr", "yes", "ztsnr")])
+def test_what_the_host_reads_from_the_file_cannot_be_set(key: str, value: str, marker: str, folder: Path) -> None:
+    with pytest.raises(UserError, match=f"base.{key} is {value}, but ComfyUI reads this from the file.*{marker}"):
+        open_checkpoint(replace(base_of("sd15", folder), **{key: value}))
 
 
 def test_encoders_that_the_host_does_not_recognize_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -105,6 +105,10 @@ def unet_of(inputs: int, width: int, label: int = 0, channels: int = 320) -> dic
         (unet_of(4, 1024, 2048), "an SD2.1 unCLIP model"),
         (unet_of(4, 99, channels=64), r"of an unknown architecture \(64 channels, text width 99\)"),
         ({"model.diffusion_model.joint_blocks.0.x": (1,)}, "an SD3 model"),
+        ({"model.diffusion_model.out.2.scale_weight": (1,)}, "a model with quantised weights"),
+        ({"model.diffusion_model.out.2.weight_scale": (1,)}, "a model with quantised weights"),
+        ({"model.diffusion_model.out.2.comfy_quant": (1,)}, "a model with quantised weights"),
+        ({"model.diffusion_model.scaled_fp8": (1,)}, "a model with quantised weights"),
         ({"model.diffusion_model.double_blocks.0.x": (1,)}, "a Flux model"),
         ({"double_blocks.0.x": (1,)}, "a Flux model"),
         (unet_of(4, 2048, 2816) | {"edm_mean": (1,)}, "Playground v2.5"),
@@ -184,3 +188,8 @@ def test_a_folder_of_another_kind_is_named(tmp_path: Path, files: dict[str, dict
         (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(UserError, match=message):
         opened(tmp_path).check_encoders()
+
+
+def test_text_encoder_files_are_only_for_the_other_engine(checkpoint: Path) -> None:
+    with pytest.raises(UserError, match="base.text_encoders is set, which only the engine comfyui takes"):
+        opened(checkpoint, text_encoders=("clip.safetensors",), clip_type="flux")

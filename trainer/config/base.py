@@ -30,7 +30,8 @@ class BaseConfig:
     model: str = ""
     """Instead of `path`: the file of a network alone, as the node Load Diffusion Model takes it."""
     text_encoders: tuple[str, ...] = ()
-    """With `model`: the files of its text encoders, as the node Load CLIP takes them."""
+    """With the engine `comfyui`: the files of the text encoders, as the node Load CLIP takes them; needed with
+    `model`."""
     clip_type: str = ""
     """With `text_encoders`: the type that the node Load CLIP is set to, such as `flux`."""
     vae: str = ""
@@ -54,6 +55,20 @@ class BaseConfig:
             raise UserError(f"base.path is {self.path} and base.model is {self.model}: set only one of them")
         if not (self.path or self.model):
             raise UserError("base.path is missing: name a checkpoint, or the file of a network alone in base.model")
+        if self.text_encoders and not self.clip_type:
+            raise UserError("base.clip_type is missing: base.text_encoders needs the type of the node Load CLIP")
+        if self.clip_type and not self.text_encoders:
+            raise UserError(f"base.clip_type is {self.clip_type}, but base.text_encoders is empty: set both or neither")
+        if self.engine == "diffusers":
+            self.refuse_comfyui_keys()
+
+    def refuse_comfyui_keys(self) -> None:
+        """Raise UserError if a key is set that only the engine comfyui takes."""
+        for key in ("model", "text_encoders"):
+            if getattr(self, key):
+                raise UserError(
+                    f"base.{key} is set, which only the engine comfyui takes: set base.engine=comfyui, or leave it out"
+                )
 
     @property
     def file(self) -> str:

@@ -45,9 +45,10 @@ class HostCheckpoint:
     def __init__(self, base: BaseConfig) -> None:
         """Open the files that the section [base] names, and let ComfyUI recognize the network.
 
-        Raises UserError if a file is missing, ComfyUI does not recognize the network, it cannot be trained, or a LoRA
-        does not fit it.
+        Raises UserError if a file is missing, ComfyUI does not recognize the network, it cannot be trained, a LoRA
+        does not fit it, or a setting is one of the other engine.
         """
+        _check_settings(base)
         load_comfyui()
         from ....nodes.host.training.network import takes_guidance
 
@@ -103,13 +104,16 @@ class HostCheckpoint:
         return ", ".join(parts)
 
     def check_encoders(self) -> None:
-        """Raise UserError if the base has no text encoder or no VAE."""
+        """Raise UserError if the base has no text encoder or no VAE, or base.clip_type is unknown."""
+        self._clip_type()
         if self._is_checkpoint:
-            missing = [part for part in (_TEXT, _VAE) if part not in self._in_file]
+            named = {_TEXT: bool(self._text_encoders), _VAE: self._vae is not None}
+            missing = [part for part, is_named in named.items() if not is_named and part not in self._in_file]
             if missing:
+                settings = {_TEXT: "base.text_encoders and base.clip_type", _VAE: "base.vae"}
                 raise UserError(
-                    f"{self.path} has no {' and no '.join(missing)}: use a full checkpoint, or name the file in "
-                    "base.model, with base.text_encoders and base.vae"
+                    f"{self.path} has no {' and no '.join(missing)}: use a full checkpoint, or set "
+                    f"{' and '.join(settings[part] for part in missing)}"
                 )
             return
         if not self._text_encoders:
@@ -135,11 +139,8 @@ class HostCheckpoint:
         options = {"dtype": dtype, "load_device": device, "offload_device": cpu}
         if device == _META:  # the weights alone: the host would ask its devices for their free memory
             options |= {"load_device": cpu, "initial_device": device}
-        if self._text_encoders and self._base.clip_type:
-            kind = getattr(comfy.sd.CLIPType, self._base.clip_type.upper(), None)
-            if kind is None:
-                known = ", ".join(each.name.lower() for each in comfy.sd.CLIPType)
-                raise UserError(f"base.clip_type is {self._base.clip_type}: use one of {known}")
+        if self._text_encoders:
+            kind = self._clip_type()
             paths = [str(path) for path in self._text_encoders]
             clip = comfy.sd.load_clip(paths, clip_type=kind, model_options=options)
             _check_text_encoders(clip, self._text_encoders)
@@ -214,6 +215,16 @@ class HostCheckpoint:
             **({} if shift is None else {SHIFT_KEY: f"{shift:g}"}),
         }
 
+    def _clip_type(self) -> Any:
+        """Return the host's value for base.clip_type; None if it is not set. Raises UserError for an unknown name."""
+        import comfy.sd
+
+        name = self._base.clip_type
+        known = {each.name.lower(): each for each in comfy.sd.CLIPType}
+        if name and name.lower() not in known:
+            raise UserError(f"base.clip_type is {name}: use one of {', '.join(known)}")
+        return known.get(name.lower())
+
     def _distillation(self) -> str:
         """Return what the model itself says about being distilled to few steps; empty if it does not."""
         if self.host_family == "FluxSchnell":
@@ -237,6 +248,18 @@ class HostCheckpoint:
                 str(self.path), output_vae=False, output_clip=False, model_options=options, disable_dynamic=True
             )[0]
         return comfy.sd.load_diffusion_model(str(self.path), model_options=options, disable_dynamic=True)
+
+
+def _check_settings(base: BaseConfig) -> None:
+    """Raise UserError if a setting is given that ComfyUI has no place for: it reads these facts from the file."""
+    markers = {"prediction": "v_pred", "zero_snr": "ztsnr"}
+    for key, marker in markers.items():
+        value = getattr(base, key)
+        if value != "auto":
+            raise UserError(
+                f"base.{key} is {value}, but ComfyUI reads this from the file, for SDXL from its tensor {marker}: leave "
+                f"base.{key} out, or use base.engine=diffusers, if it loads this model"
+            )
 
 
 class _Recognized(NamedTuple):
@@ -318,6 +341,8 @@ def check_trainable(config: Any, model: Any, path: Path) -> str:
     refused = f"{path} is {type(config).__name__}, which cannot be trained: "
     if isinstance(model.model_sampling, comfy.model_sampling.IMG_TO_IMG | comfy.model_sampling.IMG_TO_IMG_FLOW):
         raise UserError(f"{refused}it starts from a picture instead of noise")
+    if getattr(model.model_sampling, "noise_scale", 1.0) != 1.0:
+        raise UserError(f"{refused}it is sampled with noise of another scale than 1")
     if config.latent_format.latent_dimensions not in (2, 3):
         raise UserError(f"{refused}its latents are no pictures or videos")
     found = find_time_linear(model.diffusion_model)

@@ -41,13 +41,14 @@ class UNetCheckpoint:
         """Open the model at base.path, and determine its family, prediction and schedule.
 
         Raises UserError if there is no model, the file is damaged, the family is not supported, the model is said to
-        predict eps at zero terminal SNR, or a LoRA of base.loras does not fit.
+        predict eps at zero terminal SNR, a LoRA of base.loras does not fit, or a key is only for the other engine.
         """
         self._source = _open(base.path)
         self._vae_source = _open(base.vae) if base.vae else self._source
         self.path = self._source.path
         self.name = self.path.stem if self.path.is_file() else self.path.name
         self.family: Family = self._source.family()
+        base.refuse_comfyui_keys()
         notes: list[str] = []
         self.prediction = self._resolve_prediction(base.prediction, notes)
         self.zero_snr = self._resolve_zero_snr(base.zero_snr, notes)

@@ -31,6 +31,10 @@ _UNSUPPORTED = {
     "control_model.": "a ControlNet",
     "edm_mean": "Playground v2.5, whose noise schedule is EDM's",
     "edm_vpred.sigma_max": "a CosXL model, whose noise schedule is EDM's",
+    **dict.fromkeys(
+        ("scale_weight", "weight_scale", "comfy_quant", "scaled_fp8"),
+        "a model with quantised weights, whose scales only ComfyUI reads",
+    ),
 }
 # SD2.x v-prediction models have a larger standard deviation of this bias: ComfyUI distinguishes them by it too.
 _SD2_BIAS = ldm.UNET_PREFIX + "output_blocks.11.1.transformer_blocks.0.norm1.bias"
