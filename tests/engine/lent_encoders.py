@@ -23,16 +23,16 @@ from trajectory_consistency.trainer.models.comfy.text_encoder import HostTextEnc
 
 
 class SmallVae:
-    """Averages 8 x 8 pixels, and fills the channels with multiples of the result; decodes the first three."""
+    """Averages squares of pixels, and fills the channels with multiples of the result; decodes the first three."""
 
     first_stage_model = nn.Identity()
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self.channels, self.has_frames = shape[0], len(shape) == 4
+    def __init__(self, shape: tuple[int, ...], stride: int) -> None:
+        self.channels, self.has_frames, self.stride = shape[0], len(shape) == 4, stride
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Encode pictures [1, H, W, 3] as the host's VAEs do."""
-        cells = functional.avg_pool2d(pixels.movedim(-1, 1), 8) - 0.5
+        cells = functional.avg_pool2d(pixels.movedim(-1, 1), self.stride) - 0.5
         latents = torch.cat([cells * (1 + k) for k in range(-(-self.channels // 3))], dim=1)[:, : self.channels]
         return latents.unsqueeze(2) if self.has_frames else latents
 
@@ -46,7 +46,7 @@ class SmallVae:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents to pictures [1, H, W, 3], or videos [1, 1, H, W, 3]."""
-        pictures = functional.interpolate(latents.squeeze(2) if self.has_frames else latents, scale_factor=8)
+        pictures = functional.interpolate(latents.squeeze(2) if self.has_frames else latents, scale_factor=self.stride)
         colors = (pictures[:, :3] + 0.5).movedim(1, -1)
         return colors.unsqueeze(1) if self.has_frames else colors
 
@@ -65,7 +65,7 @@ def lend(family: Family) -> mock._patch_dict | Any:
         return HostTextEncoder(comfy.sd.CLIP(target, model_options=options))
 
     def load_autoencoder(self: HostCheckpoint, device: torch.device) -> HostAutoencoder:
-        return HostAutoencoder(SmallVae(family.latent), self._config.latent_format)
+        return HostAutoencoder(SmallVae(family.latent, self.latents.stride), self._config.latent_format)
 
     return mock.patch.multiple(
         HostCheckpoint,

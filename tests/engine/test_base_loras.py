@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from trajectory_consistency.nodes.host.training import HostNetwork
 from trajectory_consistency.tcd.adapter import layer_shapes
 from trajectory_consistency.trainer.config.base import BaseConfig, BaseLora
 from trajectory_consistency.trainer.errors import UserError
-from trajectory_consistency.trainer.models.comfy.base_loras import HostLoras
+from trajectory_consistency.trainer.models.comfy.base_loras import HostLoras, _complaints_are_errors
 from trajectory_consistency.trainer.models.comfy.checkpoint import HostCheckpoint
 
 CPU = torch.device("cpu")
@@ -214,3 +215,12 @@ def test_a_base_that_says_itself_that_it_is_distilled_gets_one_warning(folder: P
         (note,) = HostCheckpoint(base_of(path)).notes
         assert "it is Flux schnell" in note and "no teacher" in note
     assert not HostCheckpoint(base_of(written("flux", folder))).notes
+
+
+def test_other_messages_are_passed_on_and_are_no_errors(caplog: pytest.LogCaptureFixture) -> None:
+    with _complaints_are_errors("base.loras", 1):
+        logging.warning("a package is old")
+    assert "a package is old" in caplog.messages
+    with pytest.raises(UserError, match=r"could not apply 1 of its 2 parts \(blocks\.0\)"), _complaints_are_errors("x", 2):
+        logging.warning("a package is old")
+        logging.warning("lora key not loaded: blocks.0")

@@ -170,9 +170,9 @@ def test_encoders_that_the_host_does_not_recognize_are_refused(folder: Path, tmp
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('__version__ = "0.3.47"', "has ComfyUI 0.3.47, but training needs 0.3.48 or newer: update ComfyUI"),
-        ("", "has a ComfyUI without a version in comfyui_version.py, but training needs 0.3.48"),
-        ('__version__ = "0.3.48"', None),
+        ('__version__ = "0.3.76"', "has ComfyUI 0.3.76, but training needs 0.33.0 or newer: update ComfyUI"),
+        ('__version__ = "0.32.9"', "has ComfyUI 0.32.9, but training needs 0.33.0 or newer: update ComfyUI"),
+        ("", "has a ComfyUI without a version in comfyui_version.py, but training needs 0.33.0"),
         ('# made in 2026\n__version__ = "0.33.0"', None),
         ('__version__ = "1.0"', None),
     ],

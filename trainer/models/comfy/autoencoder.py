@@ -9,6 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from ...errors import UserError
 from ..seam import LatentDistribution
 
 
@@ -23,11 +24,13 @@ class HostAutoencoder:
 
         One at a time: a VAE for videos would take a batch of pictures for the frames of one video. Pictures on the meta
         device only take the memory that the host expects to need.
+
+        Raises UserError if the VAE is not that of the model, because its latents have another shape.
         """
         if pixels.is_meta:
             return LatentDistribution(self._encode_shapes(pixels), None)
         pictures = rearrange(pixels, "b c h w -> b 1 h w c").float() / 255
-        latents = torch.cat([self.vae.encode(picture) for picture in pictures]).float()
+        latents = torch.cat([self._encode(picture) for picture in pictures]).float()
         return LatentDistribution(self.latent_format.process_in(latents), None)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -46,12 +49,27 @@ class HostAutoencoder:
             pictures.append(rearrange(frames, "f h w c -> c h (f w)"))
         return (torch.stack(pictures).clamp(0, 1) * 255).round().to(torch.uint8)
 
+    def _encode(self, picture: Tensor) -> Tensor:
+        latent: Tensor = self.vae.encode(picture)
+        expected = self._shape(*picture.shape[1:3])
+        if latent.shape[1:] != expected:
+            raise UserError(
+                f"the VAE gives latents of shape {list(latent.shape[1:])}, but the network takes {list(expected)}: "
+                "name the VAE of this model in base.vae"
+            )
+        return latent
+
     def _encode_shapes(self, pixels: Tensor) -> Tensor:
+        shape = self._shape(*pixels.shape[2:])
+        _take(self.vae.memory_used_encode((1, 3, *shape[1:-2], *pixels.shape[2:]), torch.float32))
+        return torch.empty(len(pixels), *shape, device=pixels.device)
+
+    def _shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Return the shape of the latent of one picture, as seam.LatentFormat.shape does."""
         form = self.latent_format
         frames = (1,) if form.latent_dimensions == 3 else ()
-        _take(self.vae.memory_used_encode((1, 3, *frames, *pixels.shape[2:]), torch.float32))
-        height, width = (side // form.spacial_downscale_ratio for side in pixels.shape[2:])
-        return torch.empty(len(pixels), form.latent_channels, *frames, height, width, device=pixels.device)
+        stride = form.spacial_downscale_ratio
+        return (form.latent_channels, *frames, height // stride, width // stride)
 
     def to(self, device: torch.device) -> HostAutoencoder:
         """Return the VAE; the host moves it to its device while it is used."""

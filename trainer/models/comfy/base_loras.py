@@ -21,6 +21,15 @@ from ..base_loras import PlacedLora
 from .library import find_model
 
 _MAX_LISTED = 3
+_NOT_APPLIED = (
+    "lora key not loaded: ",
+    "NOT LOADED ",
+    "ERROR ",
+    "Calculate Weight Failed: ",
+    "WARNING SHAPE MISMATCH ",
+    "patch type not recognized ",
+)
+"""The starts of ComfyUI's messages about a tensor that it does not apply."""
 
 
 class _Lora(NamedTuple):
@@ -111,10 +120,10 @@ def _check_shape(key: str, weight: Tensor, patches: Any) -> None:
     try:
         shape = comfy.lora.calculate_weight(patches, weight.detach().to(torch.float32, copy=True), key).shape
     except (RuntimeError, ValueError) as error:
-        logging.error("%s: %s", key, error)
+        logging.error("ERROR %s: %s", key, error)
         return
     if shape != weight.shape:
-        logging.error("%s would have the shape %s, not %s", key, list(shape), list(weight.shape))
+        logging.error("ERROR %s would have the shape %s, not %s", key, list(shape), list(weight.shape))
 
 
 def _merge(patcher: Any) -> None:
@@ -128,9 +137,13 @@ def _merge(patcher: Any) -> None:
 
 @contextmanager
 def _complaints_are_errors(setting: str, count: int) -> Iterator[None]:
-    """Raise UserError if ComfyUI logs a warning within the block; count: the number of tensors, for the message."""
-    root, handler = logging.getLogger(), _Collect()
+    """Raise UserError if ComfyUI logs within the block that it does not apply a tensor; other messages are passed on.
+
+    count: the number of tensors, for the message.
+    """
+    root = logging.getLogger()
     level, handlers = root.level, root.handlers
+    handler = _Collect(handlers)
     root.handlers = [handler]
     root.setLevel(logging.WARNING)
     try:
@@ -148,11 +161,19 @@ def _complaints_are_errors(setting: str, count: int) -> Iterator[None]:
 
 
 class _Collect(logging.Handler):
-    """Keeps the messages, without the words that ComfyUI puts before the name of a tensor."""
+    """Keeps the messages about tensors, without the words before a tensor's name; gives others to `handlers`."""
 
-    def __init__(self) -> None:
+    def __init__(self, handlers: Sequence[logging.Handler]) -> None:
         super().__init__()
         self.messages: list[str] = []
+        self._others = handlers
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage().removeprefix("lora key not loaded: ").removeprefix("NOT LOADED "))
+        message = record.getMessage()
+        start = next((start for start in _NOT_APPLIED if message.startswith(start)), None)
+        if start is not None:
+            self.messages.append(message.removeprefix(start))
+            return
+        for handler in self._others:
+            if record.levelno >= handler.level:
+                handler.handle(record)

@@ -13,7 +13,7 @@ import torch
 from ...errors import UserError
 from ...find_comfyui import PACK, Host, HostNotFoundError, find_host
 
-OLDEST_TESTED = "0.3.48"
+OLDEST_TESTED = "0.33.0"
 _VERSION_FILE = "comfyui_version.py"
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ...errors import UserError
 from ..conditioning import Conditioning
 from .conditioning import to_row
 
@@ -23,11 +24,19 @@ class HostTextEncoder:
     def encode(self, captions: Sequence[str]) -> list[Conditioning]:
         """Encode each caption as the node CLIP Text Encode does, weights in brackets included.
 
-        With weights on the meta device, the result has shapes only.
+        With weights on the meta device, the result has shapes only. Raises UserError if the text encoder returns
+        CONDITIONING that training cannot use.
         """
         is_meta = any(weight.is_meta for weight in self.parameters())
         encode = self._encode_shapes if is_meta else self.clip.encode_from_tokens_scheduled
-        return [to_row(encode(self.clip.tokenize(caption))) for caption in captions]
+        rows = []
+        for caption in captions:
+            conditioning = encode(self.clip.tokenize(caption))
+            try:
+                rows.append(to_row(conditioning))
+            except ValueError as error:
+                raise UserError(f"the caption {caption!r} cannot be used: {error}") from error
+        return rows
 
     @torch.no_grad()
     def _encode_shapes(self, tokens: Any) -> Any:
