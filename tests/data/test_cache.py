@@ -196,6 +196,34 @@ class Lengths:
         return [Conditioning.of(context=torch.full((1, 1 + count, 8), float(count))) for count in counts]
 
 
+class Loud(Lengths):
+    """The same, with rows of two words a thousand times above float16's maximum, and NaN for "nothing"."""
+
+    def encode(self, captions: Sequence[str]) -> list[Conditioning]:
+        factors = {2: 2.0**26, 1: float("nan")}
+        rows = super().encode(captions)
+        return [
+            row.map(lambda each, n=len(text.split()): each * (factors[n] if n == 2 or text == "nothing" else 1.0))
+            for row, text in zip(rows, captions, strict=True)
+        ]
+
+
+def test_an_embedding_above_the_range_of_float16_is_cached_in_float32(
+    checkpoint: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(UNetCheckpoint, "load_text_encoder", lambda *_: Loud())
+    for path, text in zip(sorted(pictures.glob("*.txt")), ["one two", "three words here"] * 4, strict=True):
+        path.write_text(text, encoding="utf-8")
+    found = [row[3] for row in rows(filled(configured(checkpoint, tmp_path, folder=str(pictures))))]
+    assert {(len(row), row.dtype, row[0, 0].item()) for row in found} == {
+        (3, torch.float32, 2.0**27),
+        (4, torch.float16, 3.0),
+    }
+    path.write_text("nothing", encoding="utf-8")
+    with pytest.raises(UserError, match="the caption 'nothing' has an encoding that is not finite: use base.dtype"):
+        filled(configured(checkpoint, tmp_path, folder=str(pictures)))
+
+
 def test_captions_of_different_lengths_are_cached_side_by_side_and_joined_by_their_model_alone(
     checkpoint: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,8 +39,8 @@ from .survey import (
 )
 
 CACHED_DTYPE = torch.float16
-"""Dtype of cached latents and embeddings.  float16 is eight times more precise than bfloat16 here, and the values are
-far below its maximum."""
+"""Dtype of cached latents and embeddings.  float16 is eight times more precise than bfloat16 here, and most values are
+far below its maximum.  An embedding above it, as of some large text encoders, is cached in float32."""
 _PIXELS_PER_CALL, _CAPTIONS_PER_CALL = 8 * 512 * 512, 64
 """GPU batch limits for encoding: pixels (about 5 GiB in the VAE) and captions.  On a CPU each picture and caption is
 encoded alone, so that a row has the same bits whichever other rows are missing.  A run that was killed while it filled
@@ -211,7 +211,7 @@ class _CacheFiller:
                 guidance=draw.guidance,
             )
             for (key, prompt), mean, row in zip(batch, latents, framing.to_rows(), strict=True):
-                store.add(str(bucket), key, {"mean": _to_cached(mean, prompt), "sizes": row})
+                store.add(str(bucket), key, {"mean": _latent_to_cached(mean, prompt), "sizes": row})
             bar.update(len(batch))
         store.flush()
 
@@ -245,7 +245,7 @@ class _CacheFiller:
             return
         encoded = self.text_encoder.encode(list(self._pending_captions.values()))
         for cond, (key, caption) in zip(encoded, self._pending_captions.items(), strict=True):
-            row = {name: _to_cached(tensor[0], caption) for name, tensor in cond.tensors.items()}
+            row = {name: _embedding_to_cached(tensor[0], caption) for name, tensor in cond.tensors.items()}
             self.stores["captions"].add(_caption_kind(row), key, row)
         self._pending_captions.clear()
 
@@ -259,9 +259,9 @@ class _CacheFiller:
         for row, (key, inspection) in enumerate(inspections.items()):
             assert inspection.crop is not None
             name = inspection.sample.name
-            tensors = {"mean": _to_cached(encoded.mean[row], name)}
+            tensors = {"mean": _latent_to_cached(encoded.mean[row], name)}
             if encoded.std is not None:
-                tensors["std"] = _to_cached(encoded.std[row], name)
+                tensors["std"] = _latent_to_cached(encoded.std[row], name)
             tensors["sizes"] = inspection.crop.framing.to_rows()[0]
             self.stores["latents"].add(str(bucket), key, tensors)
 
@@ -274,8 +274,10 @@ class _CacheFiller:
 
 
 def _caption_kind(row: Mapping[str, torch.Tensor]) -> str:
-    """Return the kind of a caption's row, from its shapes: rows of different shapes cannot share a shard."""
-    return "captions" + "x".join(str(size) for name in sorted(row) for size in row[name].shape)
+    """Return the kind of a caption's row, from its shapes and dtypes: rows that differ in them cannot share a shard."""
+    sizes = "x".join(str(size) for name in sorted(row) for size in row[name].shape)
+    wide = "".join(f"w{i}" for i, name in enumerate(sorted(row)) if row[name].dtype == torch.float32)
+    return f"captions{sizes}{wide}"
 
 
 def _caption_digest(caption: str) -> bytes:
@@ -286,14 +288,24 @@ def _sort_key(picture: bytes, caption: bytes) -> int:
     return int.from_bytes(digest(picture + caption)[:8], "big", signed=True)
 
 
-def _to_cached(tensor: torch.Tensor, name: str) -> torch.Tensor:
-    """Convert a row to the dtype and device of the cache.
-
-    Raises UserError if a value is not finite in float16.
-    """
-    row = tensor.to("cpu", CACHED_DTYPE) if tensor.is_floating_point() else tensor.cpu()
+def _latent_to_cached(latent: torch.Tensor, name: str) -> torch.Tensor:
+    """Convert a latent to the dtype and device of the cache; raises UserError if a value is not finite there."""
+    row = latent.to("cpu", CACHED_DTYPE)
     if not row.isfinite().all():
-        raise UserError(
-            f"{name!r} has an encoding that is not finite in float16: use a different VAE, or base.dtype float32"
-        )
+        raise UserError(f"{name!r} has a latent that is not finite in float16: use a different VAE in base.vae")
     return row
+
+
+def _embedding_to_cached(tensor: torch.Tensor, caption: str) -> torch.Tensor:
+    """Convert a tensor of an encoded caption to the device of the cache, and to float16, or float32 if it is larger.
+
+    Raises UserError if a value is not finite.
+    """
+    if not tensor.is_floating_point():
+        return tensor.cpu()
+    if not tensor.isfinite().all():
+        raise UserError(
+            f"the caption {caption!r} has an encoding that is not finite: use base.dtype=bfloat16 or float32"
+        )
+    row = tensor.to("cpu", CACHED_DTYPE)
+    return row if row.isfinite().all() else tensor.to("cpu", torch.float32)
