@@ -18,6 +18,8 @@ A file without this key was trained on the base alone."""
 STRENGTH_KEY = "tcd.strength"
 FAMILY_KEY = "tcd.family"
 """ComfyUI's name of the architecture that the file was trained on, such as Flux."""
+HOST_FAMILIES = {"sd15": "SD15", "sd2": "SD20", "sdxl": "SDXL"}
+"""ComfyUI's names of the families of UNets, by the trainer's."""
 SHIFT_KEY = "tcd.shift"
 """The shift of the base's noise schedule, if it has one."""
 BASE_FINGERPRINT_KEY = "tcd.base_fingerprint"

@@ -105,6 +105,8 @@ class FlowNetwork(nn.Module):
 class FlowModel:
     """The network with its adapter: `Model`."""
 
+    always_recomputes = False
+
     def __init__(self, network: FlowNetwork, schedule: Schedule) -> None:
         self.network, self.schedule, self.latents = network, schedule, LATENTS
         self.adapter = Adapter(network, "time.2")
@@ -213,6 +215,8 @@ class Stills:
 
 class FlowCheckpoint:
     """The model in one file: `Checkpoint`."""
+
+    guidance: float | None = None
 
     def __init__(self, base: BaseConfig) -> None:
         self.path = Path(base.path)

@@ -9,13 +9,14 @@ from typing import NamedTuple
 import torch
 
 from .config.device import device_and_dtype
-from .config.settings import FILE_NAME, Config, changes, load
+from .config.settings import FILE_NAME, Config, MethodConfig, changes, load
 from .data.cache import input_fingerprints, open_cached
 from .data.survey import Survey, check_bucket_sizes, survey
 from .errors import UserError
 from .files.adapter_weights import initial_weights
 from .files.metadata import CONFIG_DIGEST_KEY, config_digest
 from .models import open_checkpoint
+from .models.sampling import check_cfg
 from .models.seam import Checkpoint
 from .safetensors_file import SafetensorsFile
 from .training import sharding
@@ -66,12 +67,24 @@ def plan(config: Config, inputs: Inputs) -> str:
             *([f"          left out: {data.complaints()}"] if data.problems else []),
             f"method    law {method.law}, solver step {method.skip}, "
             f"guidance {method.guidance_min:g} to {method.guidance_max:g}",
+            *_guidance_note(method, inputs.checkpoint),
             f"adapter   rank {config.adapter.rank}, alpha {config.adapter.alpha:g}",
             f"training  {training.steps} steps of {training.batch} pictures "
             f"({training.steps * training.batch / data.pictures:.1f} epochs), learning rate {training.lr:g}",
             f"output    {config.lora_path}",
         ]
     )
+
+
+def _guidance_note(method: MethodConfig, checkpoint: Checkpoint) -> list[str]:
+    """Return a note if the teacher never gets the guidance scale that the student's network gets as an input."""
+    student = checkpoint.guidance
+    if student is None or method.guidance_min <= student <= method.guidance_max:
+        return []
+    return [
+        f"          the student's network gets the guidance scale {student:g}, which is not in this range: set "
+        f"method.guidance_min and method.guidance_max to {student:g}"
+    ]
 
 
 def output_conflict(config: Config) -> str:
@@ -136,6 +149,8 @@ def _check_settings(config: Config, processes: Processes) -> Checkpoint:
     check_bucket_sizes(config.data, checkpoint.latents)
     checkpoint.latents.check_size("preview.width", config.preview.width)
     checkpoint.latents.check_size("preview.height", config.preview.height)
+    if config.preview.prompts:
+        check_cfg("preview.cfg", config.preview.cfg, checkpoint)
     check_weighting(config.method, checkpoint.schedule)
     initial_weights(checkpoint.load(torch.float32, torch.device("meta")), config)  # raises if adapter.* is invalid
     return checkpoint

@@ -221,6 +221,9 @@ def test_other_messages_are_passed_on_and_are_no_errors(caplog: pytest.LogCaptur
     with _complaints_are_errors("base.loras", 1):
         logging.warning("a package is old")
     assert "a package is old" in caplog.messages
-    with pytest.raises(UserError, match=r"could not apply 1 of its 2 parts \(blocks\.0\)"), _complaints_are_errors("x", 2):
+    with (
+        pytest.raises(UserError, match=r"could not apply 1 of its 2 parts \(blocks\.0\)"),
+        _complaints_are_errors("x", 2),
+    ):
         logging.warning("a package is old")
         logging.warning("lora key not loaded: blocks.0")

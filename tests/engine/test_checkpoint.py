@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,6 +141,13 @@ def test_files_of_their_own_complete_a_checkpoint(folder: Path, tmp_path: Path) 
     with pytest.raises(UserError, match=r"has no VAE: .* set base.vae$"):
         open_checkpoint(encoders).check_encoders()
     open_checkpoint(replace(encoders, vae=other)).check_encoders()
+
+
+@pytest.mark.parametrize(("name", "is_distilled"), [("flux-2-klein-4b", True), ("flux-2-klein-base-4b", False)])
+def test_klein_is_distilled_unless_it_is_the_base(name: str, is_distilled: bool, folder: Path, tmp_path: Path) -> None:
+    path = shutil.copy(written("flux2", folder), tmp_path / f"{name}.safetensors")
+    notes = open_checkpoint(BaseConfig(model=str(path))).notes
+    assert any("distilled to few steps already" in note for note in notes) == is_distilled
 
 
 def test_an_unknown_clip_type_is_refused_before_weights_are_loaded(folder: Path) -> None:

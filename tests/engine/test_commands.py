@@ -37,6 +37,11 @@ def test_every_command_takes_the_file_of_a_run(
         for out in drawn:
             size = ["--width", "64", "--height", "64", "--steps", "1", "2", "--device", "cpu"]
             assert main(["sample", str(lora), "--prompt", "a star", "--out", str(out), *size]) == 0
+        if name == "flux":
+            capsys.readouterr()
+            options = ["--prompt", "a star", "--out", str(tmp_path / "none"), "--cfg", "3"]
+            assert main(["sample", str(lora), *options]) == 2
+            assert "cfg is 3, but the network of this base takes the guidance scale as an" in capsys.readouterr().err
     pictures = [sorted(each.glob("*.png")) for each in drawn]
     assert len(pictures[0]) == 2
     assert all(one.read_bytes() == again.read_bytes() for one, again in zip(*pictures, strict=True))

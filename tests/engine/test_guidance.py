@@ -13,6 +13,7 @@ from safetensors import safe_open
 from test_run import settings
 
 from trajectory_consistency.trainer.config.settings import from_mapping
+from trajectory_consistency.trainer.errors import UserError
 from trajectory_consistency.trainer.models import open_checkpoint
 from trajectory_consistency.trainer.models.comfy.model import HostModel
 from trajectory_consistency.trainer.preflight import check, plan
@@ -60,6 +61,26 @@ def test_the_teacher_gets_the_scales_of_the_settings_and_no_empty_caption(
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata()
     assert (float(metadata["tcd.guidance_min"]), float(metadata["tcd.guidance_max"])) == (LOW, HIGH)
+
+
+@pytest.mark.parametrize(("name", "scale"), [("flux", 3.5), ("hunyuan-video", 6.0)])
+def test_a_range_without_the_students_scale_is_noted_and_a_students_cfg_is_refused(
+    name: str, scale: float, folder: Path, tmp_path: Path
+) -> None:
+    world.write_folder(folder / "pictures", 4, seed=0)
+    values = settings(name, folder, tmp_path / "out")
+    for low, high, is_noted in ((1.0, scale - 0.1, True), (scale, scale, False), (1.0, 9.0, False)):
+        values["method"] |= {"guidance_min": low, "guidance_max": high}
+        with lend(FAMILIES[name]):
+            config = from_mapping(values)
+            described = plan(config, check(config))
+        assert (f"gets the guidance scale {scale:g}, which is not in this range" in described) == is_noted
+    values["preview"]["cfg"] = 2.0
+    with (
+        lend(FAMILIES[name]),
+        pytest.raises(UserError, match=rf"preview.cfg is 2, but .* sampled with {scale:g} there: use preview.cfg 1"),
+    ):
+        check(from_mapping(values))
 
 
 def test_other_networks_do_not_say_so(folder: Path) -> None:

@@ -295,7 +295,7 @@ def test_an_optimizer_in_8_bits_goes_on_from_a_checkpoint_to_the_last_bit(
 
 
 def test_a_full_memory_is_distinguished_from_other_errors(values: Values) -> None:
-    advice = training_advice(small_config(values), 3)
+    advice = training_advice(small_config(values), 3, can_recompute=True)
     for full in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("can't allocate memory: 1")):
         with pytest.raises(MemoryFullError, match="out of memory with 3 pictures of 64 px"), memory_advice(advice):
             raise full
@@ -326,6 +326,11 @@ def test_a_full_memory_is_answered_with_what_helps_there(
     with pytest.raises(MemoryFullError) as caught:
         run(small_config(values))
     assert PHASES[where] in str(caught.value)
+
+
+def test_recomputing_is_not_advised_where_it_changes_nothing(values: Values) -> None:
+    advice = training_advice(small_config(values), 3, can_recompute=False)
+    assert "gradient_checkpointing" not in advice and "Use a larger training.accumulate" in advice
 
 
 def test_where_the_cache_can_be_filled_instead_is_said() -> None:

@@ -24,6 +24,7 @@ from trajectory_consistency.tcd.times import Law
 from trajectory_consistency.trainer.config.settings import Config, from_mapping
 from trajectory_consistency.trainer.data.encode import load_or_encode
 from trajectory_consistency.trainer.models.conditioning import Conditioning
+from trajectory_consistency.trainer.models.fingerprint import fingerprint
 from trajectory_consistency.trainer.models.sampling import Guidance, initial_noise, sample_latents
 from trajectory_consistency.trainer.models.teacher_sampling import dpm_solver_sample
 from trajectory_consistency.trainer.models.unet.families import Family
@@ -74,6 +75,8 @@ def test_a_base_becomes_a_lora_that_fits_it(family: Family, prediction: str, tmp
     assert metadata["modelspec.architecture"] == f"{architecture}/lora"
     assert metadata["ss_base_model_version"] == version
     assert metadata["modelspec.prediction_type"] == {"eps": "epsilon"}.get(prediction, prediction)
+    assert metadata["tcd.family"] == {"sd15": "SD15", "sd2": "SD20", "sdxl": "SDXL"}[family]
+    assert metadata["tcd.base_fingerprint"] == fingerprint(Path(config.base.path))
     assert metadata["ss_zero_terminal_snr"] == str(prediction == "v") and metadata["ss_v2"] == str(family == "sd2")
 
 

@@ -62,14 +62,17 @@ def preview_advice(config: Config) -> str:
     )
 
 
-def training_advice(config: Config, largest: int) -> str:
-    """Return the advice for training with at most `largest` pictures in one forward pass."""
+def training_advice(config: Config, largest: int, *, can_recompute: bool) -> str:
+    """Return the advice for training with at most `largest` pictures in one forward pass.
+
+    can_recompute: whether training.gradient_checkpointing would change something.
+    """
+    recompute = "training.gradient_checkpointing=true, or " if can_recompute else ""
     return (
         f"with {largest} pictures of {config.data.resolution} px at a time. Use "
-        "training.gradient_checkpointing=true, or a larger training.accumulate "
-        f"(now {config.training.accumulate}): both are slower and change nothing else, so the same command with "
-        "them resumes from the last checkpoint. Or use a smaller training.batch, data.resolution or adapter.rank, with "
-        "a different output.folder"
+        f"{recompute}a larger training.accumulate (now {config.training.accumulate}): it is slower and changes nothing "
+        "else, so the same command with it resumes from the last checkpoint. Or use a smaller training.batch, "
+        "data.resolution or adapter.rank, with a different output.folder"
     )
 
 

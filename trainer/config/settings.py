@@ -180,7 +180,8 @@ class TrainingConfig:
     """Number of parts into which each process divides its pictures of a step. More parts need less memory and more
     time; the result is the same up to rounding."""
     gradient_checkpointing: bool = field(default=False, metadata=MAY_CHANGE)
-    """Recompute most activations in the backward pass instead of keeping them: less memory, more time."""
+    """Recompute most activations in the backward pass instead of keeping them: less memory, more time. The engine
+    `comfyui` always does."""
     compile: bool = field(default=False, metadata=MAY_CHANGE)
     """Run the network through `torch.compile`, which takes minutes at the start."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ...tcd import Schedule, sample_tcd, seeded_noise
+from ..errors import UserError
 from .conditioning import Conditioning
-from .seam import Model
+from .seam import Checkpoint, Model
 
 
 class Guidance(NamedTuple):
@@ -20,6 +21,18 @@ class Guidance(NamedTuple):
     """The empty caption, B rows or one."""
     scale: float
     """Guidance scale; 1 is no guidance."""
+
+
+def check_cfg(setting: str, cfg: float, checkpoint: Checkpoint) -> None:
+    """Raise UserError if a student would be sampled with cfg although its network takes the guidance scale as an input.
+
+    setting: the name of the setting whose value is cfg.
+    """
+    if checkpoint.guidance is not None and cfg != 1:
+        raise UserError(
+            f"{setting} is {cfg:g}, but the network of this base takes the guidance scale as an input, and a LoRA is "
+            f"sampled with {checkpoint.guidance:g} there: use {setting} 1"
+        )
 
 
 def initial_noise(seed: int, shape: Sequence[int]) -> Tensor:

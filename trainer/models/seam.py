@@ -5,8 +5,9 @@
     TextEncoder   captions -> conditioning
     Autoencoder   pictures -> latents, and latents -> pictures
 
-An engine implements all four for one kind of network, in a folder beside this file; `unet` is the only one. It also
-says how LoRA files for its networks are laid out. `open_checkpoint` and `lora_layouts` in __init__.py ask the engines.
+An engine implements all four for one kind of network, in a folder beside this file: `unet` for UNets by diffusers, and
+`comfy` for all models of ComfyUI. It also says how LoRA files for its networks are laid out. `open_checkpoint` and
+`lora_layouts` in __init__.py ask the engines.
 
 Latents are [B, C, h, w] of pictures, and [B, C, F, h, w] of videos. They are normalized everywhere outside an
 `Autoencoder`, which shifts and scales them as the network expects.
@@ -95,7 +96,8 @@ class TextEncoder(Protocol):
     def encode(self, captions: Sequence[str]) -> list[Conditioning]:
         """Encode each caption as one row, on the encoder's device. Rows may differ in length, and have no padding.
 
-        The cache stores floating-point tensors in float16, and returns them in float32; others keep their dtype.
+        The cache stores floating-point tensors in float16, those above its maximum in float32, and returns all of them
+        in float32; others keep their dtype.
         """
         ...
 
@@ -136,6 +138,8 @@ class Model(Protocol):
 
     adapter: Adapter
     latents: LatentFormat
+    always_recomputes: bool
+    """Whether activations are recomputed in the backward pass also without `enable_gradient_checkpointing`."""
 
     @property
     def network(self) -> nn.Module:
@@ -230,6 +234,8 @@ class Checkpoint(Protocol):
     latents: LatentFormat
     resolution: int
     """Usual side of the pictures of the model's family, in pixels."""
+    guidance: float | None
+    """The guidance scale that `Model.x0` gives the network as an input; None if it is no input."""
     notes: tuple[str, ...]
     """For the user: what was assumed about the model, and the setting that overrides each assumption."""
 

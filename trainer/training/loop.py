@@ -81,6 +81,7 @@ def train(
     if saved is not None:
         training.load_state_dict(saved)
     steps, batch = config.training.steps, config.training.batch
+    can_recompute = not (model.always_recomputes or config.training.gradient_checkpointing)
     bar = tqdm(
         total=steps * batch,
         initial=training.step * batch,
@@ -93,7 +94,7 @@ def train(
         bar,
         training,
         watch_stop_signals() as stop_requested,
-        memory_advice(training_advice(config, training.micro_batch_size)),
+        memory_advice(training_advice(config, training.micro_batch_size, can_recompute=can_recompute)),
     ):
         while training.step < steps:
             record, stop = training.train_step(stop_requested)

@@ -17,6 +17,7 @@ from ..data.buckets import Size
 from ..errors import UserError
 from ..files.adapter_weights import load_weights
 from ..models import open_checkpoint
+from ..models.sampling import check_cfg
 from ..models.seam import Model
 from .grid import Row, draw_grid
 from .preview_prompts import PreviewPrompts, encode_prompts, picture_names, sample_previews, save_picture
@@ -31,11 +32,12 @@ def draw_gallery(lora: Path, base: BaseConfig, settings: PreviewConfig, folder: 
     A width or height of 0 in `settings` means the resolution that the base was trained at.
 
     Raises UserError if the LoRA does not fit the base, there is no prompt, a size is no multiple of the base's latent
-    stride, or a picture exists already.
+    stride, the base takes no cfg, or a picture exists already.
     """
     paths = _picture_paths(folder, settings)
     checkpoint = open_checkpoint(base)
     checkpoint.check_encoders()
+    check_cfg("cfg", settings.cfg, checkpoint)
     load_weights(checkpoint.load(torch.float32, torch.device("meta")), lora)  # raises if it does not fit the base
     checkpoint.latents.check_size("width", settings.width)
     checkpoint.latents.check_size("height", settings.height)

@@ -167,6 +167,20 @@ def takes_guidance(network: nn.Module) -> bool:
     return guidance is not None and any(True for _ in guidance.parameters())
 
 
+def default_guidance(model: Any) -> float | None:
+    """Return the guidance scale that the host gives a network without the node FluxGuidance; None if it is no input.
+
+    model: the host's BaseModel, which may be on the meta device.
+    """
+    if not takes_guidance(model.diffusion_model):
+        return None
+    form = model.latent_format
+    latent = torch.zeros(1, form.latent_channels, *[1] * (form.latent_dimensions - 2), 8, 8)
+    inputs = {"noise": latent, "latent_image": latent, "pooled_output": None, "prompt_type": "positive"}
+    scale = model.extra_conds(**inputs, device=latent.device).get("guidance")
+    return None if scale is None else float(scale.cond)
+
+
 def freeze(model: nn.Module) -> None:
     """Freeze all parameters, and make those anew that were made in inference mode, which autograd cannot use.
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from ....tcd import Schedule
-from ....tcd.lora_metadata import BASE_FINGERPRINT_KEY, FAMILY_KEY, SHIFT_KEY, TARGET_TIME_MODULE_KEY
+from ....tcd.lora_metadata import (
+    BASE_FINGERPRINT_KEY,
+    FAMILY_KEY,
+    HOST_FAMILIES,
+    SHIFT_KEY,
+    TARGET_TIME_MODULE_KEY,
+)
 from ...config.base import BaseConfig
 from ...errors import UserError
 from ...safetensors_file import SafetensorsFile
@@ -27,14 +32,13 @@ from .base_loras import HostLoras
 from .conditioning import join, to_device
 from .library import find_model, load_comfyui
 from .model import HostModel
+from .recognize import META, TEXT, VAE, recognize, unquantised
 from .text_encoder import HostTextEncoder
 
-_UNETS = {"SD15": "sd15", "SD20": "sd2", "SDXL": "sdxl"}
+_UNETS = {host: family for family, host in HOST_FAMILIES.items()}
 """The trainer's names of families that its other engine knows too."""
 _RESOLUTIONS = {"SD15": 512, "SD20": 768}
 _OTHER_RESOLUTION = 1024
-_TEXT, _VAE = "text encoder", "VAE"
-_META = torch.device("meta")
 _LONG_CAPTION = "a word " * 100
 """With more tokens than almost any caption has."""
 
@@ -50,7 +54,7 @@ class HostCheckpoint:
         """
         _check_settings(base)
         load_comfyui()
-        from ....nodes.host.training.network import takes_guidance
+        from ....nodes.host.training.network import default_guidance
 
         self._base = base
         self._is_checkpoint = not base.model
@@ -62,12 +66,12 @@ class HostCheckpoint:
         self.name = self.path.stem
         self._text_encoders = [find_model("text_encoders", name, "base.text_encoders") for name in base.text_encoders]
         self._vae = find_model("vae", base.vae, "base.vae") if base.vae else None
-        self._config, model, self._is_quantised, self._in_file = _recognize(self.path)
+        self._config, model, self._is_quantised, self._in_file = recognize(self.path)
         self._time_layer = check_trainable(self._config, model, self.path)
-        self._takes_guidance = takes_guidance(model.diffusion_model)
+        self.guidance = default_guidance(model)
         self._loras = HostLoras(base.loras)
         if base.loras:
-            self._loras.check(_unquantised(self._config))
+            self._loras.check(unquantised(self._config))
         self._sampling = model.model_sampling
         self.host_family = type(self._config).__name__
         form = self._config.latent_format
@@ -99,7 +103,7 @@ class HostCheckpoint:
         shift = getattr(self._sampling, "shift", None)
         parts = [f"{self.host_family}, loaded by ComfyUI"]
         parts += [] if shift is None else [f"shift {shift:g}"]
-        parts += ["the guidance scale is an input"] if self._takes_guidance else []
+        parts += ["the guidance scale is an input"] if self.guidance is not None else []
         parts += [f"with {self._base.lora_names}"] if self._base.loras else []
         return ", ".join(parts)
 
@@ -107,10 +111,10 @@ class HostCheckpoint:
         """Raise UserError if the base has no text encoder or no VAE, or base.clip_type is unknown."""
         self._clip_type()
         if self._is_checkpoint:
-            named = {_TEXT: bool(self._text_encoders), _VAE: self._vae is not None}
+            named = {TEXT: bool(self._text_encoders), VAE: self._vae is not None}
             missing = [part for part, is_named in named.items() if not is_named and part not in self._in_file]
             if missing:
-                settings = {_TEXT: "base.text_encoders and base.clip_type", _VAE: "base.vae"}
+                settings = {TEXT: "base.text_encoders and base.clip_type", VAE: "base.vae"}
                 raise UserError(
                     f"{self.path} has no {' and no '.join(missing)}: use a full checkpoint, or set "
                     f"{' and '.join(settings[part] for part in missing)}"
@@ -137,7 +141,7 @@ class HostCheckpoint:
         self.check_encoders()
         cpu = torch.device("cpu")
         options = {"dtype": dtype, "load_device": device, "offload_device": cpu}
-        if device == _META:  # the weights alone: the host would ask its devices for their free memory
+        if device == META:  # the weights alone: the host would ask its devices for their free memory
             options |= {"load_device": cpu, "initial_device": device}
         if self._text_encoders:
             kind = self._clip_type()
@@ -167,7 +171,7 @@ class HostCheckpoint:
             state = comfy.utils.state_dict_prefix_replace(state, prefixes, filter_keys=True)
             state = self._config.process_vae_state_dict(state)
         # On the meta device the weights are loaded all the same: only they tell the host which VAE it is.
-        place = torch.device("cpu") if device == _META else device
+        place = torch.device("cpu") if device == META else device
         vae = comfy.sd.VAE(sd=state, metadata=metadata, device=place, dtype=torch.float32)
         if vae.first_stage_model is None:
             raise UserError(f"{path} has no VAE that ComfyUI recognizes: name one in base.vae")
@@ -186,7 +190,7 @@ class HostCheckpoint:
         It is what the text encoders return on the meta device, where they need no weights. Sizes and numbers, which the
         engine reads, are on the CPU.
         """
-        (encoded,) = self.load_text_encoder(torch.float32, _META).encode([_LONG_CAPTION])
+        (encoded,) = self.load_text_encoder(torch.float32, META).encode([_LONG_CAPTION])
         row = Conditioning({name: torch.zeros_like(value, device="cpu") for name, value in encoded.tensors.items()})
         return to_device(join([row] * rows), device)
 
@@ -229,6 +233,9 @@ class HostCheckpoint:
         """Return what the model itself says about being distilled to few steps; empty if it does not."""
         if self.host_family == "FluxSchnell":
             return "it is Flux schnell"
+        name = self.name.lower()
+        if self.host_family == "Flux2" and "klein" in name and "base" not in name:
+            return f"{self.name} is Klein without base in its name"
         if self._config.unet_config.get("meanflow"):
             return "its network takes two times, as in MeanFlow"
         return ""
@@ -237,8 +244,8 @@ class HostCheckpoint:
         import comfy.model_patcher
         import comfy.sd
 
-        if device == _META:
-            model = _recognize(self.path, dtype).model
+        if device == META:
+            model = recognize(self.path, dtype).model
             return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device)
         options: dict[str, Any] = {"load_device": device, "offload_device": device}
         if not self._is_quantised:
@@ -257,58 +264,9 @@ def _check_settings(base: BaseConfig) -> None:
         value = getattr(base, key)
         if value != "auto":
             raise UserError(
-                f"base.{key} is {value}, but ComfyUI reads this from the file, for SDXL from its tensor {marker}: leave "
-                f"base.{key} out, or use base.engine=diffusers, if it loads this model"
+                f"base.{key} is {value}, but ComfyUI reads this from the file, for SDXL from its tensor {marker}: "
+                f"leave base.{key} out, or use base.engine=diffusers, if it loads this model"
             )
-
-
-class _Recognized(NamedTuple):
-    """What ComfyUI finds out about the network in a file."""
-
-    config: Any
-    """The host's supported_models config."""
-    model: Any
-    """The host's BaseModel, with its network on the meta device."""
-    is_quantised: bool
-    """Whether weights are stored in 8 bits or fewer."""
-    others: tuple[str, ...]
-    """The other parts that are in the file: _TEXT, _VAE."""
-
-
-def _recognize(path: Path, dtype: torch.dtype = torch.float32) -> _Recognized:
-    """Let ComfyUI recognize the network in a file; its weights stay on the disk.
-
-    dtype: of the network's weights, except those that are stored in 8 bits or fewer.
-
-    Raises UserError if it does not know the network, or cannot read the file.
-    """
-    import comfy.model_detection
-    import comfy.utils
-
-    SafetensorsFile(path)  # whose message says what is wrong with a damaged file
-    state, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
-    prefix = comfy.model_detection.unet_prefix_from_state_dict(state)
-    if not any(key.startswith(prefix) for key in state):
-        prefix = ""
-    state, metadata = comfy.utils.convert_old_quants(state, prefix, metadata=metadata)
-    config = comfy.model_detection.model_config_from_unet(state, prefix, metadata=metadata)
-    if config is None:
-        raise UserError(f"ComfyUI does not recognize the network in {path}: give a file that its loader nodes take")
-    stored = comfy.utils.weight_dtype(state, prefix)
-    found = {
-        _TEXT: bool(config.process_clip_state_dict(dict(state))),
-        _VAE: any(key.startswith(tuple(config.vae_key_prefix)) for key in state),
-    }
-    others = tuple(part for part, is_there in found.items() if is_there)
-    has_layouts, is_small = config.quant_config is not None, stored is not None and stored.itemsize == 1
-    # Beside weights with layouts of their own, such as INT8, the host has the others in a usual dtype.
-    plain = stored if is_small and not has_layouts else dtype
-    config.set_inference_dtype(plain, dtype if has_layouts or is_small else None)
-    model = config.get_model(state, prefix, device=_META)
-    if has_layouts:  # the host makes such weights when it loads them
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of torch: nothing is copied to meta
-            model.load_model_weights(state, prefix)
-    return _Recognized(config, model, has_layouts or is_small, others)
 
 
 def _check_text_encoders(clip: Any, files: Sequence[Path]) -> None:
@@ -321,11 +279,6 @@ def _check_text_encoders(clip: Any, files: Sequence[Path]) -> None:
                 f"base.text_encoders has {file}, which ComfyUI does not recognize as a text encoder: name the files "
                 "that its node Load CLIP takes"
             )
-
-
-def _unquantised(config: Any) -> Any:
-    """Return the host's BaseModel on the meta device, with plain weights also where the file's are quantised."""
-    return type(config)(config.unet_config).get_model({}, "", device=_META)
 
 
 def check_trainable(config: Any, model: Any, path: Path) -> str:

@@ -22,6 +22,8 @@ from .layers import chosen_layers, kind_of
 class HostModel:
     """A frozen network that ComfyUI has loaded, with its schedule and its adapter."""
 
+    always_recomputes = True
+
     def __init__(self, patcher: Any, time_layer: str, latents: LatentFormat, unet_paths: dict[str, str]) -> None:
         """patcher: the host's MODEL. time_layer: the Linear whose output is the embedding of t.
 

@@ -12,6 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from ....tcd import DiscreteSchedule, Prediction, scaled_linear_alpha_bar, zero_terminal_snr
+from ....tcd.lora_metadata import BASE_FINGERPRINT_KEY, FAMILY_KEY, HOST_FAMILIES
 from ...config.base import BaseConfig
 from ...errors import UserError
 from .. import TINY_NAME
@@ -36,6 +37,8 @@ _PREDICTION_NAMES = {"eps": "epsilon", "v": "v", "x0": "sample", "flow": "flow"}
 
 class UNetCheckpoint:
     """A model on disk with a UNet of a supported family; its weights are not loaded yet."""
+
+    guidance: float | None = None
 
     def __init__(self, base: BaseConfig) -> None:
         """Open the model at base.path, and determine its family, prediction and schedule.
@@ -138,10 +141,13 @@ class UNetCheckpoint:
             "modelspec.implementation": "diffusers",
             "modelspec.prediction_type": _PREDICTION_NAMES[self.prediction],
             "tcd.prediction_type": self.prediction,
+            BASE_FINGERPRINT_KEY: fingerprint(self.path),
             "ss_base_model_version": self._kohya_version(),
             "ss_v2": str(self.family == "sd2"),
             "ss_zero_terminal_snr": str(self.zero_snr),
         }
+        if self.family in HOST_FAMILIES:  # the embedded tiny model is none of ComfyUI's
+            metadata[FAMILY_KEY] = HOST_FAMILIES[self.family]
         if self.path.is_file():
             metadata["ss_sd_model_name"] = self.path.name
             metadata["ss_sd_model_hash"] = _short_hash(self.path)

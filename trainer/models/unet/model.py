@@ -24,6 +24,8 @@ _BLOCKS = (BasicTransformerBlock, ResnetBlock2D)
 class UNetModel:
     """A frozen diffusers UNet with its schedule and its adapter."""
 
+    always_recomputes = False
+
     def __init__(self, unet: UNet2DConditionModel, schedule: Schedule, prediction: Prediction) -> None:
         """schedule: its clock is the timestep 0 .. 999, and its training tables are on the UNet's device."""
         self.network, self.schedule, self.prediction = unet, schedule, prediction
