@@ -328,9 +328,20 @@ def test_a_full_memory_is_answered_with_what_helps_there(
     assert PHASES[where] in str(caught.value)
 
 
-def test_recomputing_is_not_advised_where_it_changes_nothing(values: Values) -> None:
-    advice = training_advice(small_config(values), 3, can_recompute=False)
-    assert "gradient_checkpointing" not in advice and "Use a larger training.accumulate" in advice
+@pytest.mark.parametrize("why", ["the setting", "the engine"])
+def test_recomputing_is_not_advised_where_it_changes_nothing(
+    why: str, values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("trajectory_consistency.trainer.training.loop.step_losses", full)
+    monkeypatch.setattr(UNetModel, "always_recomputes", why == "the engine")
+    values = {**values, "data": {**values["data"], "cache": str(tmp_path / "cache")}}
+    values |= {"output": {"folder": str(tmp_path / "out")}}
+    values["training"] = {**values.get("training", {}), "gradient_checkpointing": why == "the setting"}
+    with pytest.raises(MemoryFullError, match=r"at a time\. Use a larger training\.accumulate"):
+        run(small_config(values))
 
 
 def test_where_the_cache_can_be_filled_instead_is_said() -> None:
