@@ -45,7 +45,7 @@ from trajectory_consistency.trainer.training.optimizer import lr_factor
 
 NAME = "checkerboard"
 TUNED, OTHERS, OTHERS_SEEDS = METHODS | PLAIN, VARIATIONS, SEEDS[:1]
-LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+LEARNING_RATES = (1e-3, 3e-3)
 CENTERS = torch.tensor([(x, y) for x in range(4) for y in range(4) if (x + y) % 2], dtype=torch.float32) - 1.5
 SPREAD = 0.05  # of each, where two centers are 1.41 apart
 SCALE = 1 / math.sqrt(1.25 + SPREAD**2)  # so that the coordinates have unit variance

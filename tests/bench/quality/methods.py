@@ -82,13 +82,12 @@ def _changed(of: str, name: str, **changed: Any) -> Method:
     return replace(method, name=f"{of}, {name}", changed={**method.changed, **changed}, of=of)
 
 
-PLAIN = _by_name(*(_changed(name, "plain", ema_decay=0.0) for name in ("LCM", "TCD", "TCD S+")))
-"""Methods whose target is computed by the student itself, with their own learning rates."""
+PLAIN = _by_name(*(_changed(name, "plain", ema_decay=0.0) for name in ("TCD S+, diagonal",)))
+"""The method whose target is computed by the student itself; in the first world it has a learning rate of its own."""
 VARIATIONS = _by_name(
     _changed("TCD S+", "no weighting", weighting="none"),
     _changed("TCD S+, diagonal", "no weighting", weighting="none"),
     _changed("TCD S+, diagonal", "weighting gap", weighting="gap"),
-    _changed("TCD S+, diagonal", "plain", ema_decay=0.0),
     _changed("TCD S+, diagonal", "decay 0.99", ema_decay=0.99),
     _changed("TCD S+, diagonal", "Huber, c = 0.001", huber_c=0.001),
     _changed("TCD S+, diagonal", "input t - s", target_input="t-s"),

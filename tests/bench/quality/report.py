@@ -283,7 +283,8 @@ def _by_gamma(results: Results, key: str, measure: Measure = DISTANCE, names: It
             rows.append([name, f"{gamma:g}", *map(measure.form.format, means)])
     for gamma in GAMMAS:
         solver = f"TCD, γ {gamma:g}" if gamma else "DDIM"
-        found = [[each[f"{solver} {steps}"][key] for each in results.references] for steps in STEPS]
+        names = [f"{solver} {steps}" for steps in STEPS]
+        found = [[each[name][key] for each in results.references if name in each] for name in names]
         means = (measure.scale * statistics.mean(values) for values in found)
         rows.append(["teacher", f"{gamma:g}", *map(measure.form.format, means)])
     return _rows(["", "γ", *map(str, STEPS)], rows)
@@ -314,9 +315,11 @@ def _tries(results: Results) -> str:
 def _goals(results: Results, measures: Mapping[str, str]) -> list[str]:
     """Return one line for each goal of S+, with the result and whether it is met."""
     goals = [*_goals_of_distances(results, measures), _goal_of_jumps(results)]
-    if any("open_distance" in cell for cell in results.references[0].values()):
-        lcm, found = (_means(results, name, "open_distance")[2] for name in ("LCM", S_PLUS))
-        goals.append(_goal("distance to the world, partial captions, with 4 steps", found, 0.7 * lcm, "0.7 of LCM's"))
+    for key, captions in (("distance", "complete"), ("open_distance", "partial")):
+        if key in results.references[0]["fresh data"] and "open_distance" in results.references[0]["fresh data"]:
+            lcm, found = (_means(results, name, key)[2] for name in ("LCM", S_PLUS))
+            what = f"distance to the world, {captions} captions, with 4 steps"
+            goals.append(_goal(what, found, 0.7 * lcm, "0.7 of LCM's"))
     return [f"{text}: **{'met' if met else 'not met'}**" for text, met in goals]
 
 
