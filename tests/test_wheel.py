@@ -164,7 +164,6 @@ def test_what_is_installed_runs_the_demo(installed: Installed) -> None:
     made = installed.work / "demo-out"
     metrics = json.loads((made / "metrics.json").read_text(encoding="utf-8"))
     assert metrics.keys() == {"Fresh data", *(method.label for method in METHODS)}
-    assert {measured["samples"] for measured in metrics.values()} == {8}
     with Image.open(made / "grid.png") as grid:
         assert grid.height > len(metrics) * 64, "a row of pictures for each"
     printed = installed.run("tcd-train", "inspect", "demo-out/tcd-lora.safetensors")
