@@ -139,6 +139,7 @@ def patcher(name: str) -> Any:
     more = {"dtype": torch.float32} if network is flux.Flux else {}
     model.diffusion_model = network(**settings, **more, device="meta", operations=comfy.ops.disable_weight_init)
     model.model_config = type(name, (SimpleNamespace,), {})(unet_config=settings)
+    model.model_sampling = SimpleNamespace()  # without a shift
     cpu = torch.device("cpu")
     return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
 
