@@ -264,6 +264,8 @@ def _table(results: Results, names: Iterable[str], key: str, measure: Measure = 
 def _variations(results: Results, measures: Mapping[str, str]) -> str:
     """Return the tables of the variations, together with the methods that they vary."""
     others = [name for name in results.runs if name not in results.lr]
+    if not others:
+        return ""
     names = [*dict.fromkeys(ALL[name].of for name in others), *others]
     tables = (f"{title.capitalize()}:\n\n{_table(results, names, measure)}" for measure, title in measures.items())
     return "\n\n".join(["### Variations", *tables]) + "\n"
