@@ -33,6 +33,7 @@ bench: $(INSTALLED)
 	$(BIN)/python tests/bench/nodes.py --out bench-out/nodes.md
 	$(BIN)/python tests/bench/peers.py --out bench-out/peers.md $(PEERS)
 	$(BIN)/python tests/bench/training_step.py --out bench-out/training.md
+	$(BIN)/python tests/bench/host_step.py --out bench-out/host_training.md
 
 # Takes two to three hours on two cores. Results are kept in bench-out/quality; a second call computes only missing ones.
 bench-quality: $(INSTALLED)

@@ -10,18 +10,19 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 
 class Loop:
     """A process that answers when it is asked: the other side of `serve`."""
 
-    def __init__(self, *command: object) -> None:
-        """Start this interpreter with a script and its arguments, and wait until it is ready."""
+    def __init__(self, *command: object, python: Path = Path(sys.executable)) -> None:
+        """Start an interpreter, by default this one, with a script and its arguments, and wait until it is ready."""
         # Threads that wait for work by spinning would slow the other loop down, and one another where cores are few.
         environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
         self._process = subprocess.Popen(
-            [sys.executable, *map(str, command)],
+            [str(python), *map(str, command)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
