@@ -2,22 +2,22 @@
 
 Many of the host's networks write over tensors: a block adds to its input, `x += gate * f(norm(x))`. Then
 torch.utils.checkpoint gives wrong gradients without an error, because a block that is run again starts from an input
-that the first run has changed. Here each run has its own copies of the block's inputs. Within the block, torch copies a
-tensor that is saved for the backward pass before it is written over (`allow_mutation_on_saved_tensors`).
+that the first run has changed. Here each run has its own copies of the block's inputs. Within the block, a tensor that
+is saved for the backward pass is copied before it is written over.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import allow_mutation_on_saved_tensors, saved_tensors_hooks
 
 from ....tcd import Adapter
 from .kernels import differentiable_kernels
+from .saved_tensors import saved_tensors_may_change
 
 _Rebuild = Callable[[Sequence[Tensor]], Any]
 """Puts tensors back into the structure from which `_flatten` took them."""
@@ -117,24 +117,13 @@ class _Recomputed(torch.autograd.Function):
         inputs = [
             tensor.detach().requires_grad_(needs) for tensor, needs in zip(ctx.saved_tensors, needed, strict=True)
         ]
-        with differentiable_kernels(), ctx.adapter.using(ctx.state), _saved_tensors_may_change(ctx.saved_tensors):
+        with differentiable_kernels(), ctx.adapter.using(ctx.state), saved_tensors_may_change():
             with torch.enable_grad():
                 outputs = ctx.run(inputs)
             pairs = [(y, gradient) for y, gradient in zip(outputs, gradients, strict=True) if y.requires_grad]
             # It also adds to the gradients of the adapter's weights.
             torch.autograd.backward([y for y, _ in pairs], [gradient for _, gradient in pairs])
         return (None, None, None, *(tensor.grad for tensor in inputs))
-
-
-def _saved_tensors_may_change(inputs: Sequence[Tensor]) -> AbstractContextManager[object]:
-    """Let networks write over tensors that are saved for the backward pass, as when they run again.
-
-    On the meta device, torch cannot tell the tensors apart, and there is no content to keep. Tensors that are saved by
-    hooks are not checked for changes.
-    """
-    if any(tensor.is_meta for tensor in inputs):
-        return saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
-    return allow_mutation_on_saved_tensors()
 
 
 def _flatten(value: Any, leaves: list[Tensor]) -> _Rebuild:
