@@ -133,10 +133,9 @@ def _measured_rows(
     fresh = world_pictures(prompts, 1, f"fresh {seed}")
     metrics: dict[str, Any] = {WORLD: judge.metrics(fresh)}
     rows = [Row(f"{WORLD}\ndrawn by the world", fresh[:COLUMNS], _numbers(metrics[WORLD]))]
-    last, teachers = None, sampler.pictures(METHODS[0], count, seed)
-    for method in METHODS:
-        pictures = sampler.pictures(method, count, seed)
-        metrics[method.label] = {**judge.metrics(pictures), "difference": pixel_difference(pictures, teachers)}
+    last, drawn = None, [sampler.pictures(method, count, seed) for method in METHODS]
+    for method, pictures in zip(METHODS, drawn, strict=True):
+        metrics[method.label] = {**judge.metrics(pictures), "difference": pixel_difference(pictures, drawn[0])}
         rows.append(
             Row(
                 f"{method.label}\n{method.detail}",
