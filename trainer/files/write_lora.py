@@ -15,7 +15,6 @@ from ..config.settings import Config
 from ..errors import RunError
 from ..models.conditioning import Conditioning
 from ..models.seam import Model
-from ..safetensors_file import read_safetensors
 from .adapter_weights import file_tensors, using_file
 
 log = logging.getLogger("trajectory-consistency")
@@ -42,13 +41,13 @@ def write_lora(
     dtype = getattr(torch, config.output.dtype)
     tensors = file_tensors(model, model.adapter.weights[STUDENT])
     tensors = {key: value.to("cpu", dtype).contiguous() for key, value in tensors.items()}
+    if unloaded := model.unloaded_keys(tensors):
+        raise VerificationError(
+            f"ComfyUI would not load {len(unloaded)} modules of the written LoRA, such as {unloaded[0]}: train "
+            "other layers, by adapter.targets"
+        )
     with atomic_write(path) as unfinished:
         save_file(tensors, unfinished, metadata=metadata)
-        if unloaded := model.unloaded_keys(read_safetensors(unfinished)[0]):
-            raise VerificationError(
-                f"ComfyUI would not load {len(unloaded)} modules of the written LoRA, such as {unloaded[0]}: train "
-                "other layers, by adapter.targets"
-            )
         effect = _verified_effect(unfinished, model, cond, max(TOLERANCE[dtype], _rounding_error(model, cond)))
         if effect == 0 and final:
             raise VerificationError(
