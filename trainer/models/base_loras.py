@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from ..config.base import BaseConfig
-from .fingerprint import fingerprint
+from .fingerprint import combined, fingerprint
 from .seam import Fingerprints
 
 
@@ -42,5 +41,4 @@ def lora_note(base: BaseConfig) -> tuple[str, ...]:
 def _hash(base: str, loras: Sequence[PlacedLora]) -> str:
     if not loras:
         return base
-    parts = [base, *(f"{fingerprint(lora.path)} {lora.strength!r}" for lora in loras)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    return combined([base, *(f"{fingerprint(lora.path)} {lora.strength!r}" for lora in loras)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 _SAMPLES, _SAMPLE_BYTES = 256, 2**16
@@ -15,7 +16,12 @@ def fingerprint(source: Path) -> str:
     Each file contributes its length and 256 samples of 64 KiB, evenly spaced.
     """
     files = [source] if source.is_file() else sorted(file for file in source.rglob("*") if file.suffix in _WEIGHTS)
-    return hashlib.sha256("\n".join(map(_hash_samples, files)).encode()).hexdigest()[:16]
+    return combined(map(_hash_samples, files))
+
+
+def combined(parts: Iterable[str]) -> str:
+    """Return one fingerprint for several hashes and other facts, in this order, as 16 hexadecimal digits."""
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def _hash_samples(path: Path) -> str:

@@ -10,14 +10,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ...errors import UserError
-from ..seam import LatentDistribution
+from ..seam import LatentDistribution, LatentFormat
 
 
 class HostAutoencoder:
     """The host's VAE object, and the latent format of the model, which shifts and scales latents."""
 
     def __init__(self, vae: Any, latent_format: Any) -> None:
-        self.vae, self.latent_format = vae, latent_format
+        self.vae, self.latent_format, self.latents = vae, latent_format, latents_of(latent_format)
 
     def encode(self, pixels: Tensor) -> LatentDistribution:
         """Encode pictures, uint8 [B, 3, H, W]; the host's VAEs return the mean of the posterior.
@@ -40,7 +40,7 @@ class HostAutoencoder:
         """
         if latents.is_meta:
             _take(self.vae.memory_used_decode(latents[:1].shape, torch.float32))
-            height, width = (side * self.latent_format.spacial_downscale_ratio for side in latents.shape[-2:])
+            height, width = (side * self.latents.stride for side in latents.shape[-2:])
             return torch.empty(len(latents), 3, height, width, dtype=torch.uint8, device=latents.device)
         pictures = []
         for latent in self.latent_format.process_out(latents.float()).split(1):
@@ -51,7 +51,7 @@ class HostAutoencoder:
 
     def _encode(self, picture: Tensor) -> Tensor:
         latent: Tensor = self.vae.encode(picture)
-        expected = self._shape(*picture.shape[1:3])
+        expected = self.latents.shape(*picture.shape[1:3])
         if latent.shape[1:] != expected:
             raise UserError(
                 f"the VAE gives latents of shape {list(latent.shape[1:])}, but the network takes {list(expected)}: "
@@ -60,16 +60,9 @@ class HostAutoencoder:
         return latent
 
     def _encode_shapes(self, pixels: Tensor) -> Tensor:
-        shape = self._shape(*pixels.shape[2:])
+        shape = self.latents.shape(*pixels.shape[2:])
         _take(self.vae.memory_used_encode((1, 3, *shape[1:-2], *pixels.shape[2:]), torch.float32))
         return torch.empty(len(pixels), *shape, device=pixels.device)
-
-    def _shape(self, height: int, width: int) -> tuple[int, ...]:
-        """Return the shape of the latent of one picture, as seam.LatentFormat.shape does."""
-        form = self.latent_format
-        frames = (1,) if form.latent_dimensions == 3 else ()
-        stride = form.spacial_downscale_ratio
-        return (form.latent_channels, *frames, height // stride, width // stride)
 
     def to(self, device: torch.device) -> HostAutoencoder:
         """Return the VAE; the host moves it to its device while it is used."""
@@ -78,6 +71,17 @@ class HostAutoencoder:
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield all weights."""
         yield from self.vae.first_stage_model.parameters()
+
+
+def latents_of(latent_format: Any) -> LatentFormat:
+    """Return the shape of latents in the host's format; for a video, of one frame."""
+    is_video = latent_format.latent_dimensions == 3
+    return LatentFormat(
+        channels=latent_format.latent_channels,
+        stride=latent_format.spacial_downscale_ratio,
+        frames=1 if is_video else None,
+        frame_stride=latent_format.temporal_downscale_ratio if is_video else 1,
+    )
 
 
 def _take(size: float) -> None:

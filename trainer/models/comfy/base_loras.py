@@ -19,6 +19,7 @@ from ...errors import UserError
 from ...safetensors_file import SafetensorsFile
 from ..base_loras import PlacedLora
 from .library import find_model
+from .recognize import META
 
 _MAX_LISTED = 3
 _NOT_APPLIED = (
@@ -60,9 +61,8 @@ class HostLoras:
         import comfy.model_patcher
         import comfy.utils
 
-        meta = torch.device("meta")
         for lora in self._loras:
-            patcher = comfy.model_patcher.ModelPatcher(model, load_device=meta, offload_device=meta)
+            patcher = comfy.model_patcher.ModelPatcher(model, load_device=META, offload_device=META)
             with _complaints_are_errors(lora.setting, len(lora.network)):
                 patched = _with_lora(patcher, lora)
                 for key, patches in patched.patches.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -24,10 +23,10 @@ from ...safetensors_file import SafetensorsFile
 from ..base_loras import fingerprints_with, lora_note
 from ..conditioning import Conditioning
 from ..distilled import distilled_note
-from ..fingerprint import fingerprint
+from ..fingerprint import combined, fingerprint
 from ..framing import Framing
-from ..seam import Fingerprints, LatentFormat
-from .autoencoder import HostAutoencoder
+from ..seam import Fingerprints
+from .autoencoder import HostAutoencoder, latents_of
 from .base_loras import HostLoras
 from .conditioning import join, to_device
 from .library import find_model, load_comfyui
@@ -74,14 +73,7 @@ class HostCheckpoint:
             self._loras.check(unquantised(self._config))
         self._sampling = model.model_sampling
         self.host_family = type(self._config).__name__
-        form = self._config.latent_format
-        is_video = form.latent_dimensions == 3
-        self.latents = LatentFormat(
-            channels=form.latent_channels,
-            stride=form.spacial_downscale_ratio,
-            frames=1 if is_video else None,
-            frame_stride=form.temporal_downscale_ratio if is_video else 1,
-        )
+        self.latents = latents_of(self._config.latent_format)
         self.resolution = _RESOLUTIONS.get(self.host_family, _OTHER_RESOLUTION)
         names = [self.path.stem, *(Path(lora.path).stem for lora in base.loras)]
         self.notes = (*distilled_note(names, self._distillation()), *lora_note(base))
@@ -98,11 +90,16 @@ class HostCheckpoint:
 
         return schedule_of(self._sampling)
 
+    @cached_property
+    def _shift(self) -> float | None:
+        from ....nodes.host.model_name import model_shift
+
+        return model_shift(self._sampling)
+
     def describe(self) -> str:
         """Describe the model in one line, such as `Flux, loaded by ComfyUI, shift 1.15`."""
-        shift = getattr(self._sampling, "shift", None)
         parts = [f"{self.host_family}, loaded by ComfyUI"]
-        parts += [] if shift is None else [f"shift {shift:g}"]
+        parts += [] if self._shift is None else [f"shift {self._shift:g}"]
         parts += ["the guidance scale is an input"] if self.guidance is not None else []
         parts += [f"with {self._base.lora_names}"] if self._base.loras else []
         return ", ".join(parts)
@@ -130,7 +127,7 @@ class HostCheckpoint:
     def load(self, dtype: torch.dtype, device: torch.device) -> HostModel:
         """Load the network, frozen, with LoRAs merged; weights stored in 8 bits or fewer stay so."""
         patcher = self._load_patcher(dtype, device)
-        if device.type != "meta":
+        if device != META:
             patcher = self._loras.merge_into_network(patcher)
         return HostModel(patcher, self._time_layer, self.latents, _unet_paths(patcher.model))
 
@@ -154,7 +151,7 @@ class HostCheckpoint:
             )
             if clip is None:
                 raise UserError(f"{self.path} has no text encoder: name files in base.text_encoders")
-        if device.type != "meta":
+        if device != META:
             clip = self._loras.merge_into_text_encoder(clip)
         return HostTextEncoder(clip)
 
@@ -190,14 +187,16 @@ class HostCheckpoint:
         It is what the text encoders return on the meta device, where they need no weights. Sizes and numbers, which the
         engine reads, are on the CPU.
         """
+        return to_device(join([self._long_caption] * rows), device)
+
+    @cached_property
+    def _long_caption(self) -> Conditioning:
         (encoded,) = self.load_text_encoder(torch.float32, META).encode([_LONG_CAPTION])
-        row = Conditioning({name: torch.zeros_like(value, device="cpu") for name, value in encoded.tensors.items()})
-        return to_device(join([row] * rows), device)
+        return Conditioning({name: torch.zeros_like(value, device="cpu") for name, value in encoded.tensors.items()})
 
     @cached_property
     def _fingerprints(self) -> Fingerprints:
-        files = [self.path, *self._text_encoders]
-        base = hashlib.sha256("\n".join(map(fingerprint, files)).encode()).hexdigest()[:16]
+        base = combined(map(fingerprint, [self.path, *self._text_encoders]))
         plain = Fingerprints(base, fingerprint(self._vae) if self._vae else None)
         return fingerprints_with(self._loras.placed, plain)
 
@@ -207,16 +206,13 @@ class HostCheckpoint:
 
     def lora_metadata(self) -> Mapping[str, str]:
         """Return the metadata about this model for a LoRA file."""
-        from ....nodes.host.model_name import model_shift
-
-        shift = model_shift(self._sampling)
         return {
             "modelspec.architecture": f"{self.family}/lora",
             "modelspec.implementation": "comfyui",
             FAMILY_KEY: self.host_family,
             BASE_FINGERPRINT_KEY: fingerprint(self.path),
             TARGET_TIME_MODULE_KEY: self._time_layer,
-            **({} if shift is None else {SHIFT_KEY: f"{shift:g}"}),
+            **({} if self._shift is None else {SHIFT_KEY: f"{self._shift:g}"}),
         }
 
     def _clip_type(self) -> Any:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ...errors import UserError
 from ..conditioning import Conditioning
 from .conditioning import to_row
+from .recognize import META
 
 
 class HostTextEncoder:
@@ -43,10 +44,10 @@ class HostTextEncoder:
         """Return the CONDITIONING on the meta device, as CLIP.encode_from_tokens, without its memory management."""
         import comfy.model_management
 
-        meta, network = torch.device("meta"), self.clip.cond_stage_model
+        network = self.clip.cond_stage_model
         network.reset_clip_options()
-        network.set_clip_options({"execution_device": meta})
-        with mock.patch.object(comfy.model_management, "intermediate_device", lambda: meta), _ReadAsOne():
+        network.set_clip_options({"execution_device": META})
+        with mock.patch.object(comfy.model_management, "intermediate_device", lambda: META), _ReadAsOne():
             context, pooled, *more = network.encode_token_weights(tokens)
         return [[context, {"pooled_output": pooled, **(more[0] if more else {})}]]
 
