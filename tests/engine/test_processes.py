@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -81,22 +82,27 @@ def trained(name: str, folder: Path, processes: Processes, *, fsdp: bool = False
     return found | {"weights": torch.cat([each.detach().flatten() for each in student.parameters()])}
 
 
-def _process(name: str, folder: Path, meeting: Path, rank: int, fsdp: bool) -> None:
+def _process(rank: int, name: str, folder: Path, meeting: Path, fsdp: bool) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     found = trained(name, folder, Processes(rank, 2), fsdp=fsdp)
     save_file(found, meeting.with_suffix(f".{rank}"))
     distributed.destroy_process_group()
 
 
-def trained_together(name: str, folder: Path, meeting: Path, *, fsdp: bool) -> list[dict[str, Tensor]]:
-    """Return what each of two processes finds."""
+def in_two_processes(work: Callable[..., None], *arguments: Any) -> None:
+    """Call `work` with the rank, 0 and 1, and the arguments in two processes at once, and wait for both."""
     context = get_context("fork")
-    processes = [context.Process(target=_process, args=(name, folder, meeting, rank, fsdp)) for rank in (0, 1)]
+    processes = [context.Process(target=work, args=(rank, *arguments)) for rank in (0, 1)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
+
+
+def trained_together(name: str, folder: Path, meeting: Path, *, fsdp: bool) -> list[dict[str, Tensor]]:
+    """Return what each of two processes finds."""
+    in_two_processes(_process, name, folder, meeting, fsdp)
     return [load_file(meeting.with_suffix(f".{rank}")) for rank in (0, 1)]
 
 
@@ -112,7 +118,7 @@ def test_two_processes_are_one_with_the_whole_batch(name: str, fsdp: bool, folde
         assert (total > 1e6 and 0.45 < kept / total < 0.55) if fsdp else total == 0
 
 
-def _run(name: str, values: dict[str, Any], rank: int, port: int, fsdp: bool) -> None:
+def _run(rank: int, name: str, values: dict[str, Any], port: int, fsdp: bool) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     if fsdp:
@@ -136,13 +142,7 @@ def test_a_whole_run_of_two_processes_writes_the_lora_of_one(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = get_context("fork")
-    processes = [context.Process(target=_run, args=(name, two, rank, port, fsdp)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0]
+    in_two_processes(_run, name, two, port, fsdp)
     found = load_file(tmp_path / "two" / "lora.safetensors")
     assert found.keys() == expected.keys()
     change, error = (

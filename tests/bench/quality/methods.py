@@ -82,7 +82,7 @@ def _changed(of: str, name: str, **changed: Any) -> Method:
     return replace(method, name=f"{of}, {name}", changed={**method.changed, **changed}, of=of)
 
 
-PLAIN = _by_name(*(_changed(name, "plain", ema_decay=0.0) for name in ("TCD S+, diagonal",)))
+PLAIN = _by_name(_changed("TCD S+, diagonal", "plain", ema_decay=0.0))
 """The method whose target is computed by the student itself; in the first world it has a learning rate of its own."""
 VARIATIONS = _by_name(
     _changed("TCD S+", "no weighting", weighting="none"),
