@@ -48,7 +48,7 @@ def ours(family: Family, path: Path, rank: int) -> None:
 
     config = from_mapping(
         {
-            "base": {"path" if family.prefix else "model": str(path), "engine": "comfyui"},
+            "base": family.base(path),
             "data": {"folder": "."},
             "method": {
                 "target_time": True,

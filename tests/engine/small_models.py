@@ -84,6 +84,11 @@ def shortened(conditioning: Any, tokens: int = 7) -> Any:
     return [[context[:, :tokens], options | masks]]
 
 
+def relative(found: Tensor, expected: Tensor) -> float:
+    """Return the relative difference of two tensors."""
+    return float((found - expected).norm() / expected.norm())
+
+
 def sampled_x0(patcher: Any, x: Tensor, sigma: Tensor, positive: Any, negative: Any = None, cfg: float = 1.0) -> Tensor:
     """Return the x0 that the host's own sampler gets at x [B, C, ...], in the sampling scale, and sigma (0-dim)."""
     found = []

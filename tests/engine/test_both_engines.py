@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from short_run import CAPTIONS, RESULT, TEXT_ENCODER, captions_of, config_of, dataset_of, run
+from small_models import relative
 from torch import Tensor
 
 from trajectory_consistency.trainer.models import open_checkpoint
@@ -32,10 +33,6 @@ def by_diffusers(kind: str, folder: Path) -> dict[str, Tensor]:
 def part(found: dict[str, Tensor], name: str) -> Tensor:
     """Return all tensors of a part of a result in one row."""
     return torch.cat([found[key].flatten() for key in sorted(found) if key.startswith(f"{name}.")])
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])

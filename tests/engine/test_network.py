@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES
-from small_models import add_student, batch_for, each_family, load, open_network, sampled_x0, shortened
+from small_models import add_student, batch_for, each_family, load, open_network, relative, sampled_x0, shortened
 from torch import Tensor
 
 from trajectory_consistency.nodes.host.target_time import install_target_time
@@ -17,10 +17,6 @@ from trajectory_consistency.tcd import FlowSchedule, TargetTime
 from trajectory_consistency.tcd.adapter import STUDENT
 
 WITH_GUIDANCE_INPUT = {"flux", "flux2", "hunyuan-video"}
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
 
 
 @each_family

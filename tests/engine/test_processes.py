@@ -37,10 +37,9 @@ PICTURES, STEPS = 4, 3
 
 
 def config_of(name: str, folder: Path) -> Config:
-    path, key = str(written(name, folder)), "path" if FAMILIES[name].prefix else "model"
     return from_mapping(
         {
-            "base": {key: path, "engine": "comfyui"},
+            "base": FAMILIES[name].base(written(name, folder)),
             "data": {"folder": str(folder)},
             "method": {"target_time": True, "ema_decay": 0.9, "huber_c": 0.1, "skip": 100, "diagonal": 0.5},
             "adapter": {"rank": 2, "alpha": 2.0},

@@ -20,9 +20,8 @@ from trajectory_consistency.trainer.training import loop
 
 def settings(name: str, folder: Path, out: Path) -> dict[str, Any]:
     """A short run with S+, shares, a moving average, recomputation and previews."""
-    path, key = str(written(name, folder)), "path" if FAMILIES[name].prefix else "model"
     return {
-        "base": {key: path, "engine": "comfyui"},
+        "base": FAMILIES[name].base(written(name, folder)),
         "data": {"folder": str(folder / "pictures"), "resolution": 64, "cache": str(out / "cache")},
         "method": {
             "weighting": "x0",

@@ -54,6 +54,10 @@ class Family:
             entries["attention_mask"] = torch.ones(1, tokens, dtype=torch.long)
         return [[context, entries]]
 
+    def base(self, path: Path) -> dict[str, str]:
+        """Return the section [base] of a configuration that trains the network in a file by the host."""
+        return {"path" if self.prefix else "model": str(path), "engine": "comfyui"}
+
     def write(self, path: Path, seed: int = 0) -> None:
         """Write the network with random weights."""
         import comfy.ops
