@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from trajectory_consistency.tcd.distill import training as distill_training
 from trajectory_consistency.trainer import preflight, run
 from trajectory_consistency.trainer.config.settings import from_mapping
 from trajectory_consistency.trainer.files import write_lora
-from trajectory_consistency.trainer.training import checkpoint, loop
+from trajectory_consistency.trainer.training import checkpoint
 
 _CONTEXT = get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["trajectory_consistency.trainer.run", "child_runs"])
@@ -150,13 +151,13 @@ def _at(method: str, name: str, *, after: bool) -> None:
 
 
 def _asked_to_stop() -> None:
-    step_losses = loop.step_losses
+    step_losses = distill_training.step_losses
 
     def asked_meanwhile(*arguments: Any) -> torch.Tensor:
         os.kill(os.getpid(), signal.SIGTERM)
         return step_losses(*arguments)
 
-    loop.step_losses = asked_meanwhile
+    distill_training.step_losses = asked_meanwhile
 
 
 POINTS: dict[str, Callable[[], None]] = {

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..tcd.distill.step import check_weighting
 from .config.device import device_and_dtype
 from .config.settings import FILE_NAME, Config, MethodConfig, changes, load
 from .data.cache import input_fingerprints, open_cached
@@ -23,7 +24,6 @@ from .training import sharding
 from .training.checkpoint import Checkpoints
 from .training.optimizer import optimizer_class
 from .training.processes import ALONE, Processes
-from .training.step import check_weighting
 from .views.trackers import check_installed
 
 CHECKPOINT_FOLDER = "checkpoints"
@@ -151,9 +151,16 @@ def _check_settings(config: Config, processes: Processes) -> Checkpoint:
     checkpoint.latents.check_size("preview.height", config.preview.height)
     if config.preview.prompts:
         check_cfg("preview.cfg", config.preview.cfg, checkpoint)
-    check_weighting(config.method, checkpoint.schedule)
+    _check_weighting(config, checkpoint)
     initial_weights(checkpoint.load(torch.float32, torch.device("meta")), config)  # raises if adapter.* is invalid
     return checkpoint
+
+
+def _check_weighting(config: Config, checkpoint: Checkpoint) -> None:
+    try:
+        check_weighting(config.method, checkpoint.schedule)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _find_data(config: Config, dtype: torch.dtype) -> Survey:

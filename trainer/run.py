@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ..tcd.adapter import STUDENT
+from ..tcd.distill import StepRecord
 from .atomic import atomic_write
 from .config.device import device_and_dtype
 from .config.memory_advice import loading_advice, memory_advice, preview_advice
@@ -22,7 +23,7 @@ from .models.seam import Checkpoint, Model
 from .preflight import CHECKPOINT_FOLDER, check, checkpoints_of, is_finished, plan
 from .training import sharding
 from .training.checkpoint import Checkpoints
-from .training.loop import Observer, StepRecord, train
+from .training.loop import Observer, train
 from .training.processes import Processes, join_processes
 from .views.history import History
 from .views.preview import Previews

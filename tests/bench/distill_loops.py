@@ -21,6 +21,7 @@ from turns import serve
 
 from trajectory_consistency.tcd import add_noise, jump
 from trajectory_consistency.tcd.adapter import STUDENT
+from trajectory_consistency.tcd.distill import draw_times_and_guidance
 from trajectory_consistency.tcd.objective import huber
 from trajectory_consistency.trainer.config import settings as configuration
 from trajectory_consistency.trainer.data.dataset import Batch
@@ -29,7 +30,6 @@ from trajectory_consistency.trainer.models.conditioning import Conditioning
 from trajectory_consistency.trainer.models.framing import Framing
 from trajectory_consistency.trainer.models.seam import Autoencoder, Checkpoint, TextEncoder
 from trajectory_consistency.trainer.run import load_student
-from trajectory_consistency.trainer.training.examples import draw_times_and_guidance
 from trajectory_consistency.trainer.training.loop import Training
 
 CAPTIONS = (
@@ -90,7 +90,7 @@ class Separate:
         student, teacher, schedule = self.student, self.teacher, self.student.schedule
         latents = latents_of(self.autoencoder, self.config)
         cond = encode(self.checkpoint, self.text_encoder, captions(len(latents)), self.config)
-        drawn = draw_times_and_guidance(self.config, schedule.to("cpu"), self.done)
+        drawn = draw_times_and_guidance(self.config.method, self.config.training, schedule.to("cpu"), self.done)
         t, t_next, s = (schedule.point(time.to(self.device), latents.ndim) for time in drawn.times)
         w = drawn.guidance.to(self.device).view(-1, 1, 1, 1)
         eps = torch.randn(latents.shape, generator=self.noise).to(self.device)

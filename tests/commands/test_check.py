@@ -42,7 +42,7 @@ from trajectory_consistency.trainer.models import open_checkpoint
 from trajectory_consistency.trainer.run import load_student
 from trajectory_consistency.trainer.data.dataset import Dataset, Table, caption_of
 from trajectory_consistency.trainer.data.buckets import Size
-from trajectory_consistency.trainer.data.order import Group
+from trajectory_consistency.tcd.distill.order import Group
 torch.set_num_threads(1)
 config = load(pathlib.Path(sys.argv[1]))
 checkpoint = open_checkpoint(config.base)

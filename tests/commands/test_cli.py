@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from tiny_base import write_inputs
+from trajectory_consistency.tcd.distill import training as distill_training
 from trajectory_consistency.tcd.lora_metadata import DEFAULT_CFG, DEFAULT_ETA, DEFAULT_STEPS
 from trajectory_consistency.trainer.cli import main
 from trajectory_consistency.trainer.format_bytes import format_bytes
@@ -213,10 +214,9 @@ def test_a_folder_of_another_run_is_not_touched(inputs: Path, capsys: pytest.Cap
 def test_a_run_that_diverges_says_so_with_code_1(
     inputs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trajectory_consistency.trainer.training import loop
 
-    real = loop.step_losses
-    monkeypatch.setattr(loop, "step_losses", lambda *arguments: real(*arguments) * float("inf"))
+    real = distill_training.step_losses
+    monkeypatch.setattr(distill_training, "step_losses", lambda *arguments: real(*arguments) * float("inf"))
     assert main(["run", str(inputs)]) == 1
     assert "error: step 1: loss inf" in capsys.readouterr().err
     assert not (inputs.parent / "out" / "tcd-lora.safetensors").exists()
@@ -230,19 +230,19 @@ def test_an_interrupt_is_code_130(
 
     for place, command, message in (
         (
-            "training.loop.step_losses",
+            "tcd.distill.training.step_losses",
             "run",
             "error: interrupted; run the same command again to resume from what is saved\n",
         ),
-        ("data.survey.inspect_sample", "check", "error: interrupted\n"),
+        ("trainer.data.survey.inspect_sample", "check", "error: interrupted\n"),
         (
-            "data.encode.inspect_sample",
+            "trainer.data.encode.inspect_sample",
             "cache",
             "error: interrupted; run the same command again to resume from what is saved\n",
         ),
     ):
         with monkeypatch.context() as patched:
-            patched.setattr(f"trajectory_consistency.trainer.{place}", stop)
+            patched.setattr(f"trajectory_consistency.{place}", stop)
             assert main([command, str(inputs), f"data.cache={inputs.parent / command}"]) == 130
         assert capsys.readouterr().err.endswith(message)
 

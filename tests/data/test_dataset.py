@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from tiny_base import random_dataset
+from trajectory_consistency.tcd.distill.order import Group
 from trajectory_consistency.trainer.data.buckets import Size
 from trajectory_consistency.trainer.data.dataset import Batch, Dataset, Shard, Table, caption_of
-from trajectory_consistency.trainer.data.order import Group
 from trajectory_consistency.trainer.data.store import ShardFiles
 from trajectory_consistency.trainer.models.conditioning import Conditioning
 from trajectory_consistency.trainer.models.framing import Framing

@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
+from trajectory_consistency.tcd.distill.order import BatchOrder, Group
 from trajectory_consistency.trainer.data.buckets import Size
-from trajectory_consistency.trainer.data.order import BatchOrder, Group
 
 A, B = Size(64, 64), Size(64, 128)
 

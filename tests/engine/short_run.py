@@ -18,10 +18,10 @@ from torch import Tensor
 
 from trajectory_consistency.tcd import DiscreteSchedule, scaled_linear_alpha_bar
 from trajectory_consistency.tcd.adapter import STUDENT
+from trajectory_consistency.tcd.distill.order import Group
 from trajectory_consistency.trainer.config.settings import Config, from_mapping
 from trajectory_consistency.trainer.data.buckets import Size
 from trajectory_consistency.trainer.data.dataset import Dataset, Join, Table, caption_of
-from trajectory_consistency.trainer.data.order import Group
 from trajectory_consistency.trainer.files.adapter_weights import file_tensors, initial_weights
 from trajectory_consistency.trainer.models.seam import Model
 from trajectory_consistency.trainer.training.loop import Training

@@ -19,11 +19,12 @@ from torch.nn import functional
 
 from trajectory_consistency.tcd import Level
 from trajectory_consistency.tcd.adapter import STUDENT
+from trajectory_consistency.tcd.distill import step_losses
+from trajectory_consistency.tcd.distill.order import Group
 from trajectory_consistency.tcd.target_time import sinusoid
 from trajectory_consistency.trainer.config.settings import Config, from_mapping
 from trajectory_consistency.trainer.data.buckets import Size
 from trajectory_consistency.trainer.data.dataset import Dataset, Table, caption_of
-from trajectory_consistency.trainer.data.order import Group
 from trajectory_consistency.trainer.files.adapter_weights import initial_weights
 from trajectory_consistency.trainer.models.comfy.conditioning import join
 from trajectory_consistency.trainer.models.comfy.model import HostModel
@@ -33,7 +34,6 @@ from trajectory_consistency.trainer.models.sampling import initial_noise, sample
 from trajectory_consistency.trainer.models.seam import LatentFormat
 from trajectory_consistency.trainer.training.examples import read_examples
 from trajectory_consistency.trainer.training.loop import train
-from trajectory_consistency.trainer.training.step import step_losses
 
 MEAN, GUIDANCE, SKIP, CHANNELS, WIDTH, PICTURES = 0.3, 3.0, 200, 16, 128, 64
 """MEAN is the caption's. The guided teacher has GUIDANCE times that mean."""
@@ -185,8 +185,8 @@ def test_the_loss_of_the_exact_map_is_zero(std: float, shift: float, shares: dic
     exact, untrained = (student_of(kind, std, shift, config) for kind in (ExactNetwork, Network))
     for step in range(3):
         examples = read_examples(config, dataset, exact.schedule, step, slice(0, 32))
-        assert step_losses(exact, examples, config).max() < 1e-10
-        assert step_losses(untrained, examples, config).mean() > 1e-3
+        assert step_losses(exact, examples, config.method).max() < 1e-10
+        assert step_losses(untrained, examples, config.method).mean() > 1e-3
 
 
 @each_shift

@@ -20,10 +20,10 @@ from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 
 from trajectory_consistency.tcd.adapter import STUDENT
+from trajectory_consistency.tcd.distill.order import Group
 from trajectory_consistency.trainer.config.settings import Config, from_mapping
 from trajectory_consistency.trainer.data.buckets import Size
 from trajectory_consistency.trainer.data.dataset import Dataset, Table, caption_of
-from trajectory_consistency.trainer.data.order import Group
 from trajectory_consistency.trainer.files.adapter_weights import initial_weights
 from trajectory_consistency.trainer.models import open_checkpoint
 from trajectory_consistency.trainer.models.comfy.conditioning import to_row

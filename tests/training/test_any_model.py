@@ -13,6 +13,7 @@ from fake_flow import CAPTIONS, LATENTS, LONGEST, STD, FlowCheckpoint, FlowModel
 from tiny_base import small_config
 from trajectory_consistency.tcd import DiscreteSchedule, FlowSchedule, Level
 from trajectory_consistency.tcd.adapter import FILE, STUDENT
+from trajectory_consistency.tcd.distill import step_losses
 from trajectory_consistency.trainer import models
 from trajectory_consistency.trainer.cli import main
 from trajectory_consistency.trainer.config.settings import Config, from_mapping
@@ -31,7 +32,6 @@ from trajectory_consistency.trainer.training.checkpoint import Checkpoints
 from trajectory_consistency.trainer.training.examples import read_examples
 from trajectory_consistency.trainer.training.loop import Training
 from trajectory_consistency.trainer.training.memory import MemorySettings, estimate_memory
-from trajectory_consistency.trainer.training.step import step_losses
 from trajectory_consistency.trainer.views.history import History, read_log
 from trajectory_consistency.trainer.views.preview_prompts import load_picture
 
@@ -161,7 +161,7 @@ def test_the_loss_of_an_exact_model_is_zero(values: Values, law: str, weighting:
     )  # the second does not know the guidance scale
     for step in range(3):
         examples = read_examples(config, data_of(config), exact.schedule, step, slice(0, 4))
-        got, other = (step_losses(each, examples, config) for each in (exact, wrong))
+        got, other = (step_losses(each, examples, config.method) for each in (exact, wrong))
         assert got.max() < 1e-11 and other.min() > 1e-8
 
 
@@ -226,11 +226,11 @@ def test_it_learns(values: Values) -> None:
     training = begun(config)
     examples = read_examples(config, data_of(config), training.model.schedule, 60, slice(0, 4))
     with torch.no_grad():
-        before = step_losses(training.model, examples, config).sum()
+        before = step_losses(training.model, examples, config.method).sum()
     for _ in range(60):
         training.train_step()
     with torch.no_grad():
-        assert step_losses(training.model, examples, config).sum() < 0.5 * before
+        assert step_losses(training.model, examples, config.method).sum() < 0.5 * before
 
 
 def test_memory_is_estimated(values: Values) -> None:

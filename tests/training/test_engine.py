@@ -15,6 +15,9 @@ from safetensors.torch import save_file
 from tiny_base import context, model_of, random_dataset, small_config, with_adapter, write_inputs
 from trajectory_consistency.tcd import DiscreteSchedule, scaled_linear_alpha_bar
 from trajectory_consistency.tcd.adapter import AVERAGE, STUDENT
+from trajectory_consistency.tcd.distill import StepRecord
+from trajectory_consistency.tcd.distill import training as distill_training
+from trajectory_consistency.tcd.distill.optimizer import lr_factor
 from trajectory_consistency.trainer.config.memory_advice import (
     MemoryFullError,
     caching_advice,
@@ -29,7 +32,7 @@ from trajectory_consistency.trainer.models.unet.model import UNetModel
 from trajectory_consistency.trainer.models.unet_layers import GROUPS, TARGETS
 from trajectory_consistency.trainer.preflight import Inputs, check
 from trajectory_consistency.trainer.run import run
-from trajectory_consistency.trainer.training import loop, optimizer
+from trajectory_consistency.trainer.training import loop
 from trajectory_consistency.trainer.training.checkpoint import Checkpoints
 from trajectory_consistency.trainer.training.compiled import compile_network
 
@@ -47,8 +50,8 @@ def adapted(checkpoint: Path, dtype: torch.dtype = torch.float32) -> tuple[UNetM
     return net, list(with_adapter(net, alpha=2.0, effect=0.02).parameters())
 
 
-def records(net: UNetModel, config: Config) -> list[loop.StepRecord]:
-    seen: list[loop.StepRecord] = []
+def records(net: UNetModel, config: Config) -> list[StepRecord]:
+    seen: list[StepRecord] = []
     loop.train(net, random_dataset(), config, observers=[seen.append])
     return seen
 
@@ -57,11 +60,11 @@ def test_an_observer_gets_the_record_of_each_step_when_it_is_done(checkpoint: Pa
     net, parameters = adapted(checkpoint)
     config = small_config(values, steps=3, batch=4, warmup_steps=1)
     states: list[torch.Tensor] = []
-    seen: list[loop.StepRecord] = []
+    seen: list[StepRecord] = []
     observers = [seen.append, lambda _: states.append(parameters[1].detach().clone())]
     losses = loop.train(net, random_dataset(), config, observers=observers)
     assert [record.step for record in seen] == [1, 2, 3] and [record.loss for record in seen] == losses
-    assert [record.lr / 1e-3 for record in seen] == [optimizer.lr_factor(step, 3, 1) for step in range(3)]
+    assert [record.lr / 1e-3 for record in seen] == [lr_factor(step, 3, 1) for step in range(3)]
     for record in seen:
         assert record.t.shape == record.s.shape == record.losses.shape == (4,) and (record.s < record.t).all()
         assert record.losses.mean().item() == pytest.approx(record.loss) and record.norm > 0
@@ -97,12 +100,12 @@ def test_small_gradients_are_not_lost_in_float16(
     checkpoint: Path, values: Values, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a loss as small as that of large pictures, whose mean is over so many elements."""
-    real = loop.step_losses
-    monkeypatch.setattr(loop, "step_losses", lambda *arguments: 1e-4 * real(*arguments))
+    real = distill_training.step_losses
+    monkeypatch.setattr(distill_training, "step_losses", lambda *arguments: 1e-4 * real(*arguments))
     config = small_config(values, steps=1)
     exact = records(adapted(checkpoint)[0], config)[0].norm
     assert records(adapted(checkpoint, torch.float16)[0], config)[0].norm == pytest.approx(exact, rel=0.3)
-    monkeypatch.setattr(loop, "FLOAT16_SCALE", 1.0)
+    monkeypatch.setattr(distill_training, "FLOAT16_SCALE", 1.0)
     lost = records(adapted(checkpoint, torch.float16)[0], config)[0].norm
     assert abs(lost - exact) > 0.3 * exact
 
@@ -304,12 +307,12 @@ def test_a_full_memory_is_distinguished_from_other_errors(values: Values) -> Non
 
 
 PHASES = {
-    "models.unet.text.TextEncoder.encode": "pictures of 64 px were encoded into the cache",
-    "models.unet.single_file.SingleFile.unet": "the base's network was loaded: close other programs",
-    "views.preview.Previews.start": "a preview of 64 x 64 px was drawn. Use a smaller preview.width",
-    "views.preview.Previews._draw_student": "a preview of 64 x 64 px was drawn",
-    "views.preview.Previews.__call__": "a preview of 64 x 64 px was drawn",
-    "training.loop.step_losses": "with 3 pictures of 64 px at a time. Use training.gradient_checkpointing=true",
+    "trainer.models.unet.text.TextEncoder.encode": "pictures of 64 px were encoded into the cache",
+    "trainer.models.unet.single_file.SingleFile.unet": "the base's network was loaded: close other programs",
+    "trainer.views.preview.Previews.start": "a preview of 64 x 64 px was drawn. Use a smaller preview.width",
+    "trainer.views.preview.Previews._draw_student": "a preview of 64 x 64 px was drawn",
+    "trainer.views.preview.Previews.__call__": "a preview of 64 x 64 px was drawn",
+    "tcd.distill.training.step_losses": "with 3 pictures of 64 px at a time. Use training.gradient_checkpointing=true",
 }
 
 
@@ -320,7 +323,7 @@ def test_a_full_memory_is_answered_with_what_helps_there(
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
-    monkeypatch.setattr(f"trajectory_consistency.trainer.{where}", full)
+    monkeypatch.setattr(f"trajectory_consistency.{where}", full)
     values = {**values, "data": {**values["data"], "cache": str(tmp_path / "cache")}}
     values |= {"output": {"folder": str(tmp_path / "out")}, "preview": {"prompts": ["a circle"], "steps": [1]}}
     with pytest.raises(MemoryFullError) as caught:
@@ -335,7 +338,7 @@ def test_recomputing_is_not_advised_where_it_changes_nothing(
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("trajectory_consistency.trainer.training.loop.step_losses", full)
+    monkeypatch.setattr("trajectory_consistency.tcd.distill.training.step_losses", full)
     monkeypatch.setattr(UNetModel, "always_recomputes", why == "the engine")
     values = {**values, "data": {**values["data"], "cache": str(tmp_path / "cache")}}
     values |= {"output": {"folder": str(tmp_path / "out")}}

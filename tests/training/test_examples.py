@@ -11,9 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 from tiny_base import random_dataset, small_config, write_inputs
 from trajectory_consistency.tcd import DiscreteSchedule, scaled_linear_alpha_bar
+from trajectory_consistency.tcd.distill import Examples
+from trajectory_consistency.tcd.distill import examples as distill_examples
 from trajectory_consistency.trainer.config.settings import Config
-from trajectory_consistency.trainer.training import examples
-from trajectory_consistency.trainer.training.examples import Examples, Prefetcher, read_examples
+from trajectory_consistency.trainer.training.examples import Prefetcher, read_examples
 from trajectory_consistency.trainer.training.processes import Processes
 
 SCHEDULE = DiscreteSchedule.from_alpha_bar(scaled_linear_alpha_bar())
@@ -50,13 +51,13 @@ def test_captions_are_dropped_as_often_as_the_configuration_says(config: Config)
 
 def test_a_process_draws_the_noise_of_its_own_rows_alone(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
-    real = examples.generator
+    real = distill_examples.generator
 
     def watched(seed: int, purpose: str, step: int = 0) -> torch.Generator:
         drawn.append(purpose)
         return real(seed, purpose, step)
 
-    monkeypatch.setattr(examples, "generator", watched)
+    monkeypatch.setattr(distill_examples, "generator", watched)
     read_examples(config, random_dataset(), SCHEDULE, 0, slice(2, 4))
     assert drawn == ["loss", "noise of row 2", "noise of row 3"]
 

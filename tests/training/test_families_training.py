@@ -20,6 +20,8 @@ from trajectory_consistency.tcd import (
     scaled_linear_alpha_bar,
     zero_terminal_snr,
 )
+from trajectory_consistency.tcd.distill import examples as distill_examples
+from trajectory_consistency.tcd.distill import training as distill_training
 from trajectory_consistency.tcd.times import Law
 from trajectory_consistency.trainer.config.settings import Config, from_mapping
 from trajectory_consistency.trainer.data.encode import load_or_encode
@@ -30,7 +32,7 @@ from trajectory_consistency.trainer.models.teacher_sampling import dpm_solver_sa
 from trajectory_consistency.trainer.models.unet.families import Family
 from trajectory_consistency.trainer.models.unet.model import UNetModel
 from trajectory_consistency.trainer.run import run
-from trajectory_consistency.trainer.training import examples, step
+from trajectory_consistency.trainer.training import examples
 
 ARCHITECTURES = {
     "sd15": ("stable-diffusion-v1", "sd_v1"),
@@ -148,7 +150,7 @@ def test_every_method_trains_where_no_signal_is_left(
 ) -> None:
     net, values = without_signal
     parameters = list(with_adapter(net, alpha=2.0).parameters())
-    real = examples.sample_times
+    real = distill_examples.sample_times
     for law, (order, weighting) in product(get_args(Law), ((1, "x0"), (2, "gap"))):
         values["method"] = {"law": law, "order": order, "weighting": weighting, "phases": [2]}
         config = small_config(values)
@@ -157,9 +159,9 @@ def test_every_method_trains_where_no_signal_is_left(
             times = real(*arguments, **options)
             return times._replace(t=torch.full_like(times.t, 999), t_next=torch.full_like(times.t, 979))
 
-        monkeypatch.setattr(examples, "sample_times", from_the_end)
+        monkeypatch.setattr(distill_examples, "sample_times", from_the_end)
         rows = examples.read_examples(config, random_dataset(), net.schedule, 0, slice(0, 3))
-        losses = step.step_losses(net, rows, config)
+        losses = distill_training.step_losses(net, rows, config.method)
         losses.sum().backward()
         assert losses.isfinite().all() and (losses > 0).all(), (law, order, weighting)
         assert all(each.grad is not None and each.grad.isfinite().all() for each in parameters)

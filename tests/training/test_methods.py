@@ -9,9 +9,10 @@ import torch
 
 from tiny_base import context, model_of, random_dataset, small_config, with_adapter
 from trajectory_consistency.tcd.adapter import AVERAGE, OFF, STUDENT
+from trajectory_consistency.tcd.distill import examples as distill_examples
 from trajectory_consistency.tcd.times import Times, sample_times
 from trajectory_consistency.trainer.models.unet.model import UNetModel
-from trajectory_consistency.trainer.training import examples, loop
+from trajectory_consistency.trainer.training import loop
 
 METHODS = {
     "tcd": {},
@@ -54,11 +55,12 @@ def test_stages_have_equal_shares_of_the_steps(
         seen.append(phases)
         return sample_times(*arguments, phases=phases, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(examples, "sample_times", watched)
+    monkeypatch.setattr(distill_examples, "sample_times", watched)
     values["method"] = {"law": "segment", "phases": [8, 4, 2]}
     with_adapter(net)
     for step in range(6):
-        examples.draw_times_and_guidance(small_config(values, steps=6, batch=1), net.schedule, step)
+        config = small_config(values, steps=6, batch=1)
+        distill_examples.draw_times_and_guidance(config.method, config.training, net.schedule, step)
     assert seen == [8, 8, 4, 4, 2, 2]
 
 

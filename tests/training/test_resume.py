@@ -19,6 +19,7 @@ from torch import Tensor
 
 import child_runs
 from tiny_base import write_base, write_inputs
+from trajectory_consistency.tcd.distill import training as distill_training
 from trajectory_consistency.trainer import preflight
 from trajectory_consistency.trainer.cli import main
 from trajectory_consistency.trainer.config.settings import from_mapping
@@ -26,7 +27,6 @@ from trajectory_consistency.trainer.errors import UserError
 from trajectory_consistency.trainer.files.metadata import config_digest
 from trajectory_consistency.trainer.preflight import check
 from trajectory_consistency.trainer.run import run
-from trajectory_consistency.trainer.training import loop
 from trajectory_consistency.trainer.training.checkpoint import Checkpoints
 from trajectory_consistency.trainer.views.history import read_log
 
@@ -122,7 +122,7 @@ def test_whatever_stops_a_run_it_says_what_to_do_and_the_same_command_goes_on(
     path = tmp_path / "config.toml"
     path.write_text(tomli_w.dumps(values), encoding="utf-8")
     log_file = tmp_path / "out" / "log.csv"
-    real, limits = loop.step_losses, resource.getrlimit(resource.RLIMIT_FSIZE)
+    real, limits = distill_training.step_losses, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def stopped_by(trouble: Callable[[Tensor], object], after: int) -> tuple[int, str]:
         """Run until `trouble` comes in the step after so many of this start."""
@@ -132,7 +132,7 @@ def test_whatever_stops_a_run_it_says_what_to_do_and_the_same_command_goes_on(
             loss = real(*arguments)
             return trouble(loss) if next(calls) == after else loss
 
-        monkeypatch.setattr(loop, "step_losses", losses)
+        monkeypatch.setattr(distill_training, "step_losses", losses)
         code = main(["run", str(path)])
         return code, capsys.readouterr().err
 

@@ -26,7 +26,7 @@ from trajectory_consistency.trainer.files.write_lora import write_lora
 from trajectory_consistency.trainer.training.loop import train
 from trajectory_consistency.trainer.models.conditioning import Conditioning
 from trajectory_consistency.trainer.models.unet.model import UNetModel
-from trajectory_consistency.trainer.data.order import Group
+from trajectory_consistency.tcd.distill.order import Group
 
 random = torch.Generator().manual_seed(0)
 with torch.device("meta"):

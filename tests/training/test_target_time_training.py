@@ -9,6 +9,9 @@ from safetensors.torch import load_file, safe_open, save_file
 from tiny_base import context, model_of, random_dataset, small_config, with_adapter, write_inputs
 from trajectory_consistency.tcd import DiscreteSchedule, TargetInput, TimePoint, scaled_linear_alpha_bar
 from trajectory_consistency.tcd.adapter import AVERAGE, FILE, STUDENT
+from trajectory_consistency.tcd.distill import step_losses
+from trajectory_consistency.tcd.distill import training as distill_training
+from trajectory_consistency.tcd.distill.optimizer import make_optimizer, set_learning_rates
 from trajectory_consistency.trainer import run
 from trajectory_consistency.trainer.cli import main
 from trajectory_consistency.trainer.errors import UserError
@@ -18,8 +21,6 @@ from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint
 from trajectory_consistency.trainer.models.unet.model import UNetModel
 from trajectory_consistency.trainer.training import examples, loop
 from trajectory_consistency.trainer.training.memory import MemorySettings, estimate_memory
-from trajectory_consistency.trainer.training.optimizer import make_optimizer, set_learning_rates
-from trajectory_consistency.trainer.training.step import step_losses
 
 Values = dict[str, dict[str, object]]
 EMBEDDING = [f"tcd_target_time.{name}" for name in ("in.bias", "in.weight", "out.bias", "out.weight")]
@@ -130,7 +131,7 @@ def test_both_ends_of_the_loss_get_s_and_the_teacher_does_not(
         return real(self, x_t, t, cond, s)
 
     monkeypatch.setattr(UNetModel, "_predict", watched)
-    step_losses(model, rows, settings)
+    step_losses(model, rows, settings.method)
     t, t_next, s = (time.tolist() for time in rows.times)
     target_rows = [k for k in range(4) if s[k] < t_next[k]]
     assert len(target_rows) > 0 and rows.target_rows.tolist() == target_rows
@@ -142,7 +143,7 @@ def test_the_embedding_has_a_learning_rate_of_its_own(base: Path, values: Values
     weights = with_adapter(model_of(base), alpha=2.0, target_input="s")
     assert weights.target_time is not None
     parameters, embedding = list(weights.parameters()), list(weights.target_time.parameters())
-    optimizer = make_optimizer(parameters, settings, embedding)
+    optimizer = make_optimizer(torch.optim.AdamW, parameters, settings, embedding)
     assert set_learning_rates(optimizer, 5, settings) == pytest.approx(5e-4)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     assert len(embedding) == 4 and len(rates) == len(parameters)
@@ -193,7 +194,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
     whole = load_file(run.run(small_config(values, steps=4, checkpoint_every=1)))
     values["output"]["folder"] = str(folder.with_name("again"))
     settings = small_config(values, steps=4, checkpoint_every=1)
-    real = loop.step_losses
+    real = distill_training.step_losses
     calls = iter(range(100))
 
     def failing(*arguments: object) -> torch.Tensor:
@@ -201,7 +202,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
             raise KeyboardInterrupt
         return real(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loop, "step_losses", failing)
+    monkeypatch.setattr(distill_training, "step_losses", failing)
     with pytest.raises(KeyboardInterrupt):
         run.run(settings)
     again = load_file(run.run(settings))

@@ -19,6 +19,9 @@ from trajectory_consistency.tcd import (
     timestep_grid,
 )
 from trajectory_consistency.tcd.adapter import FILE
+from trajectory_consistency.tcd.distill import examples as distill_examples
+from trajectory_consistency.tcd.distill import training as distill_training
+from trajectory_consistency.tcd.distill.optimizer import lr_factor
 from trajectory_consistency.tcd.times import Times, sample_times
 from trajectory_consistency.trainer.errors import UserError
 from trajectory_consistency.trainer.files import write_lora as files_write
@@ -30,7 +33,6 @@ from trajectory_consistency.trainer.models.unet_layers import TARGETS
 from trajectory_consistency.trainer.preflight import check
 from trajectory_consistency.trainer.run import run
 from trajectory_consistency.trainer.training import examples, loop
-from trajectory_consistency.trainer.training.optimizer import lr_factor
 
 COND = context(torch.randn((3, 77, 32), generator=torch.Generator().manual_seed(5)))
 UNCOND = context(torch.zeros(1, 77, 32))
@@ -231,10 +233,10 @@ def test_a_preview_before_the_lora_has_an_effect_does_not_end_the_run(
     values: dict[str, dict[str, object]], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values["preview"] = {"prompts": ["a red circle"], "steps": [1], "every": 1}
-    real = loop.set_learning_rates
+    real = distill_training.set_learning_rates
     # The first step is at the rate of the end, 0: as one in a bfloat16 base that is below its rounding.
     monkeypatch.setattr(
-        loop, "set_learning_rates", lambda optimizer, step, training: real(optimizer, 2 - step, training)
+        distill_training, "set_learning_rates", lambda optimizer, step, training: real(optimizer, 2 - step, training)
     )
     run(small_config(values))
     assert "tcd-lora-step-000001.safetensors changes nothing yet" in caplog.text
@@ -338,7 +340,7 @@ def test_training_learns_the_teachers_guided_step(
         return Times(t, t_next, t_next)  # here the loss is plain regression, so it must fall
 
     real = examples.read_examples
-    monkeypatch.setattr(examples, "sample_times", one_step)
+    monkeypatch.setattr(distill_examples, "sample_times", one_step)
     monkeypatch.setattr(
         examples,
         "read_examples",
@@ -366,7 +368,7 @@ def test_the_gradient_is_clipped_before_the_step(
 
     monkeypatch.setattr(torch.optim.AdamW, "step", watch)
     rows = examples.read_examples(config, random_dataset(), net.schedule, 0, slice(0, 3))
-    loop.step_losses(net, rows, config).mean().backward()
+    distill_training.step_losses(net, rows, config.method).mean().backward()
     assert torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm() > 1e-3
     for parameter in parameters:
         parameter.grad = None
@@ -397,9 +399,9 @@ def test_a_loss_or_gradient_that_is_no_number_stops_before_the_weights(
     config = small_config(values, steps=3)
     parameters = list(with_adapter(net).parameters())
     before = [parameter.detach().clone() for parameter in parameters]
-    real = loop.step_losses
-    monkeypatch.setattr(loop, "step_losses", lambda *arguments: change(real(*arguments)))
-    with pytest.raises(loop.NonFiniteError, match=message):
+    real = distill_training.step_losses
+    monkeypatch.setattr(distill_training, "step_losses", lambda *arguments: change(real(*arguments)))
+    with pytest.raises(loop.DivergedError, match=message):
         loop.train(net, random_dataset(), config)
     assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
 

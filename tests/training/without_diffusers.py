@@ -13,10 +13,10 @@ from fake_flow import LATENTS, TEXT, FlowCheckpoint, FlowModel, FlowNetwork
 from trajectory_consistency import trainer
 from trajectory_consistency.tcd import DiscreteSchedule
 from trajectory_consistency.tcd.adapter import STUDENT
+from trajectory_consistency.tcd.distill.order import Group
 from trajectory_consistency.trainer.config import settings
 from trajectory_consistency.trainer.data.buckets import Size
 from trajectory_consistency.trainer.data.dataset import Dataset, Table
-from trajectory_consistency.trainer.data.order import Group
 from trajectory_consistency.trainer.files.write_lora import write_lora
 from trajectory_consistency.trainer.models.conditioning import Conditioning
 from trajectory_consistency.trainer.models.framing import Framing

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tiny_base import small_config, write_inputs
+from trajectory_consistency.tcd.distill import StepRecord
 from trajectory_consistency.trainer.config.settings import LogConfig
 from trajectory_consistency.trainer.errors import RunError, UserError
-from trajectory_consistency.trainer.training.loop import StepRecord
 from trajectory_consistency.trainer.views import trackers
 from trajectory_consistency.trainer.views.history import (
     BIN_COUNT,

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...tcd.distill.order import BatchOrder, Group
+from ...tcd.randomness import generator
 from ..models.conditioning import Conditioning
 from ..models.framing import Framing
-from ..randomness import generator
-from .order import BatchOrder, Group
 from .store import DIGESTS
 
 Shard = Mapping[str, Tensor]

@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from tqdm import tqdm
 
+from ...tcd.randomness import generator
 from ..config.memory_advice import caching_advice, memory_advice
 from ..config.settings import Config
 from ..errors import UserError
@@ -21,7 +22,6 @@ from ..models.conditioning import Conditioning
 from ..models.framing import Framing
 from ..models.seam import Autoencoder, Checkpoint, Model, TextEncoder
 from ..models.teacher_sampling import dpm_solver_sample
-from ..randomness import generator
 from .buckets import Size
 from .cache import Index, IndexEntry, cache_paths, merge_parts, open_cached
 from .dataset import Dataset, caption_of

@@ -12,12 +12,12 @@ from typing import NamedTuple, TypeVar
 from torch import Tensor
 from tqdm import tqdm
 
+from ...tcd.distill.order import BatchOrder, Group
 from ..config.settings import Config, DataConfig
 from ..errors import UserError
 from ..models.seam import LatentFormat
 from . import pictures
 from .buckets import Buckets, CropPlan, Size
-from .order import BatchOrder, Group
 from .sources import PromptFile, Sample, open_sources
 from .store import digest
 
@@ -208,7 +208,7 @@ def bucket_table(found: Survey, config: Config, batch: int) -> str:
     counts = sorted(found.groups.items())
     groups = make_groups(config.data, counts)
     lines = [f"{'bucket':>11} {'pictures':>9} {'shown':>9} {'steps':>7} {'filling':>8}"]
-    for bucket in sorted({group.bucket for group in groups}, key=lambda size: size.width / size.height):
+    for bucket in sorted({group.bucket for group in groups}, key=lambda size: size[1] / size[0]):
         own = tuple(group for group in groups if group.bucket == bucket)
         held, shown, steps = (
             sum(group.pictures for group in own),

@@ -24,11 +24,11 @@ from tqdm import tqdm
 from transformers import CLIPTextModel
 
 from ...tcd import add_noise, scaled_linear_alpha_bar, vp_level
+from ...tcd.randomness import generator
 from ..models.unet import ldm
 from ..models.unet.families import empty_text_encoder, empty_unet, empty_vae
 from ..models.unet.single_file import SingleFile
 from ..models.unet.text import tokenize
-from ..randomness import generator
 from . import world
 
 NUM_TIMESTEPS = 1000

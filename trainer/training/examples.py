@@ -1,107 +1,36 @@
-"""Training examples: the latents, captions, times, noise and guidance scales of a micro-batch.
+"""Reads the training examples: the latents and captions of a micro-batch, with their times, noise and guidance scales.
 
-Every random number is a function of (seed, step, row). So it does not depend on how the rows are divided over
-processes, and a checkpoint needs no generator state. On a GPU, a thread reads the next micro-batch in advance.
+On a GPU, a thread reads the next micro-batch in advance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
 
 from ...tcd import Schedule
-from ...tcd.times import Times, sample_times, share_out
+from ...tcd.distill import Examples, draw_examples
 from ..config.settings import Config
 from ..data.dataset import Dataset
 from ..models.conditioning import Conditioning
-from ..randomness import generator
 
 
-class TimesAndGuidance(NamedTuple):
-    """The times and guidance scales of one step, for the batch of all processes, on the CPU."""
-
-    times: Times
-    """Training times of the schedule, int64 [B] each."""
-    guidance: Tensor
-    """Guidance scales w, float32 [B]."""
-
-
-class Examples(NamedTuple):
-    """The b rows of one micro-batch."""
-
-    latents: Tensor
-    """x0: normalized latents, float32 [b, C, ...]."""
-    eps: Tensor
-    """Unit noise of the same shape."""
-    cond: Conditioning
-    """The captions' conditioning, b rows."""
-    uncond: Conditioning
-    """The empty caption's conditioning, b rows."""
-    times: Times
-    """Training times of the schedule, int64 [b] each."""
-    target_rows: Tensor
-    """Indices of the rows with s < t_next, int64; the target network is called only for these."""
-    guidance: Tensor
-    """Guidance scales w of the teacher, float32 [b]."""
-
-    def to(self, device: torch.device) -> Examples:
-        """Return the examples on a device; from page-locked memory the copy does not block the CPU."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin(self) -> Examples:
-        """Return the examples in page-locked memory."""
-        return self._map(Tensor.pin_memory)
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Examples:
-        return Examples(
-            change(self.latents),
-            change(self.eps),
-            self.cond.map(change),
-            self.uncond.map(change),
-            Times(*map(change, self.times)),
-            change(self.target_rows),
-            change(self.guidance),
-        )
-
-
-def draw_times_and_guidance(config: Config, schedule: Schedule, step: int) -> TimesAndGuidance:
-    """Draw the times and guidance scales of a step, counted from 0: a function of (seed, step)."""
-    method, size = config.method, config.training.batch
-    source = generator(config.training.seed, "loss", step)
-    times = sample_times(
-        size,
-        schedule=schedule,
-        law=method.law,
-        origin_steps=method.origin_steps,
-        skip=method.skip,
-        phases=method.phases[step * len(method.phases) // config.training.steps],
-        generator=source,
-    )
-    (highest,) = schedule.sampler_times(1, method.origin_steps)
-    times = share_out(
-        times, step * size, diagonal=method.diagonal, to_clean=method.to_clean, highest=highest, skip=method.skip
-    )
-    low, high = method.guidance_min, method.guidance_max
-    return TimesAndGuidance(times, low + (high - low) * torch.rand(size, generator=source))
-
-
-def read_examples(config: Config, dataset: Dataset, schedule: Schedule, step: int, rows: slice) -> Examples:
+def read_examples(
+    config: Config, dataset: Dataset, schedule: Schedule, step: int, rows: slice
+) -> Examples[Conditioning]:
     """Read some rows of a step's batch and draw their noise, times and guidance scales, on the CPU."""
-    training, drawn = config.training, draw_times_and_guidance(config, schedule, step)
+    training = config.training
     batch = dataset.batch(step, training.batch, rows, seed=training.seed, caption_dropout=config.data.caption_dropout)
-    shape = batch.latents.shape[1:]
-    eps = [
-        torch.randn(shape, generator=generator(training.seed, f"noise of row {row}", step))
-        for row in range(training.batch)[rows]
-    ]
-    times = Times(*(time[rows] for time in drawn.times))
-    return Examples(
-        batch.latents, torch.stack(eps), batch.cond, batch.uncond, times, times.target_rows, drawn.guidance[rows]
+    return draw_examples(
+        batch.latents,
+        batch.cond,
+        batch.uncond,
+        rows,
+        method=config.method,
+        training=training,
+        schedule=schedule,
+        step=step,
     )
 
 
@@ -121,10 +50,10 @@ class Prefetcher:
 
     def __post_init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
-        self._next: tuple[tuple[int, int], Future[Examples]] | None = None
+        self._next: tuple[tuple[int, int], Future[Examples[Conditioning]]] | None = None
         """((step, index), examples) of the micro-batch that is being read."""
 
-    def get(self, step: int, index: int) -> Examples:
+    def get(self, step: int, index: int) -> Examples[Conditioning]:
         """Return micro-batch `index` of a step and, with `ahead`, start reading the next.
 
         Raises the errors of the thread that read it.
@@ -143,6 +72,6 @@ class Prefetcher:
         """Wait until the read in progress is done, and end the thread."""
         self._thread.shutdown(cancel_futures=True)
 
-    def _read(self, step: int, index: int) -> Examples:
+    def _read(self, step: int, index: int) -> Examples[Conditioning]:
         examples = read_examples(self.config, self.dataset, self.schedule, step, self.micro_batches[index])
         return examples.pin() if self.pin else examples

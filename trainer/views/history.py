@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...tcd.distill import StepRecord
 from ..atomic import atomic_write
 from ..errors import RunError
-from ..training.loop import StepRecord
 
 LOG_NAME, BY_TIME_NAME = "log.csv", "loss_by_time.csv"
 BIN_COUNT = 10

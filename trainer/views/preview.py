@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
+from ...tcd.distill import StepRecord
 from ..atomic import atomic_write
 from ..config.settings import Config
 from ..files.adapter_weights import using_file
 from ..files.write_lora import write_lora
 from ..models.seam import Checkpoint, Model
-from ..training.loop import StepRecord
 from .grid import Row, draw_grid
 from .preview_prompts import PreviewPrompts, load_picture, sample_previews, save_picture
 

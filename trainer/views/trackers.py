@@ -10,9 +10,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from ...tcd.distill import StepRecord
 from ..config.settings import Config, LogConfig
 from ..errors import UserError
-from ..training.loop import Observer, StepRecord
+from ..training.loop import Observer
 from .history import bin_edges, loss_bins
 
 

@@ -35,13 +35,13 @@ from trajectory_consistency.tcd import (
     timestep_grid,
     to_x0,
 )
+from trajectory_consistency.tcd.distill.optimizer import lr_factor
 from trajectory_consistency.tcd.objective import Follow, distance_of, first_order, loss_weights, tcd_loss
 from trajectory_consistency.tcd.target_time import sinusoid
 from trajectory_consistency.tcd.times import Points as TimePoints
 from trajectory_consistency.tcd.times import sample_times, share_out
 from trajectory_consistency.trainer.atomic import atomic_write
 from trajectory_consistency.trainer.demo.metrics import Points, energy_distance
-from trajectory_consistency.trainer.training.optimizer import lr_factor
 
 NAME = "checkerboard"
 TUNED, OTHERS, OTHERS_SEEDS = METHODS | PLAIN, VARIATIONS, SEEDS[:1]

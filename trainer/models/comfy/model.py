@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from ....tcd import AdapterWeights, Schedule, TargetInput, TimePoint, kohya_name
 from ....tcd.adapter import layer_shapes
+from ....tcd.distill.sharded import is_sharded
 from ....tcd.lora_keys import UP
 from .. import unet_layers
 from ..conditioning import Conditioning
 from ..seam import LatentFormat
-from ..sharded import is_sharded
 from .conditioning import to_conditionings
 from .layers import chosen_layers, kind_of
 

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from ..randomness import generator
-from .buckets import Size
 
 
 class Group(NamedTuple):
     """The pictures of one source and bucket."""
 
-    bucket: Size
+    bucket: tuple[int, int]
+    """Height and width."""
     pictures: int
     """Number of pictures."""
     repeats: float
@@ -61,7 +61,7 @@ class BatchOrder:
 
     def steps(self, epoch: int) -> int:
         """Return the number of steps of an epoch."""
-        shown: dict[Size, int] = defaultdict(int)
+        shown: dict[tuple[int, int], int] = defaultdict(int)
         for group in self.groups:
             shown[group.bucket] += group.shown(epoch + 1) - group.shown(epoch)
         return sum(-(-rows // self.size) for rows in shown.values())
@@ -76,7 +76,7 @@ class _Epoch(NamedTuple):
 
 @lru_cache(maxsize=2)
 def _epoch(groups: tuple[Group, ...], size: int, seed: int, number: int) -> _Epoch:
-    parts: dict[Size, list[Tensor]] = defaultdict(list)
+    parts: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
     for which, group in enumerate(groups):
         pictures = _epoch_pictures(group, which, seed, number)
         if len(pictures):

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ...tcd import Schedule, TimePoint
-from ...tcd.adapter import AVERAGE
-from ...tcd.objective import Follow, distance_of, first_order, loss_weights, second_order, tcd_loss
-from ...tcd.times import Points
-from ..config.settings import Config, MethodConfig
-from ..errors import UserError
-from ..models.seam import Model
-from ..models.sharded import is_sharded
+from ..adapter import AVERAGE
+from ..objective import Follow, distance_of, first_order, loss_weights, second_order, tcd_loss
+from ..schedule import Schedule, TimePoint
+from ..times import Points
 from .examples import Examples
+from .settings import Distillable, Method
+from .sharded import is_sharded
 
 
-def check_weighting(method: MethodConfig, schedule: Schedule) -> None:
-    """Raise UserError if method.weighting could give a jump an infinite weight; `schedule` is on the CPU.
+def check_weighting(method: Method, schedule: Schedule) -> None:
+    """Raise ValueError if method.weighting could give a jump an infinite weight; `schedule` is on the CPU.
 
     The weighting "x0" divides by the coefficient of x0 in the jump. The coefficient is 0 between two times of the same
     level. A model that was distilled to every k-th timestep has such times: the k lowest ones.
@@ -25,15 +25,15 @@ def check_weighting(method: MethodConfig, schedule: Schedule) -> None:
     lowest = schedule.grid(method.origin_steps)[:2]
     alpha, sigma = (torch.as_tensor(part) for part in schedule.point(lowest).level)
     if method.weighting == "x0" and alpha[0] == alpha[1] and sigma[0] == sigma[1]:
-        raise UserError(
+        raise ValueError(
             f'method.weighting is "x0", but this model has one noise level for all times up to {int(lowest[1])}, which '
             "gives jumps between them an infinite weight: use another weighting, or fewer method.origin_steps"
         )
 
 
-def step_losses(model: Model, examples: Examples, config: Config) -> Tensor:
+def step_losses(model: Distillable, examples: Examples[Any], method: Method) -> Tensor:
     """Return the weighted loss of each example, [b], with a gradient; the examples are on the model's device."""
-    method, schedule, ndim = config.method, model.schedule, examples.latents.ndim
+    schedule, ndim = model.schedule, examples.latents.ndim
     cond, uncond, guidance = examples.cond, examples.uncond, examples.guidance
 
     def predict(x_t: Tensor, t: TimePoint, s: TimePoint, rows: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def step_losses(model: Model, examples: Examples, config: Config) -> Tensor:
     return loss_weights(points, method.weighting) * distances
 
 
-def _for_all_rows(target: Follow, examples: Examples) -> tuple[Follow, Tensor]:
+def _for_all_rows(target: Follow, examples: Examples[Any]) -> tuple[Follow, Tensor]:
     """Return a target that is called for all rows, also those with s = t_next, where it is x_next; and these rows.
 
     How many rows have s < t_next differs between the processes, which must call a sharded network equally often.
