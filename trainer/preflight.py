@@ -64,7 +64,7 @@ def plan(config: Config, inputs: Inputs) -> str:
             f"base      {config.base.file} ({inputs.checkpoint.describe()}), in {dtype} on {device}",
             *(f"          {note}" for note in inputs.checkpoint.notes),
             f"data      {data.pictures} captioned pictures in {config.data.summary}, at {config.data.resolution} px",
-            *([f"          left out: {data.complaints()}"] if data.problems else []),
+            *(f"          {line}" for line in data.report_lines()),
             f"method    law {method.law}, solver step {method.skip}, "
             f"guidance {method.guidance_min:g} to {method.guidance_max:g}",
             *_guidance_note(method, inputs.checkpoint),
@@ -173,7 +173,7 @@ def _find_data(config: Config, dtype: torch.dtype) -> Survey:
         _check_writable("data.cache", config.cache_folder)
     found = cached.survey if cached else survey(config)
     if not found.pictures:
-        raise UserError(f"no picture is left to train on: {found.complaints()}")
+        raise UserError(found.refusal())
     return found
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import defaultdict
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import lru_cache
 from math import floor
 from typing import NamedTuple
@@ -25,12 +26,14 @@ class Group(NamedTuple):
     """Height and width."""
     pictures: int
     """Number of pictures."""
-    repeats: float
+    repeats: float | Fraction
     """How often an epoch shows each picture, on average if it is a fraction."""
+    phase: float | Fraction = 0
+    """Fraction of a picture, below 1, that is added before the number of pictures is rounded down."""
 
     def shown(self, epochs: int) -> int:
         """Return how many pictures of the group the first `epochs` epochs show in total."""
-        return floor(self.pictures * self.repeats * epochs)
+        return floor(self.pictures * self.repeats * epochs + self.phase)
 
 
 @dataclass

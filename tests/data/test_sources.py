@@ -10,11 +10,10 @@ from PIL import Image
 
 from trajectory_consistency.trainer.config import settings as config
 from trajectory_consistency.trainer.data.buckets import Size
+from trajectory_consistency.trainer.data.samples import Sample
 from trajectory_consistency.trainer.data.sources import (
-    CaptionedFolder,
-    MetadataFolder,
+    PictureFolder,
     PromptFile,
-    Sample,
     Source,
     TarShards,
     open_sources,
@@ -56,7 +55,13 @@ def opened(**data: object) -> list[Source]:
 
 
 def named(samples: list[Sample]) -> list[tuple[str, str, str]]:
-    return [(sample.name, sample.caption, sample.problem) for sample in samples]
+    """Name, caption, and problem or note of each sample."""
+    return [(sample.name, sample.caption, sample.problem or sample.note) for sample in samples]
+
+
+def everything(source: Source) -> list[tuple[str, str, str]]:
+    assert not isinstance(source, PromptFile)
+    return named(list(source.samples()))
 
 
 def test_a_folder_is_read_with_those_within_it_and_hidden_files_are_not(tmp_path: Path) -> None:
@@ -66,14 +71,17 @@ def test_a_folder_is_read_with_those_within_it_and_hidden_files_are_not(tmp_path
     write(tmp_path, "c.png", None)
     write(tmp_path, "notes.pdf", None)
     (source,) = opened(folder=str(tmp_path))
-    assert isinstance(source, CaptionedFolder)
+    assert isinstance(source, PictureFolder)
     samples = list(source.samples())
     assert named(samples) == [
+        ("._b.png", "", "hidden"),
+        ("._b.txt", "", "hidden"),
         ("b.png", "of b", ""),
         ("c.png", "", "have no caption"),
+        ("notes.pdf", "", "neither pictures nor captions"),
         ("within/deep/a.JPG", "of a", ""),
     ]
-    assert samples[0].read() == png()
+    assert samples[2].read() == png() and [each.left_out for each in samples] == [True, True, False, False, True, False]
 
 
 def test_a_folder_with_metadata_is_read_by_it(tmp_path: Path) -> None:
@@ -82,10 +90,10 @@ def test_a_folder_with_metadata_is_read_by_it(tmp_path: Path) -> None:
     lines = [{"file_name": "more/b.png", "text": "of b", "score": 5}, {"file_name": "a.png"}, {"file_name": "no.png"}]
     (tmp_path / "metadata.jsonl").write_text("\n\n".join(map(json.dumps, lines)), encoding="utf-8")
     (source,) = opened(folder=str(tmp_path))
-    assert isinstance(source, MetadataFolder)
+    assert isinstance(source, PictureFolder)
     assert named(list(source.samples())) == [
-        ("more/b.png", "of b", ""),
         ("a.png", "", "have no caption"),
+        ("more/b.png", "of b", ""),
         ("no.png", "", "have no caption"),
         ("unlisted.png", "", "have no caption"),
     ]
@@ -117,13 +125,15 @@ def test_shards_are_read_in_their_order_by_the_names_of_webdataset(tmp_path: Pat
     assert isinstance(source, TarShards)
     samples = list(source.samples())
     assert named(samples) == [
+        ("s-0.tar/2.Seg.png", "", "further pictures of a sample, such as 1.mask.png beside 1.png"),
+        ("s-0.tar/x/1.json", "", "neither pictures nor captions"),
         ("s-0.tar/x/1.jpg", "of one", ""),
-        ("s-0.tar/2.png", "two", ""),
-        ("s-1.tar/3.webp", "", "have no caption"),
+        ("s-0.tar/2.PNG", "two", ""),
         ("s-1.tar/4.txt", "", "have a caption but no picture"),
+        ("s-1.tar/3.webp", "", "have no caption"),
         ("s-1.tar/5.png", "", "have a caption that is not UTF-8"),
     ]
-    assert [sample.read() for sample in samples[:3]] == [b"one", b"2", b"three"]
+    assert [samples[k].read() for k in (2, 3, 5)] == [b"one", b"2", b"three"]
 
 
 @pytest.mark.parametrize("keep", [100, 700, 1700, 2500])
@@ -198,7 +208,8 @@ def test_everything_that_is_wrong_is_said_together_with_counts_and_names(tmp_pat
         survey(configured(tmp_path, sources=sources))
     assert str(error.value).startswith(
         "1 of 6 pictures are smaller than every bucket: small.png; "
-        "2 of 6 pictures do not decode: cut.png, t.tar/2.png; 1 of 6 pictures have no caption: bare.png. Repair them"
+        "2 of 6 pictures do not decode: cut.png (image file is truncated (4 bytes not processed)), t.tar/2.png (not a "
+        "picture of a known format); 1 of 6 pictures have no caption: bare.png. Repair them"
     )
     found = survey(configured(tmp_path, sources=sources, skip_bad=True))
     assert found.groups == {(0, Size(64, 64)): 1, (1, Size(64, 64)): 1} and found.pictures == 2

@@ -30,10 +30,11 @@ class SourceConfig:
     """One of several sources of pictures: a table `[[data.sources]]`."""
 
     path: str
-    """A folder of images with .txt captions or a metadata.jsonl, a .tar shard or a pattern such as `shards/*.tar`, or a
-    .txt file with one prompt per line."""
+    """A folder of images with captions (.txt, .caption, metadata.jsonl or metadata.csv), a .tar or .tar.gz shard or a
+    pattern such as `shards/*.tar`, or a .txt file with one prompt per line."""
     repeats: float = _number(1.0, 0.001, 10000.0)
-    """How often each picture of this source is shown in an epoch; 0.5 shows each in every second epoch."""
+    """How often each picture of this source is shown in an epoch; 0.5 shows each in every second epoch. Pictures in a
+    subfolder `10_name` are shown 10 times as often."""
     weight: float = _number(0.0, 0.0)
     """Instead of `repeats`: this source's share of an epoch, relative to the weights of the other sources."""
 
@@ -55,7 +56,8 @@ class DataConfig:
     """The pictures to distill on."""
 
     folder: str = ""
-    """Folder of images with captions: each in a .txt file of the image's name, or all in one metadata.jsonl."""
+    """Folder of images with captions: each in a .txt or .caption file of the image's name, or all in one metadata.jsonl
+    or metadata.csv. The images in a subfolder `10_name` are shown 10 times in an epoch."""
     prompts: str = ""
     """Text file with one prompt per line; the teacher draws the pictures."""
     sources: tuple[SourceConfig, ...] = ()
@@ -74,6 +76,13 @@ class DataConfig:
     error."""
     caption_dropout: float = _number(0.0, 0.0, 1.0)
     """Fraction of the captions that are replaced by the empty caption."""
+    caption_prefix: str = ""
+    """Words in front of every caption and prompt, such as a trigger word; a space follows them."""
+    shuffle_tags: int = _number(0, 0, 1000)
+    """Number of orders in which the tags of a caption, separated by commas, are encoded; each step takes one of them. 0
+    keeps the order of the caption."""
+    keep_tags: int = _number(0, 0, 1000)
+    """With `shuffle_tags`: number of tags at the start of each caption that stay there."""
     cache: str = field(default="", metadata=MAY_CHANGE)
     """Folder of cached latents and embeddings, which several runs may share; by default `cache` in the output
     folder."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -33,7 +34,7 @@ from .buckets import Size
 from .dataset import Dataset, Table, caption_of
 from .sources import open_sources
 from .store import RowLocation, ShardFiles, open_shard
-from .survey import Survey, make_groups
+from .survey import GroupKey, Survey, make_groups
 
 VERSION = 2
 """Version of the cached rows; increase it when the same input would produce different rows."""
@@ -80,7 +81,8 @@ class GroupRows(NamedTuple):
     keys: Tensor
     """[n] int64, ascending: a hash of each picture and its caption."""
     locations: Tensor
-    """[n, 4] int32: shard and row of the latent, shard and row of the caption; shards are indices in `Index.shards`."""
+    """[n, 2 + 2 V] int32: shard and row of the latent and of each of V variants of the caption; shards are indices in
+    `Index.shards`."""
 
 
 @dataclass(frozen=True)
@@ -89,25 +91,21 @@ class Index:
 
     shards: list[str]
     """Paths of the shards, relative to the cache folder."""
-    groups: dict[tuple[int, Size], GroupRows]
-    """The pictures, by (index of the source, bucket)."""
+    groups: dict[GroupKey, GroupRows]
+    """The pictures of each group."""
     empty: RowLocation
     """Location of the empty caption."""
     survey: Survey
     """Counts of the samples and their problems."""
 
     @staticmethod
-    def from_entries(
-        entries: Mapping[tuple[int, Size], Sequence[IndexEntry]], empty: RowLocation, survey: Survey
-    ) -> Index:
-        """Build an index from the locations of pictures, given by (index of the source, bucket)."""
-        locations = (each for group in entries.values() for entry in group for each in (entry.latent, entry.caption))
+    def from_entries(entries: Mapping[GroupKey, Sequence[IndexEntry]], empty: RowLocation, survey: Survey) -> Index:
+        """Build an index from the locations of pictures and their captions."""
+        locations = (each for group in entries.values() for entry in group for each in entry.locations)
         shards = {name: number for number, name in enumerate(dict.fromkeys(each.shard for each in locations))}
         groups = {}
         for which, group in entries.items():
-            numbers = [
-                (shards[latent.shard], latent.row, shards[caption.shard], caption.row) for _, latent, caption in group
-            ]
+            numbers = [[n for at in entry.locations for n in (shards[at.shard], at.row)] for entry in group]
             keys = torch.tensor([entry.key for entry in group])
             groups[which] = _sort_by_key(keys, torch.tensor(numbers, dtype=torch.int32))
         return Index(list(shards), groups, empty, survey)
@@ -115,8 +113,8 @@ class Index:
     def digest(self) -> str:
         """Return a hash of the picture and caption contents, their source and bucket, and their multiplicity."""
         content = hashlib.sha256()
-        for (number, bucket), rows in sorted(self.groups.items()):
-            content.update(f"{number} {bucket} {len(rows.keys)}\n".encode())
+        for key, rows in sorted(self.groups.items(), key=lambda group: group[0]):
+            content.update(f"{key.source} {key.repeats} {key.bucket} {len(rows.keys)}\n".encode())
             content.update(rows.keys.numpy().data)
         return content.hexdigest()[:16]
 
@@ -124,10 +122,10 @@ class Index:
     def merge(parts: Sequence[Index]) -> Index:
         """Join the indices of all parts of the data."""
         survey, shards = Survey(), list[str]()
-        pieces: dict[tuple[int, Size], list[GroupRows]] = defaultdict(list)
+        pieces: dict[GroupKey, list[GroupRows]] = defaultdict(list)
         for part in parts:
-            offset = torch.tensor([len(shards), 0, len(shards), 0], dtype=torch.int32)
             for which, rows in part.groups.items():
+                offset = torch.tensor([len(shards), 0], dtype=torch.int32).repeat(rows.locations.shape[1] // 2)
                 pieces[which].append(GroupRows(rows.keys, rows.locations + offset))
             shards += part.shards
             survey.merge(part.survey)
@@ -144,10 +142,11 @@ class Index:
             tensors |= {f"{number}.keys": rows.keys, f"{number}.locations": rows.locations}
         header = {
             "shards": self.shards,
-            "groups": [(number, *bucket) for number, bucket in self.groups],
+            "groups": [(key.source, key.repeats, *key.bucket) for key in self.groups],
             "empty": self.empty,
             "seen": self.survey.seen,
             "problems": self.survey.problems,
+            "notes": self.survey.notes,
             "names": self.survey.names,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -164,13 +163,14 @@ class Index:
         with safe_open(path, "pt") as file:
             header = json.loads(file.metadata()["index"])
         groups = {
-            (source, Size(height, width)): GroupRows(tensors[f"{number}.keys"], tensors[f"{number}.locations"])
-            for number, (source, height, width) in enumerate(header["groups"])
+            GroupKey(source, repeats, Size(*size)): GroupRows(tensors[f"{number}.keys"], tensors[f"{number}.locations"])
+            for number, (source, repeats, *size) in enumerate(header["groups"])
         }
         survey = Survey(
             Counter({which: len(rows.keys) for which, rows in groups.items()}),
             header["seen"],
             Counter(header["problems"]),
+            Counter(header["notes"]),
             header["names"],
         )
         return Index(header["shards"], groups, RowLocation(*header["empty"]), survey)
@@ -181,8 +181,8 @@ class IndexEntry(NamedTuple):
 
     key: int
     """Sort key, int64: a hash of the picture and its caption."""
-    latent: RowLocation
-    caption: RowLocation
+    locations: Sequence[RowLocation]
+    """The latent, and each variant of the caption."""
 
 
 @dataclass(frozen=True)
@@ -210,9 +210,9 @@ def open_cached(config: Config, dtype: torch.dtype) -> CachedData | None:
     except (SafetensorError, OSError):
         return None
     if not index.groups:
-        raise UserError(f"no picture is left to train on: {index.survey.complaints()}")
-    shards, ordered = ShardFiles(paths), sorted(index.groups.items())
-    groups = make_groups(config.data, [(which, len(rows.keys)) for which, rows in ordered])
+        raise UserError(index.survey.refusal())
+    shards, ordered = ShardFiles(paths), sorted(index.groups.items(), key=lambda group: group[0])
+    groups = make_groups(config.data, [(key, len(rows.keys)) for key, rows in ordered])
     tables = [Table(rows.locations, shards, shards) for _, rows in ordered]
     return CachedData(Dataset(groups, tables, empty, checkpoint.collate), index.survey)
 
@@ -254,11 +254,20 @@ def _sort_by_key(keys: Tensor, locations: Tensor) -> GroupRows:
 
 def _index_hash(paths: CachePaths, config: Config) -> str:
     """Return a hash of the rows' settings and of the name, size and modification time of every source file."""
-    state: list[Any] = [config.data.skip_bad, config.data.draw.per_prompt, paths.settings]
+    captions = [getattr(config.data, key) for key in ("caption_prefix", "shuffle_tags", "keep_tags")]
+    state: list[Any] = [config.data.skip_bad, config.data.draw.per_prompt, captions, paths.settings]
     for source in open_sources(config.data):
-        files = ((file, file.stat()) for file in source.files())
-        state.append([type(source).__name__, *((f.name, str(f.parent), s.st_size, s.st_mtime_ns) for f, s in files)])
+        state.append([type(source).__name__, *map(_file_state, source.files())])
     return _hash(state)
+
+
+def _file_state(path: Path) -> tuple[str, int, int]:
+    """Return the absolute path, size and modification time of a file; (path, 0, 0) for a broken link."""
+    try:
+        state = path.stat()
+    except OSError:
+        return os.path.abspath(path), 0, 0
+    return os.path.abspath(path), state.st_size, state.st_mtime_ns
 
 
 def _hash(value: object) -> str:

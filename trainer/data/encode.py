@@ -24,10 +24,12 @@ from ..models.seam import Autoencoder, Checkpoint, Model, TextEncoder
 from ..models.teacher_sampling import dpm_solver_sample
 from .buckets import Size
 from .cache import Index, IndexEntry, cache_paths, merge_parts, open_cached
+from .captions import caption_variants, with_prefix
 from .dataset import Dataset, caption_of
 from .sources import PictureSource, PromptFile, open_sources
 from .store import Store, digest, open_shard
 from .survey import (
+    GroupKey,
     Inspection,
     Survey,
     check_bucket_sizes,
@@ -130,8 +132,8 @@ class _CacheFiller:
     dtype: torch.dtype
     stores: dict[str, Store]
     survey: Survey = field(default_factory=Survey)
-    entries: dict[tuple[int, Size], list[tuple[str, bytes, bytes]]] = field(default_factory=lambda: defaultdict(list))
-    """By (index of the source, bucket), for each picture: store and digest of its latent, digest of its caption."""
+    entries: dict[GroupKey, list[tuple[str, bytes, list[bytes]]]] = field(default_factory=lambda: defaultdict(list))
+    """For each picture of a group: store and digest of its latent, digests of the variants of its caption."""
     _pending_pictures: dict[Size, dict[bytes, Inspection]] = field(default_factory=lambda: defaultdict(dict))
     _pending_captions: dict[bytes, str] = field(default_factory=dict)
     _pending_drawings: dict[bytes, str] = field(default_factory=dict)
@@ -155,13 +157,14 @@ class _CacheFiller:
             source.samples(part, parts),
         )
         for inspection in inspections:
-            bar.update()
+            sample = inspection.sample
+            bar.update(not sample.left_out)
             self.survey.count(inspection)
-            if inspection.problems:
+            if inspection.problems or sample.left_out:
                 continue
             bucket = inspection.crop.bucket if inspection.crop else Size.parse(store.kind(inspection.key))
-            caption = self._add_caption(inspection.sample.caption)
-            self.entries[number, bucket].append(("latents", inspection.key, caption))
+            captions = self._add_captions(sample.caption)
+            self.entries[GroupKey(number, sample.repeats, bucket)].append(("latents", inspection.key, captions))
             if inspection.crop and inspection.key not in store:
                 self._pending_pictures[bucket][inspection.key] = inspection
             if len(self._pending_pictures[bucket]) >= pictures_per_call(bucket, self.device):
@@ -170,12 +173,14 @@ class _CacheFiller:
     def add_prompts(self, number: int, source: PromptFile, part: int, parts: int) -> None:
         """Add the prompts of a file, encode new ones, and collect those that the teacher has to draw."""
         bucket, store = drawn_bucket(self.config.data), self.stores["drawn"]
-        for prompt in source.captions()[part::parts]:
+        for line in source.captions()[part::parts]:
+            prompt = with_prefix(line, self.config.data)
             for drawing in range(self.config.data.draw.per_prompt):
                 key = digest(f"{drawing} {prompt}".encode())
-                self.entries[number, bucket].append(("drawn", key, self._add_caption(prompt)))
+                self.entries[GroupKey(number, 1, bucket)].append(("drawn", key, self._add_captions(line)))
                 self.survey.seen += 1
                 if key not in store:
+                    self._add_caption(prompt)
                     self._pending_drawings[key] = prompt
 
     def finish_encoding(self) -> None:
@@ -221,15 +226,17 @@ class _CacheFiller:
         locations = {
             group: [
                 IndexEntry(
-                    _sort_key(key, caption),
-                    self.stores[kind].location_in_cache(key),
-                    captions.location_in_cache(caption),
+                    _sort_key(key, b"".join(variants)),
+                    [self.stores[kind].location_in_cache(key), *map(captions.location_in_cache, variants)],
                 )
-                for kind, key, caption in entries
+                for kind, key, variants in entries
             ]
             for group, entries in self.entries.items()
         }
         return Index.from_entries(locations, captions.location_in_cache(_caption_digest("")), self.survey)
+
+    def _add_captions(self, caption: str) -> list[bytes]:
+        return [self._add_caption(variant) for variant in caption_variants(caption, self.config.data)]
 
     def _add_caption(self, caption: str) -> bytes:
         """Return the digest of a caption; a caption that is not cached is encoded in `finish_encoding` or before."""

@@ -1,0 +1,29 @@
+"""The text that is encoded for a caption: with the prefix of the configuration, and its tags in several orders."""
+
+from __future__ import annotations
+
+import torch
+
+from ..config.settings import DataConfig
+from ..randomness import generator
+
+
+def with_prefix(caption: str, data: DataConfig) -> str:
+    """Return the caption after `data.caption_prefix`."""
+    return f"{data.caption_prefix.strip()} {caption}".strip()
+
+
+def caption_variants(caption: str, data: DataConfig) -> list[str]:
+    """Return the texts to encode for a caption, from which each step draws one.
+
+    They are functions of the caption alone, so that several runs can share them.
+    """
+    if not data.shuffle_tags:
+        return [with_prefix(caption, data)]
+    tags = [tag for tag in map(str.strip, caption.split(",")) if tag]
+    kept, shuffled = tags[: data.keep_tags], tags[data.keep_tags :]
+    variants = []
+    for number in range(data.shuffle_tags):
+        order = torch.randperm(len(shuffled), generator=generator(0, f"tags of {caption}", number)).tolist()
+        variants.append(with_prefix(", ".join([*kept, *(shuffled[i] for i in order)]), data))
+    return variants
