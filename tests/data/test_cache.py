@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from trajectory_consistency.trainer.config import settings as config
 from trajectory_consistency.trainer.data import encode, store
 from trajectory_consistency.trainer.data.buckets import Buckets, Size
 from trajectory_consistency.trainer.data.cache import cache_paths, input_fingerprints, merge_parts, open_cached
+from trajectory_consistency.trainer.data.captions import caption_variants
 from trajectory_consistency.trainer.data.dataset import Dataset
 from trajectory_consistency.trainer.data.pictures import decode, pixels, size_of
 from trajectory_consistency.trainer.errors import UserError
@@ -74,7 +76,7 @@ def rows(dataset: Dataset) -> list[tuple[torch.Tensor, ...]]:
     """Mean, std, sizes and context of every picture, in the order of the data."""
     found = []
     for table in dataset.tables:
-        for shard, row, captions, caption in table.index.tolist():
+        for shard, row, captions, caption, *_ in table.index.tolist():
             latent = table.latents[shard]
             std = latent["std"][row] if "std" in latent else torch.zeros(())
             found.append((latent["mean"][row], std, latent["sizes"][row], table.captions[captions]["context"][caption]))
@@ -364,7 +366,10 @@ def test_parts_of_several_processes_are_the_whole(checkpoint: Path, pictures: Pa
 def test_data_that_cannot_be_used_is_reported_or_skipped(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
     (pictures / "broken.png").write_bytes(b"no picture")
     (pictures / "wide0.txt").unlink()
-    with pytest.raises(UserError, match=r"1 of 9 pictures do not decode: broken\.png; 2 of 9 pictures have no caption"):
+    with pytest.raises(
+        UserError,
+        match=r"1 of 9 pictures do not decode: broken\.png \(not a picture of .*\); 2 of 9 pictures have no caption",
+    ):
         encode.fill_cache(configured(checkpoint, tmp_path, folder=str(pictures)), CPU, FLOAT)
     settings = configured(checkpoint, tmp_path, folder=str(pictures), skip_bad=True)
     assert len(filled(settings)) == 7
@@ -375,6 +380,79 @@ def test_data_that_cannot_be_used_is_reported_or_skipped(checkpoint: Path, pictu
         path.unlink()
     with pytest.raises(UserError, match="no picture is left to train on: 1 of 9 pictures do not decode"):
         filled(settings)
+
+
+def test_a_prefix_is_before_every_caption_and_each_step_takes_an_order_of_its_tags(
+    checkpoint: Path, pictures: Path, tmp_path: Path
+) -> None:
+    (wide, *others), text_encoder = sorted(pictures.glob("*.txt")), base_of(checkpoint).load_text_encoder(FLOAT, CPU)
+    wide.write_text("one girl, red, green, blue", encoding="utf-8")
+    settings = configured(
+        checkpoint, tmp_path, folder=str(pictures), caption_prefix="sks ", shuffle_tags=9, keep_tags=1
+    )
+    dataset = filled(settings)
+    texts = [f"sks one girl, {', '.join(tags)}" for tags in permutations(("red", "green", "blue"))]
+    texts += [f"sks {' '.join(path.read_text(encoding='utf-8').split())}" for path in others]
+    expected = torch.stack([each.tensors["context"][0] for each in text_encoder.encode(texts)])
+    drawn: Counter[str] = Counter()
+    for step in range(40):
+        batch = dataset.batch(step, 4, seed=0, caption_dropout=0.0)
+        again = dataset.batch(step, 4, slice(2, 4), seed=0, caption_dropout=0.0)
+        assert torch.equal(batch.cond.tensors["context"][2:], again.cond.tensors["context"])
+        for context in batch.cond.tensors["context"]:
+            distance = (expected - context).abs().amax((1, 2))
+            assert distance.min() < 1e-2
+            drawn[texts[int(distance.argmin())]] += 1
+    assert set(texts[6:]) <= set(drawn) and len(set(texts[:6]) & set(drawn)) >= 4
+    one = configured(checkpoint, tmp_path, folder=str(pictures), caption_prefix="sks", shuffle_tags=1)
+    assert open_cached(one, FLOAT) is None
+    assert {table.index.shape[1] for table in filled(one).tables} == {4}
+
+
+def test_an_order_of_tags_keeps_all_tags_and_the_first_where_they_are() -> None:
+    data = config.from_mapping(
+        {
+            "base": {"path": "tiny"},
+            "data": {"folder": "x", "shuffle_tags": 50, "keep_tags": 2},
+            "output": {"folder": "out"},
+        }
+    ).data
+    orders = caption_variants(" a b,c ,, d, e, f,", data)
+    assert {tuple(sorted(order.split(", "))) for order in orders} == {("a b", "c", "d", "e", "f")}
+    assert all(order.startswith("a b, c, ") for order in orders) and len(set(orders)) == 6
+    assert caption_variants("no tags", data) == ["no tags"] * 50
+    assert caption_variants("a, b", replace(data, shuffle_tags=0, caption_prefix="")) == ["a, b"]
+
+
+def test_prompts_are_drawn_with_their_prefix_and_trained_in_all_orders(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("red, green", encoding="utf-8")
+    settings = {"prompts": str(tmp_path / "p.txt"), "draw": {"steps": 2}}
+    plain, prefixed, shuffled = (
+        rows(filled(configured(checkpoint, tmp_path, **settings, **more)))[0]
+        for more in ({}, {"caption_prefix": "sks"}, {"caption_prefix": "sks", "shuffle_tags": 3})
+    )
+    assert not torch.equal(plain[0], prefixed[0]) and torch.equal(prefixed[0], shuffled[0])
+    assert not torch.equal(plain[3], prefixed[3])
+
+
+def test_the_cache_knows_the_folders_repeats_its_notes_and_a_broken_link(
+    checkpoint: Path, pictures: Path, tmp_path: Path
+) -> None:
+    pictures.rename(tmp_path / "3_all")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (tmp_path / "3_all").rename(folder / "3_all")
+    (folder / ".hidden.png").touch()
+    (folder / "broken.png").symlink_to(tmp_path / "gone")
+    settings = configured(checkpoint, tmp_path, folder=str(folder), skip_bad=True)
+    dataset = filled(settings)
+    assert len(dataset) == 3 * 8 and {group.repeats for group in dataset.groups} == {3}
+    cached = open_cached(settings, FLOAT)
+    assert cached is not None and cached.survey.remarks() == "hidden: 1 (.hidden.png)" and cached.survey.seen == 9
+    for spelling in (folder / ".." / "data", Path(os.path.relpath(folder))):
+        assert open_cached(configured(checkpoint, tmp_path, folder=str(spelling), skip_bad=True), FLOAT) is not None
+    (folder / "broken.png").unlink()
+    assert open_cached(settings, FLOAT) is None
 
 
 def test_a_full_store_writes_its_largest_kind_and_memory_stays_bounded(

@@ -34,7 +34,7 @@ def decode(data: bytes) -> Image.Image:
     except UnidentifiedImageError as error:
         raise BrokenPictureError("not a picture of a known format") from error
     except Exception as error:  # each decoder has errors of its own, such as RuntimeError for AVIF
-        raise BrokenPictureError(f"{error}" or type(error).__name__) from error
+        raise BrokenPictureError(str(error) or type(error).__name__) from error
 
 
 def size_of(image: Image.Image) -> Size:
@@ -51,8 +51,6 @@ def pixels(image: Image.Image, crop: CropPlan) -> Tensor:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if not all(image.size):
-        raise ValueError("it has no pixels")
     if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow's conversion would clip at 255
         gray = np.asarray(image).astype(np.float64) / 257
         return Image.fromarray(gray.round().clip(0, 255).astype(np.uint8)).convert("RGB")

@@ -112,6 +112,8 @@ def _members(path: Path, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str
         file.seek(tar.offset)  # tarfile does not notice that a file ends between two members
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError("there is no end-of-archive block")
+        while file.read(2**20):  # the checksum of a compressed file is at its end
+            pass
 
 
 def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

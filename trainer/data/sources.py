@@ -46,9 +46,9 @@ class PictureFolder:
         return [self.path / name for name in sorted({*used, *self._listed})]
 
     def check(self, key: str) -> None:
-        """Raise UserError, naming the configuration key, if there is no picture in the folder."""
+        """Raise UserError, naming the configuration key, if there is no picture in the folder, or for its metadata."""
         kinds = Counter(map(kind_of, self._found[0]))
-        if kinds["picture"] or kinds[UNREAD] or self._listed:
+        if self._listed or kinds["picture"] or kinds[UNREAD]:
             return
         others = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
         raise UserError(
