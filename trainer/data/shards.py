@@ -48,7 +48,7 @@ def open_shards(key: str, path: Path) -> TarShards:
     What exists under the name as written is not taken for a pattern.  Raises UserError, naming the configuration key,
     if a tar file is missing.
     """
-    there = next(each for each in (path, *path.parents) if each.exists())
+    there = next((each for each in (path, *path.parents) if each.exists()), Path(path.anchor))
     found: set[Path] = set()
     for name in _expand_range(path.relative_to(there).as_posix()):
         tars = {Path(tar) for tar in glob(str(Path(escape(str(there)), name)), recursive=True)}
@@ -64,9 +64,9 @@ def _expand_range(pattern: str) -> Iterator[str]:
     if match is None:
         yield pattern
         return
-    first, last = match.groups()
-    for number in range(int(first), int(last) + 1):
-        yield from _expand_range(f"{pattern[: match.start()]}{number:0{len(first)}d}{pattern[match.end() :]}")
+    width, (low, high) = len(match[1]), sorted(map(int, match.groups()))
+    for number in range(low, high + 1):
+        yield from _expand_range(f"{pattern[: match.start()]}{number:0{width}d}{pattern[match.end() :]}")
 
 
 def _read_shard(path: Path) -> Iterator[Sample]:
