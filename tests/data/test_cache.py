@@ -404,7 +404,7 @@ def test_a_prefix_is_before_every_caption_and_each_step_takes_an_order_of_its_ta
             assert distance.min() < 1e-2
             drawn[texts[int(distance.argmin())]] += 1
     assert set(texts[6:]) <= set(drawn) and len(set(texts[:6]) & set(drawn)) >= 4
-    one = configured(checkpoint, tmp_path, folder=str(pictures), caption_prefix="sks", shuffle_tags=1)
+    one = configured(checkpoint, tmp_path, folder=str(pictures), caption_prefix="sks ", shuffle_tags=1, keep_tags=1)
     assert open_cached(one, FLOAT) is None
     assert {table.index.shape[1] for table in filled(one).tables} == {4}
 
@@ -425,10 +425,10 @@ def test_an_order_of_tags_keeps_all_tags_and_the_first_where_they_are() -> None:
 
 
 def test_prompts_are_drawn_with_their_prefix_and_trained_in_all_orders(checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / "p.txt").write_text("red, green", encoding="utf-8")
+    (tmp_path / "p.txt").write_text("d, c, b, a", encoding="utf-8")
     settings = {"prompts": str(tmp_path / "p.txt"), "draw": {"steps": 2}}
     plain, prefixed, shuffled = (
-        rows(filled(configured(checkpoint, tmp_path, **settings, **more)))[0]
+        rows(filled(configured(checkpoint, tmp_path / str(len(more)), **settings, **more)))[0]
         for more in ({}, {"caption_prefix": "sks"}, {"caption_prefix": "sks", "shuffle_tags": 3})
     )
     assert not torch.equal(plain[0], prefixed[0]) and torch.equal(prefixed[0], shuffled[0])

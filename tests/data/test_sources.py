@@ -502,3 +502,10 @@ def test_shares_of_weights_lose_no_picture_to_rounding(counts: tuple[int, int], 
     epochs = round(sum(weights) * 10)
     each = [group.shown(epochs) for group in groups]
     assert each == [round(weight * 10) * sum(counts) for weight in weights]
+
+
+def test_repeats_count_as_they_are_written(tmp_path: Path) -> None:
+    data = configured(tmp_path, sources=[{"path": "a", "repeats": 0.3}, {"path": "b", "repeats": 1.1}]).data
+    keys = [GroupKey(0, 1, Size(64, 64)), GroupKey(0, 7, Size(64, 64)), GroupKey(1, 1, Size(64, 64))]
+    groups = make_groups(data, zip(keys, (10, 10, 30), strict=True))
+    assert [group.shown(1) for group in groups] == [3, 21, 33]
