@@ -131,7 +131,7 @@ def test_shards_are_read_in_their_order_by_the_names_of_webdataset(tmp_path: Pat
         ("s-0.tar/x/1.json", "", "neither pictures nor captions"),
         ("s-0.tar/x/1.jpg", "of one", ""),
         ("s-0.tar/2.PNG", "two", ""),
-        ("s-1.tar/4.txt", "", "have a caption but no picture"),
+        ("s-1.tar/4.txt", "", "captions without a picture"),
         ("s-1.tar/3.webp", "", "have no caption"),
         ("s-1.tar/5.png", "", "have a caption that is not UTF-8"),
     ]
@@ -308,7 +308,7 @@ def test_files_of_a_folder_and_members_of_a_shard_are_read_by_one_rule(tmp_path:
         ("A.PNG", "suffixes in capitals", ""),
         ("Thumbs.db", "", "neither pictures nor captions"),
         ("__MACOSX/._2.png", "", "hidden"),
-        ("alone.txt", "", "have a caption but no picture"),
+        ("alone.txt", "", "captions without a picture"),
         ("b.heic", "", copy),
         ("b.jfif", "of b", ""),
         ("bare.heic", "", "are in a format that is not read"),

@@ -18,12 +18,12 @@ UNREAD_SUFFIXES = {".arw", ".cr2", ".dng", ".exr", ".heic", ".heif", ".jp2", ".j
 """Suffixes of pictures in formats that are not read, lower case."""
 _SYSTEM_FOLDERS = {"__MACOSX", "@eaDir"}
 """Folders of copies and thumbnails that an operating system makes, without the dot of a hidden name."""
-NO_PICTURE, UNREAD = "have a caption but no picture", "are in a format that is not read"
-"""Problems of samples; each completes a message "3 of 9 pictures ..."."""
+UNREAD = "are in a format that is not read"
+"""A problem of samples; it completes a message "3 of 9 pictures ..."."""
 HIDDEN, OTHER = "hidden", "neither pictures nor captions"
 UNREAD_COPY = "in a format that is not read, beside a picture of the same name"
 FURTHER = "further pictures of a sample, such as 1.mask.png beside 1.png"
-SECOND = "captions of a picture that has another caption"
+SECOND, NO_PICTURE = "captions of a picture that has another caption", "captions without a picture"
 """Reasons why files are left out; each completes a message "...: 3 (a.png, b.png, c.png)"."""
 
 
@@ -95,7 +95,7 @@ def _spare_captions(
         has_picture = stem in with_picture or names[0] in used
         for name in names:
             if name not in used:
-                yield Entry(name, note=SECOND) if has_picture else Entry(name, problem=NO_PICTURE)
+                yield Entry(name, note=SECOND if has_picture else NO_PICTURE)
 
 
 def _shorter_stems(stem: str) -> Iterator[str]:
