@@ -57,8 +57,10 @@ class Pictures:
 class Ours:
     """The trainer's own loop, after the VAE and the text encoder were let go."""
 
-    def __init__(self, config: configuration.Config, device: torch.device, dtype: torch.dtype) -> None:
-        checkpoint, size = open_checkpoint(config.base), config.training.batch
+    def __init__(
+        self, config: configuration.Config, device: torch.device, dtype: torch.dtype, checkpoint: Checkpoint
+    ) -> None:
+        size = config.training.batch
         latents = latents_of(checkpoint.load_autoencoder(device), config)
         text_encoder = checkpoint.load_text_encoder(dtype, device)
         cond, uncond = (encode(checkpoint, text_encoder, texts, config) for texts in (captions(size), [""] * size))
@@ -73,9 +75,10 @@ class Ours:
 class Separate:
     """Everything in every step, with a UNet for the teacher and another one for the student."""
 
-    def __init__(self, config: configuration.Config, device: torch.device, dtype: torch.dtype) -> None:
-        self.config, self.device = config, device
-        self.checkpoint = open_checkpoint(config.base)
+    def __init__(
+        self, config: configuration.Config, device: torch.device, dtype: torch.dtype, checkpoint: Checkpoint
+    ) -> None:
+        self.config, self.device, self.checkpoint = config, device, checkpoint
         self.autoencoder = self.checkpoint.load_autoencoder(device)
         self.text_encoder = self.checkpoint.load_text_encoder(dtype, device)
         self.student = load_student(config, self.checkpoint, device, dtype)
@@ -153,7 +156,9 @@ def main() -> None:
         }
     )
     device = torch.device(device_name)
-    loop = {"ours": Ours, "separate": Separate}[kind](config, device, getattr(torch, dtype))
+    loop = {"ours": Ours, "separate": Separate}[kind](
+        config, device, getattr(torch, dtype), open_checkpoint(config.base)
+    )
     forget_peak(device)
 
     def step() -> float:

@@ -125,22 +125,38 @@ class MemoryEstimate(NamedTuple):
 def estimate_memory(checkpoint: Checkpoint, settings: MemorySettings) -> MemoryEstimate:
     """Estimate the peak memory of each phase of a run with this model."""
     model = checkpoint.load(settings.dtype, META)
-    weights = model.adapter.add(STUDENT, _new_weights(model, settings))
-    trained = sum(parameter.numel() for parameter in weights.parameters())
-    frozen = sum(map(_bytes, (*model.network.parameters(), *model.network.buffers())))
-    adapter = (4 * (2 if settings.ema else 1) + 2 * settings.moment_bytes) * trained
+    estimate = _estimate_training(checkpoint, model, settings)
+    frozen, trained = estimate.weights, _trained(model)
     sampling = frozen + _teacher_sampling(checkpoint, model, settings) if settings.teacher_samples else 0
-    # In the optimizer step: the gradients, and one temporary float32 per weight.
-    step = max(_training(checkpoint, model, settings), 2 * 4 * trained)
     autoencoder = checkpoint.load_autoencoder(META)
     autoencoder_weights = sum(map(_bytes, autoencoder.parameters()))
     preview = 0
     if settings.preview:  # the preview loads the adapter from its file, beside the one in training
         decoding = _decoding(checkpoint, autoencoder, settings.preview)
-        preview = frozen + adapter + 4 * trained + autoencoder_weights + decoding
+        preview = frozen + estimate.adapter + 4 * trained + autoencoder_weights + decoding
     text_encoder = sum(map(_bytes, checkpoint.load_text_encoder(settings.dtype, META).parameters()))
     encoding = autoencoder_weights + text_encoder + _encoding(autoencoder, settings)
-    return MemoryEstimate(frozen, adapter, step, preview, max(encoding, sampling))
+    return estimate._replace(preview=preview, caching=max(encoding, sampling))
+
+
+def estimate_training(checkpoint: Checkpoint, settings: MemorySettings) -> MemoryEstimate:
+    """Estimate the peak memory of training alone, without previews and caching."""
+    return _estimate_training(checkpoint, checkpoint.load(settings.dtype, META), settings)
+
+
+def _estimate_training(checkpoint: Checkpoint, model: Model, settings: MemorySettings) -> MemoryEstimate:
+    """Add a student to a model on the meta device, and return the estimate for training it."""
+    model.adapter.add(STUDENT, _new_weights(model, settings))
+    trained = _trained(model)
+    frozen = sum(map(_bytes, (*model.network.parameters(), *model.network.buffers())))
+    adapter = (4 * (2 if settings.ema else 1) + 2 * settings.moment_bytes) * trained
+    # In the optimizer step: the gradients, and one temporary float32 per weight.
+    step = max(_training(checkpoint, model, settings), 2 * 4 * trained)
+    return MemoryEstimate(frozen, adapter, step, preview=0, caching=0)
+
+
+def _trained(model: Model) -> int:
+    return sum(parameter.numel() for parameter in model.adapter.weights[STUDENT].parameters())
 
 
 def _new_weights(model: Model, settings: MemorySettings) -> AdapterWeights:

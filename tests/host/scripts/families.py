@@ -111,23 +111,23 @@ def _contiguous(value: Tensor, dtype: torch.dtype) -> Tensor:
 def _sd15(**settings: Any) -> nn.Module:
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
-    return UNetModel(
-        image_size=32,
-        in_channels=4,
-        out_channels=4,
-        model_channels=320,
-        num_res_blocks=[1],
-        channel_mult=[1],
-        num_heads=8,
-        num_head_channels=-1,
-        use_spatial_transformer=True,
-        context_dim=768,
-        transformer_depth=[1],
-        transformer_depth_middle=1,
-        transformer_depth_output=[1, 1],
-        use_linear_in_transformer=False,
-        **settings,
-    )
+    defaults = {
+        "image_size": 32,
+        "in_channels": 4,
+        "out_channels": 4,
+        "model_channels": 320,
+        "num_res_blocks": [1],
+        "channel_mult": [1],
+        "num_heads": 8,
+        "num_head_channels": -1,
+        "use_spatial_transformer": True,
+        "context_dim": 768,
+        "transformer_depth": [1],
+        "transformer_depth_middle": 1,
+        "transformer_depth_output": [1, 1],
+        "use_linear_in_transformer": False,
+    }
+    return UNetModel(**{**defaults, **settings})
 
 
 def _sd3(**settings: Any) -> nn.Module:
@@ -230,20 +230,20 @@ def _qwen_image(**settings: Any) -> nn.Module:
 def _wan(**settings: Any) -> nn.Module:
     from comfy.ldm.wan.model import WanModel
 
-    return WanModel(
-        model_type="t2v",
-        patch_size=(1, 2, 2),
-        in_dim=16,
-        dim=128,  # a multiple of the head's 128
-        ffn_dim=256,
-        freq_dim=256,
-        text_dim=4096,
-        out_dim=16,
-        num_heads=1,
-        num_layers=2,
-        cross_attn_norm=True,
-        **settings,
-    )
+    defaults = {
+        "model_type": "t2v",
+        "patch_size": (1, 2, 2),
+        "in_dim": 16,
+        "dim": 128,  # a multiple of the head's 128
+        "ffn_dim": 256,
+        "freq_dim": 256,
+        "text_dim": 4096,
+        "out_dim": 16,
+        "num_heads": 1,
+        "num_layers": 2,
+        "cross_attn_norm": True,
+    }
+    return WanModel(**{**defaults, **settings})
 
 
 def _hunyuan_video(**settings: Any) -> nn.Module:
