@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..config.settings import DataConfig
-from ..randomness import generator
+from ...tcd.randomness import generator
 
 
 def with_prefix(caption: str, data: DataConfig) -> str:
