@@ -54,7 +54,8 @@ def shrink(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
             (folder / family / part / "config.json").write_text(text, encoding="utf-8")
     monkeypatch.setattr(bases, "ROOT", folder)
     monkeypatch.setattr(bases, "_FAMILIES", SIGNATURES)
-    monkeypatch.setattr(bases, "layer_shapes", cache(bases.layer_shapes.__wrapped__))  # without what it has seen
+    for name in ("layer_shapes", "tensor_shapes"):  # without what they have seen
+        monkeypatch.setattr(bases, name, cache(getattr(bases, name).__wrapped__))
 
 
 class Parts(NamedTuple):

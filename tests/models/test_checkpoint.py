@@ -156,7 +156,7 @@ def test_a_checkpoint_that_lacks_a_part(checkpoint: Path, tmp_path: Path, droppe
         opened(path).load_text_encoder(FLOAT, CPU)
 
 
-SDXL_FOLDER = {"in_channels": 4, "block_out_channels": [320], "cross_attention_dim": 2048}
+SDXL_UNET = bases.config("sdxl", "unet")
 
 
 @pytest.mark.parametrize(
@@ -164,22 +164,22 @@ SDXL_FOLDER = {"in_channels": 4, "block_out_channels": [320], "cross_attention_d
     [
         ({}, r"there is no unet/config\.json in it"),
         ({"transformer/config.json": {"_class_name": "SD3Transformer2DModel"}}, "a SD3Transformer2DModel, not a UNet"),
-        ({"unet/config.json": SDXL_FOLDER | {"in_channels": 9}}, "an inpainting model"),
+        ({"unet/config.json": SDXL_UNET | {"in_channels": 9}}, "an inpainting model"),
         (
             {
-                "unet/config.json": SDXL_FOLDER | {"projection_class_embeddings_input_dim": 2816},
+                "unet/config.json": SDXL_UNET,
                 "scheduler/scheduler_config.json": {"_class_name": "EDMDPMSolverMultistepScheduler"},
             },
             "another noise schedule than Stable Diffusion's",
         ),
         (
             {
-                "unet/config.json": SDXL_FOLDER | {"projection_class_embeddings_input_dim": 2816},
+                "unet/config.json": SDXL_UNET,
                 "scheduler/scheduler_config.json": {"beta_schedule": "linear"},
             },
             "another noise schedule than Stable Diffusion's",
         ),
-        ({"unet/config.json": SDXL_FOLDER | {"projection_class_embeddings_input_dim": 2816}}, "has no text_encoder/"),
+        ({"unet/config.json": SDXL_UNET}, "has no text_encoder/"),
     ],
 )
 def test_a_folder_of_another_kind_is_named(tmp_path: Path, files: dict[str, dict[str, object]], message: str) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from ...errors import UserError
 from ...safetensors_file import SafetensorsFile
+from ..distilled import refuse_lcm
 
 TEXT, VAE = "text encoder", "VAE"
 META = torch.device("meta")
@@ -38,7 +39,7 @@ def recognize(path: Path, dtype: torch.dtype = torch.float32) -> Recognized:
     import comfy.model_detection
     import comfy.utils
 
-    SafetensorsFile(path)  # whose message says what is wrong with a damaged file
+    refuse_lcm(SafetensorsFile(path).shapes, path)  # SafetensorsFile says what is wrong with a damaged file
     state, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
     prefix = comfy.model_detection.unet_prefix_from_state_dict(state)
     if not any(key.startswith(prefix) for key in state):

@@ -56,7 +56,7 @@ class UNetCheckpoint:
         self.prediction = self._resolve_prediction(base.prediction, notes)
         self.zero_snr = self._resolve_zero_snr(base.zero_snr, notes)
         names = [self.name, *(Path(lora.path).stem for lora in base.loras)]
-        self.notes = (*notes, *distilled_note(names), *lora_note(base))
+        self.notes = (*notes, *distilled_note(names, self._source.distillation()), *lora_note(base))
         self._loras, self._lora_names = MergedLoras(base.loras, self.family), base.lora_names
         alpha_bar = scaled_linear_alpha_bar()
         self.schedule = DiscreteSchedule.from_alpha_bar(zero_terminal_snr(alpha_bar) if self.zero_snr else alpha_bar)
