@@ -97,6 +97,26 @@ def test_an_override_that_is_none(written: Path, override: str) -> None:
         config.load(written, [override])
 
 
+def test_a_base_is_the_same_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.safetensors", "vae.safetensors", "lora.safetensors", "tiny"):
+        (tmp_path / name).touch()
+    loras = [{"path": "lora.safetensors"}, {"path": "in-comfyui.safetensors"}]
+    values = {**RIGHT, "base": {"path": "./a.safetensors", "vae": "x/../vae.safetensors", "loras": loras}}
+    (tmp_path / "x").mkdir()
+    original = config.from_mapping(values)
+    assert original == config.from_mapping({**values, "base": {**values["base"], "path": "a.safetensors"}})
+    (tmp_path / "config.toml").write_text(original.to_toml(), encoding="utf-8")
+    monkeypatch.chdir(tmp_path / "x")
+    base = config.load(tmp_path / "config.toml").base
+    assert base == original.base and [base.path, base.vae] == [
+        str(tmp_path / name) for name in ("a.safetensors", "vae.safetensors")
+    ]
+    assert [lora.path for lora in base.loras] == [str(tmp_path / "lora.safetensors"), "in-comfyui.safetensors"]
+    monkeypatch.chdir(tmp_path)
+    assert config.from_mapping(RIGHT).base.path == "tiny"  # the embedded model, whatever else has this name
+
+
 def test_an_override_is_validated_too(written: Path) -> None:
     with pytest.raises(UserError, match=r"did you mean training\.batch"):
         config.load(written, ["training.batches=5"])

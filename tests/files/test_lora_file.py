@@ -76,6 +76,44 @@ def test_a_checkpoint_with_the_lora_in_it_is_the_base_with_the_lora(
     assert all(key.startswith("model.diffusion_model.") for key in changed)
 
 
+def quantised_base(folder: Path, path: Path, more: dict[str, torch.Tensor]) -> Path:
+    """The base with its network in float8, rounded, and other tensors."""
+    state = load_file(folder / "base.safetensors")
+    small = {key: value.to(torch.float8_e4m3fn) for key, value in state.items() if key.startswith("model.")}
+    save_file(state | small | more, path)
+    return path
+
+
+MERGED = "model.diffusion_model.middle_block.0.in_layers.2."
+
+
+@pytest.mark.parametrize(
+    ("more", "dtype", "message"),
+    [
+        ({}, None, r"has weights of 8 bits .* use --dtype float16"),
+        ({MERGED + "scale_weight": torch.ones(())}, torch.float16, "has quantised weights .*scale_weight"),
+        ({MERGED + "weight_scale": torch.ones(())}, None, "has quantised weights .*weight_scale"),
+        ({MERGED + "weight.absmax": torch.ones(2)}, torch.float16, "has quantised weights .*absmax"),
+        ({MERGED + "weight": torch.zeros(64, 64, 3, 3, dtype=torch.int8)}, torch.float16, "has quantised weights"),
+    ],
+)
+def test_a_lora_is_not_rounded_away_in_a_quantised_checkpoint(
+    folder: Path, tmp_path: Path, more: dict[str, torch.Tensor], dtype: torch.dtype | None, message: str
+) -> None:
+    base = quantised_base(folder, tmp_path / "small.safetensors", more)
+    with pytest.raises(UserError, match=message):
+        merge(folder / "lora.safetensors", base, tmp_path / "merged.safetensors", dtype=dtype)
+    assert [path.name for path in tmp_path.iterdir()] == ["small.safetensors"]
+
+
+def test_a_lora_in_a_checkpoint_of_8_bits_is_whole_in_16(folder: Path, tmp_path: Path) -> None:
+    lora, merged = folder / "lora.safetensors", tmp_path / "merged.safetensors"
+    base = quantised_base(folder, tmp_path / "small.safetensors", {})
+    merge(lora, base, merged, dtype=torch.float16)
+    assert close(predicted(merged), predicted(base, lora))
+    assert not close(predicted(merged), predicted(base), 0.01)
+
+
 def test_nothing_is_written_over_or_made_of_what_is_no_lora(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

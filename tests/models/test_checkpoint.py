@@ -129,6 +129,9 @@ def test_a_file_of_another_format(tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "old.ckpt")
     with pytest.raises(UserError, match="or of another format"):
         opened(tmp_path / "old.ckpt")
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(UserError, match="or of another format, such as .ckpt or .gguf"):
+        opened(tmp_path / "a.gguf")
 
 
 @pytest.mark.parametrize(
@@ -163,6 +166,8 @@ SDXL_UNET = bases.config("sdxl", "unet")
     ("files", "message"),
     [
         ({}, r"there is no unet/config\.json in it"),
+        ({"unet/config.json": []}, r"config\.json is no configuration of a model, but '\[\]'"),
+        ({"unet/config.json": SDXL_UNET | {"block_out_channels": 320}}, "an unknown architecture"),
         ({"transformer/config.json": {"_class_name": "SD3Transformer2DModel"}}, "a SD3Transformer2DModel, not a UNet"),
         ({"unet/config.json": SDXL_UNET | {"in_channels": 9}}, "an inpainting model"),
         (

@@ -1,7 +1,10 @@
 """SD1.5, SD2.x and SDXL from files and folders, against diffusers' own readers and pipelines."""
 
+import json
 import os
 import pickle
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,13 +13,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from small_bases import Parts, random_parts, save_folder, shrink, to_state, write
 from trajectory_consistency.trainer.config.base import BaseConfig
 from trajectory_consistency.trainer.errors import UserError
-from trajectory_consistency.trainer.models import lora_layouts
+from trajectory_consistency.trainer.models import lora_layouts, open_checkpoint
 from trajectory_consistency.trainer.models.conditioning import Conditioning
 from trajectory_consistency.trainer.models.framing import Framing
 from trajectory_consistency.trainer.models.unet import families as bases
@@ -178,10 +181,94 @@ def test_a_fine_tune_in_half_precision_with_more_in_it_is_the_same_model(
     assert same(to_state(plain), {name: tensor.float() for name, tensor in state.items()})
 
 
-def test_tensors_of_a_changed_unet_are_spoken_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    more = {ldm.UNET_PREFIX + "input_blocks.1.0.extra.weight": torch.ones(1)}
-    opened(write(tmp_path / "a.safetensors", to_state(random_parts("sd15")) | more)).load(FLOAT, CPU)
-    assert "1 tensors of its UNet are not used, such as model.diffusion_model.input_blocks.1.0.extra" in caplog.text
+def test_tensors_that_are_not_used_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    more = {"cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None]}
+    base = opened(write(tmp_path / "a.safetensors", to_state(random_parts("sd15")) | more))
+    with caplog.at_level("INFO"):
+        base.load(FLOAT, CPU)
+        base.load_text_encoder(FLOAT, CPU)
+    assert "a.safetensors: 1 tensors are not part of its sd15 text_encoder, such as cond_stage_model" in caplog.text
+    assert "unet" not in caplog.text
+
+
+def lacks(part: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    return lambda state: {name: tensor for name, tensor in state.items() if part not in name}
+
+
+def has(name: str, *shape: int) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    return lambda state: state | {ldm.UNET_PREFIX + name: torch.zeros(shape)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lacks("middle_block.1."), "it lacks 11 blocks, such as middle_block.1"),  # as SSD-1B
+        (lacks("output_blocks.0.1.transformer_blocks.9"), "it lacks 1 blocks, such as output_blocks.0.1.transf"),
+        (lacks("input_blocks.8."), "it lacks 12 blocks, such as input_blocks.8.0"),
+        (
+            has("input_blocks.1.0.extra.weight", 1),
+            "1 tensors are others, such as model.diffusion_model.input_blocks.1.0.e",
+        ),
+        (has("label_emb.weight", 10, 64), "1 tensors are others, such as model.diffusion_model.label_emb.weight"),
+        (has("out.2.weight", 8, 16, 3, 3), "1 tensors are others, such as model.diffusion_model.out.2.weight"),
+    ],
+)
+def test_another_unet_of_the_same_widths_is_not_taken_for_the_family(
+    change: Callable[[dict[str, Tensor]], dict[str, Tensor]], message: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "a.safetensors", change(to_state(random_parts("sdxl"))))
+    with pytest.raises(bases.UnknownModelError, match=f"another UNet than sdxl.*{message}.* can be distilled"):
+        opened(path)
+
+
+def test_an_lcm_is_no_teacher_for_any_engine(tmp_path: Path) -> None:
+    state = has("time_embed.cond_proj.weight", 16, 256)(to_state(random_parts("sd15")))
+    folder = save_folder(random_parts("sd15"), tmp_path / "folder")
+    edit(folder / "unet", time_cond_proj_dim=256)
+    for path in (write(tmp_path / "a.safetensors", state), folder):
+        with pytest.raises(UserError, match="is an LCM.* no teacher; use the base that it was made from") as caught:
+            open_checkpoint(BaseConfig(path=str(path)))
+        assert not isinstance(caught.value, bases.UnknownModelError)
+
+
+CLIP_LAYER = "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1."
+UNET_LAYER = ldm.UNET_PREFIX + "middle_block.1.transformer_blocks.0.ff.net.2."
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {UNET_LAYER + "scale_weight": torch.ones(())},
+        {CLIP_LAYER + "weight_scale": torch.ones(())},
+        {CLIP_LAYER + "comfy_quant": torch.zeros(9, dtype=torch.uint8)},
+        {UNET_LAYER + "weight.absmax": torch.ones(4)},  # of bitsandbytes
+        {UNET_LAYER + "weight": torch.zeros(32, 128, dtype=torch.int8)},
+        {CLIP_LAYER + "weight": torch.zeros(16, 8, dtype=torch.uint8)},
+        {CLIP_LAYER + "any_factor": torch.ones(())},
+        {CLIP_LAYER + "weight.any_factor": torch.ones(())},
+    ],
+)
+def test_weights_that_mean_something_else_than_they_say_are_refused(more: dict[str, Tensor], tmp_path: Path) -> None:
+    state = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in to_state(random_parts("sd15")).items()}
+    plain = opened(write(tmp_path / "plain.safetensors", state))
+    assert torch.equal(
+        plain.load(FLOAT, CPU).network.mid_block.attentions[0].transformer_blocks[0].ff.net[2].weight,
+        state[UNET_LAYER + "weight"].float(),
+    )
+    plain.load_text_encoder(FLOAT, CPU)
+    with pytest.raises(UserError, match=r'base.engine = "comfyui"|another UNet than sd15.*weight\.absmax'):
+        opened(write(tmp_path / "a.safetensors", state | more)).load_text_encoder(FLOAT, CPU)
+
+
+def test_a_vae_with_scales_is_refused(tmp_path: Path) -> None:
+    state = to_state(random_parts("sd15"))
+    whole = write(tmp_path / "a.safetensors", state)
+    vae = {name: tensor for name, tensor in state.items() if name.startswith(ldm.VAE_PREFIX)}
+    scaled = write(tmp_path / "vae.safetensors", vae | {ldm.VAE_PREFIX + "decoder.conv_in.scale": torch.ones(())})
+    with pytest.raises(
+        UserError, match="1 tensors beside the weights of its sd15 vae .* first_stage_model.decoder.conv_in"
+    ):
+        opened(whole, vae=str(scaled)).load_autoencoder(CPU)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -194,7 +281,13 @@ def test_a_vae_of_its_own_takes_the_place_of_the_models(family: Family, tmp_path
     with pytest.raises(UserError, match=r"has no VAE .* set base\.vae"):
         opened(without).check_encoders()
     parts.vae.save_pretrained(tmp_path / "folder")
+    (published,) = (tmp_path / "folder").glob("*.safetensors")  # the names of diffusers
+    old = {rename_as_old_diffusers(name): tensor for name, tensor in load_file(published).items()}
+    assert sum("query" in name for name in old) == 4
     for vae in (
+        published,
+        write(tmp_path / "old.safetensors", old),
+        write(tmp_path / "prefixed.safetensors", {ldm.VAE_PREFIX + name: tensor for name, tensor in bare.items()}),
         write(tmp_path / "vae.safetensors", bare),
         write(tmp_path / "b.safetensors", state),
         tmp_path / "folder",
@@ -207,12 +300,125 @@ def test_a_vae_of_its_own_takes_the_place_of_the_models(family: Family, tmp_path
         opened(without, vae=str(tmp_path / "none.safetensors"))
 
 
-def test_a_folder_that_has_its_weights_in_half_precision_alone(tmp_path: Path) -> None:
+def rename_as_old_diffusers(name: str) -> str:
+    for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
+        name = name.replace(f".{new}.", f".{old}.")
+    return name
+
+
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [
+        ("fp16", {}),
+        ("bf16", {}),
+        ("non_ema", {}),
+        ("fp16", {"max_shard_size": "200KB"}),
+        (None, {"max_shard_size": "200KB"}),
+    ],
+)
+def test_a_folder_that_has_one_variant_of_its_weights_alone(
+    variant: str | None, options: dict[str, Any], tmp_path: Path
+) -> None:
     parts, folder = random_parts("sdxl"), tmp_path / "folder"
     for part, model in (("unet", parts.unet), ("vae", parts.vae), ("text_encoder", parts.text_encoder[0])):
-        model.save_pretrained(folder / part, variant="fp16")
-    parts.text_encoder[1].save_pretrained(folder / "text_encoder_2", variant="fp16")
+        model.save_pretrained(folder / part, variant=variant, **options)
+    parts.text_encoder[1].save_pretrained(folder / "text_encoder_2", variant=variant, **options)
+    assert len(list(folder.rglob("*.safetensors"))) > 8 * len(options)
     assert all(same(a.state_dict(), b.state_dict()) for a, b in zip(load(folder), parts, strict=True))
+
+
+def test_shards_with_the_variant_before_their_number(tmp_path: Path) -> None:
+    parts, folder = random_parts("sd15"), tmp_path / "folder"
+    save_folder(parts, folder)
+    shutil.rmtree(folder / "unet")
+    parts.unet.save_pretrained(folder / "unet", max_shard_size="200KB")
+    index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    text = re.sub(r"model(-\d+-of-\d+)", r"model.fp16\1", index.read_text(encoding="utf-8"))
+    index.with_name("diffusion_pytorch_model.safetensors.index.fp16.json").write_text(text, encoding="utf-8")
+    index.unlink()
+    for shard in (folder / "unet").glob("*-of-*"):
+        shard.rename(shard.with_name(shard.name.replace("model-", "model.fp16-")))
+    assert same(load(folder).unet.state_dict(), parts.unet.state_dict())
+
+
+@pytest.mark.parametrize("others", [["non_ema"], ["non_ema", "bf16"], [None, "non_ema"]])
+def test_of_several_variants_the_usual_one_is_loaded(others: list[str | None], tmp_path: Path) -> None:
+    parts, folder = random_parts("sd15"), save_folder(random_parts("sd15"), tmp_path / "folder")
+    (plain,) = (folder / "unet").glob("*.safetensors")
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in load_file(plain).items()}
+    if None not in others:
+        plain.rename(plain.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    for variant in filter(None, others):
+        save_file(zeros, plain.with_name(f"diffusion_pytorch_model.{variant}.safetensors"))
+    assert same(load(folder).unet.state_dict(), parts.unet.state_dict())
+
+
+def edit(part: Path, **settings: object) -> None:
+    path = part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | settings), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"transformer_layers_per_block": [1, 2, 4]}, r"another UNet.*transformer_layers_per_block is \[1, 2, 4\] in"),
+        ({"mid_block_type": None}, "another UNet than sdxl.*mid_block_type is None"),
+        ({"attention_head_dim": 8}, "another UNet than sdxl.*attention_head_dim is 8"),
+        ({"act_fn": "gelu"}, "another UNet.*act_fn is 'gelu' instead of 'silu'"),
+        ({"class_embed_type": "timestep"}, "another UNet.*class_embed_type is 'timestep' instead of None"),
+        ({"encoder_hid_dim_type": "ip_image_proj"}, "another UNet.*encoder_hid_dim_type"),
+        ({"quantization_config": {"load_in_4bit": True}}, "another UNet.*quantization_config"),
+        ({"cross_attention_dim": [8, 8]}, "an unknown architecture"),
+        ({"_class_name": "UNetMotionModel"}, "has a UNetMotionModel, not a UNet2DConditionModel"),
+    ],
+)
+def test_a_setting_of_a_unet_that_changes_its_prediction_is_refused(
+    settings: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    folder = save_folder(random_parts("sdxl"), tmp_path / "folder")
+    edit(folder / "unet", **settings)
+    with pytest.raises(UserError, match=message):
+        open_checkpoint(BaseConfig(path=str(folder))).load(FLOAT, CPU)
+
+
+def test_settings_that_change_no_prediction_are_let_be(tmp_path: Path) -> None:
+    parts, folder = random_parts("sd15"), save_folder(random_parts("sd15"), tmp_path / "folder")
+    same_heads, averages = {"attention_head_dim": [2, 2, 2, 2]}, {"decay": 0.9999, "use_ema_warmup": False}
+    spelled = {"only_cross_attention": [False] * 4, "use_linear_projection": None, "num_attention_heads": None}
+    edit(folder / "unet", sample_size=96, upcast_attention=True, **same_heads, **averages, **spelled)
+    assert same(load(folder).unet.state_dict(), parts.unet.state_dict())
+
+
+def test_a_tensor_that_a_folder_does_not_use(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = save_folder(random_parts("sd15"), tmp_path / "folder")
+
+    def add(part: str, name: str) -> Path:
+        (file,) = (folder / part).glob("*.safetensors")
+        save_file(load_file(file) | {name: torch.zeros(1)}, file, metadata={"format": "pt"})
+        return folder
+
+    with caplog.at_level("INFO"):
+        load(add("vae", "loss.logvar"))
+    assert "1 tensors are not used, such as loss.logvar" in caplog.text
+    with pytest.raises(UserError, match="1 tensors that no weight is for, such as decoder.conv_in.scale"):
+        load(add("vae", "decoder.conv_in.scale"))
+    with pytest.raises(UserError, match="1 tensors that no weight is for, such as more.weight"):
+        load(add("unet", "more.weight"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"latents_mean": [0.1, 0.2, 0.3, 0.4]}, "has latents_mean, which sdxl has no use for"),
+        ({"shift_factor": 0.1}, "has shift_factor, which sdxl has no use for"),
+        ({"_class_name": "AsymmetricAutoencoderKL"}, "has a AsymmetricAutoencoderKL, not a AutoencoderKL"),
+    ],
+)
+def test_a_vae_of_another_kind_is_refused(settings: dict[str, object], message: str, tmp_path: Path) -> None:
+    folder = save_folder(random_parts("sdxl"), tmp_path / "folder")
+    edit(folder / "vae", **settings)
+    with pytest.raises(UserError, match=message):
+        opened(folder).load_autoencoder(CPU)
 
 
 class MakesFolder:
@@ -332,6 +538,41 @@ def test_a_folder_says_it_in_its_scheduler(
 ) -> None:
     found = opened(save_folder(random_parts("sdxl"), tmp_path / "folder", scheduler))
     assert (found.prediction, found.zero_snr) == expected
+
+
+SD_BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        ({"trained_betas": [0.1, 0.2]}, r"trained_betas is \[0.1, 0.2\]"),
+        ({"num_train_timesteps": 500}, "num_train_timesteps is 500"),
+        ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule is 'squaredcos_cap_v2'"),
+        ({"beta_end": 0.02}, "beta_end is 0.02"),
+        ({"timestep_type": "continuous"}, "timestep_type is 'continuous'"),
+        ({"_class_name": "EDMEulerScheduler"}, "EDMEulerScheduler"),
+        # What a class of diffusers takes for a setting that is not there is not Stable Diffusion's.
+        ({"_class_name": "DDPMScheduler"}, "DDPMScheduler, beta_schedule is 'linear', beta_start is 0.0001"),
+        ({"_class_name": "EulerDiscreteScheduler", "beta_end": 0.012}, "beta_schedule is 'linear'"),
+    ],
+)
+def test_a_schedule_that_is_not_stable_diffusions_is_refused(
+    scheduler: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    betas = {} if "_class_name" in scheduler else SD_BETAS
+    folder = save_folder(random_parts("sdxl"), tmp_path / "folder", betas | scheduler)
+    with pytest.raises(UserError, match=f"another noise schedule than Stable Diffusion's: .*{message}"):
+        opened(folder)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "LCMScheduler"])
+def test_how_a_scheduler_samples_does_not_matter(name: str, tmp_path: Path) -> None:
+    sampling = {"timestep_spacing": "trailing", "steps_offset": 1, "use_karras_sigmas": True, "trained_betas": None}
+    scheduler = SD_BETAS | sampling | {"_class_name": name, "prediction_type": "epsilon", "clip_sample": True}
+    base = opened(save_folder(random_parts("sdxl"), tmp_path / "folder", scheduler))
+    assert base.prediction == "eps" and not base.zero_snr
+    assert any("its scheduler is LCMScheduler" in note for note in base.notes) == (name == "LCMScheduler")
 
 
 def test_its_owners_word_counts_more(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -70,6 +71,20 @@ class BaseConfig:
                     f"base.{key} is set, which only the engine comfyui takes: set base.engine=comfyui, or leave it out"
                 )
 
+    def absolute(self) -> BaseConfig:
+        """Return the settings with absolute paths, so that they name the same files from any folder.
+
+        Names of files that are not there stay: they may be names in ComfyUI's folders.
+        """
+        return replace(
+            self,
+            path=self.path if self.path == "tiny" else _absolute(self.path),
+            model=_absolute(self.model),
+            text_encoders=tuple(map(_absolute, self.text_encoders)),
+            vae=_absolute(self.vae),
+            loras=tuple(replace(lora, path=_absolute(lora.path)) for lora in self.loras),
+        )
+
     @property
     def file(self) -> str:
         """The setting that names the model."""
@@ -79,3 +94,8 @@ class BaseConfig:
     def lora_names(self) -> str:
         """The file names and strengths of `loras`, such as `my-style.safetensors at 0.8`; empty without any."""
         return ", ".join(f"{Path(lora.path).name} at {lora.strength:g}" for lora in self.loras)
+
+
+def _absolute(name: str) -> str:
+    path = Path(name).expanduser()
+    return os.path.abspath(path) if name and path.exists() else name

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -331,12 +331,12 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def from_mapping(values: Mapping[str, Any]) -> Config:
-    """Build a Config from nested mappings.
+    """Build a Config from nested mappings; the paths of the base become absolute.
 
     Raises UserError for an unknown or missing key, a wrong type, and a value out of range.
     """
     config: Config = build(Config, values)
-    return config
+    return replace(config, base=config.base.absolute())
 
 
 def changes(old: Config, new: Config) -> list[str]:

@@ -132,7 +132,9 @@ class DiffusersFolder:
         vae = self._load(AutoencoderKL, folder, torch_dtype=torch.float32)
         beyond = [key for key in _VAE_STATISTICS if vae.config.get(key) is not None]
         if beyond:
-            raise UserError(f"{folder}/config.json has {beyond[0]}, which {family} has no use for: use a VAE of {family}")
+            raise UserError(
+                f"{folder}/config.json has {beyond[0]}, which {family} has no use for: use a VAE of {family}"
+            )
         channels = families.config(family, "vae")["latent_channels"]
         if vae.config.latent_channels != channels:
             raise UserError(f"{folder} has latents of {vae.config.latent_channels} channels, {family} has {channels}")
