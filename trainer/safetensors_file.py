@@ -51,7 +51,7 @@ def attached(names: Iterable[str], used: Collection[str]) -> list[str]:
     Such a tensor is in the module of the weight, or in a module below it or below the weight. Without it, the weight
     means something else.
     """
-    owners = {name.rpartition(".")[0] for name in used if name.endswith(("weight", "bias"))} | set(used)
+    owners = {name.rpartition(".")[0] for name in used if name.endswith(("weight", "bias"))}
     return [name for name in names if name not in used and not owners.isdisjoint(_parents(name))]
 
 

@@ -150,6 +150,13 @@ def test_klein_is_distilled_unless_it_is_the_base(name: str, is_distilled: bool,
     assert any("distilled to few steps already" in note for note in notes) == is_distilled
 
 
+def test_an_lcm_is_no_teacher(folder: Path, tmp_path: Path) -> None:
+    cond_proj = {"model.diffusion_model.time_embed.cond_proj.weight": torch.zeros(320, 256)}
+    save_file(load_file(written("sd15", folder)) | cond_proj, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="is an LCM, whose network takes the guidance scale as an input"):
+        open_checkpoint(BaseConfig(path=str(tmp_path / "a.safetensors"), engine="comfyui"))
+
+
 def test_an_unknown_clip_type_is_refused_before_weights_are_loaded(folder: Path) -> None:
     base = base_of("flux", folder)
     base = replace(base, text_encoders=(base.model,), clip_type="fluxx", vae=base.model)
