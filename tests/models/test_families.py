@@ -421,6 +421,13 @@ def test_a_vae_of_another_kind_is_refused(settings: dict[str, object], message: 
         opened(folder).load_autoencoder(CPU)
 
 
+def test_a_quantised_text_encoder_is_refused(tmp_path: Path) -> None:
+    folder = save_folder(random_parts("sdxl"), tmp_path / "folder")
+    edit(folder / "text_encoder_2", quantization_config={"load_in_4bit": True, "quant_method": "bitsandbytes"})
+    with pytest.raises(UserError, match="text_encoder_2 has quantised weights, as its config.json says"):
+        opened(folder).load_text_encoder(FLOAT, CPU)
+
+
 class MakesFolder:
     """Unpickled by a reader that runs what a pickle asks for, it makes a folder."""
 

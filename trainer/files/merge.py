@@ -68,6 +68,6 @@ def _refuse_quantised(
         )
     if keys & small and (dtype is None or dtype.itemsize == 1):
         raise UserError(
-            f"{checkpoint} has weights of 8 bits ({min(keys & small)}), and rounding is larger than most changes by a "
-            "LoRA: use --dtype float16, or load the LoRA beside them, with TCDLoraLoader"
+            f"{checkpoint} has weights of 8 bits ({min(keys & small)}), whose rounding is off by a third or more of "
+            "what a LoRA changes: use --dtype float16, or load the LoRA beside them, with TCDLoraLoader"
         )

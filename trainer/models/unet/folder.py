@@ -152,9 +152,12 @@ class DiffusersFolder:
 
     def _load(self, kind: Any, folder: Path, **options: Any) -> Any:
         """Load a model of class `kind` from a subfolder."""
-        stated = self._config(folder, "config.json").get("_class_name", kind.__name__)
+        config = self._config(folder)
+        stated = config.get("_class_name", kind.__name__)
         if stated != kind.__name__:
             raise UserError(f"{folder} has a {stated}, not a {kind.__name__}: {families.SUPPORTED}")
+        if config.get("quantization_config"):
+            raise UserError(f"{folder} has quantised weights, as its config.json says: use one with plain weights")
         try:
             model, info = kind.from_pretrained(
                 folder, local_files_only=True, output_loading_info=True, variant=_variant(folder), **options
