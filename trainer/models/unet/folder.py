@@ -71,7 +71,7 @@ class DiffusersFolder:
         others = _differences(config, families.config(family, "unet"))
         if others:
             raise families.UnknownModelError(
-                f"{self.path} has another UNet than {family}, as SSD-1B has. In unet/config.json, {'; '.join(others)}: "
+                f"{self.path} has another UNet than {family}. In unet/config.json, {'; '.join(others)}: "
                 f'{families.SUPPORTED}; if ComfyUI loads its single file, use that with base.engine = "comfyui"'
             )
         return family

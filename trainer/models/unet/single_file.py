@@ -80,18 +80,22 @@ class SingleFile(SafetensorsFile):
         return family
 
     def _check_architecture(self, family: Family) -> None:
-        """Raise UnknownModelError if the UNet has another tensor or lacks a block; `unet` misses single tensors."""
+        """Raise UnknownModelError if the UNet has another tensor or lacks a block; `unet` misses single tensors.
+
+        Raises UserError if a tensor changes what a weight means, because ComfyUI would leave it out too.
+        """
         shapes = families.tensor_shapes(family)
         locations = ldm.unet_locations(shapes, families.config(family, "unet"))
         expected = {locations[key].name: shape for key, shape in shapes.items()}
         found = {name: shape for name, shape in self.shapes.items() if name.startswith(ldm.UNET_PREFIX)}
+        self._refuse_attached(set(expected), f"{family} unet")
         other = sorted(name for name, shape in found.items() if expected.get(name) != shape)
         absent = sorted(_blocks(expected) - _blocks(found))
         if other or absent:
             parts = [f"{len(other)} tensors are others, such as {other[0]}"] if other else []
             parts += [f"it lacks {len(absent)} blocks, such as {absent[0]}"] if absent else []
             raise families.UnknownModelError(
-                f"{self.path} has another UNet than {family}, as SSD-1B has: {'; '.join(parts)}; {families.SUPPORTED}"
+                f"{self.path} has another UNet than {family}: {'; '.join(parts)}; {families.SUPPORTED}"
             )
 
     def distillation(self) -> str:
@@ -192,7 +196,11 @@ class SingleFile(SafetensorsFile):
                 f"{self.path} does not hold a whole {what}: {len(missing)} of its {len(locations)} tensors "
                 f"are missing, such as {missing[0]}"
             )
-        self._check_unused({location.name for location in locations.values()}, what, prefix)
+        used = {location.name for location in locations.values()}
+        self._refuse_attached(used, what)
+        unused = [name for name in self.shapes if name.startswith(prefix) and name not in used]
+        if unused:
+            log.info("%s: %d tensors are not part of its %s, such as %s", self.path.name, len(unused), what, unused[0])
         state = {}
         for key, meta in model.state_dict().items():
             try:
@@ -203,17 +211,14 @@ class SingleFile(SafetensorsFile):
         model.load_state_dict(state, assign=True)
         return model
 
-    def _check_unused(self, used: set[str], what: str, prefix: str) -> None:
-        """Log how many tensors of a part are not used; raise UserError if one changes what the used ones mean."""
-        changing = attached(self.shapes, used)
-        if changing:
+    def _refuse_attached(self, used: set[str], what: str) -> None:
+        """Raise UserError if a tensor that is not used changes what a used weight means."""
+        found = attached(self.shapes, used)
+        if found:
             raise UserError(
-                f"{self.path} has {len(changing)} tensors beside the weights of its {what} that are not used, such as "
-                f'{changing[0]}: use base.engine = "comfyui" if ComfyUI loads it, or a file with plain weights'
+                f"{self.path} has {len(found)} tensors beside the weights of its {what} that are not used, such as "
+                f'{found[0]}: use a file with plain weights, or base.engine = "comfyui" if ComfyUI uses them'
             )
-        unused = [name for name in self.shapes if name.startswith(prefix) and name not in used]
-        if unused:
-            log.info("%s: %d tensors are not part of its %s, such as %s", self.path.name, len(unused), what, unused[0])
 
 
 def _blocks(names: Iterable[str]) -> set[str]:
