@@ -1,7 +1,7 @@
 """SDXL end to end: the trainer distills a base, and the host samples with the same files."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from stand_ins import CLIP_G, CLIP_L, clip, open_clip, save_with_holes, vae
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from small_bases import use_unet
 from trajectory_consistency.tcd.adapter import FILE
 from trajectory_consistency.trainer.config.base import BaseConfig
 from trajectory_consistency.trainer.config.settings import from_mapping
@@ -40,7 +41,7 @@ SIZES = torch.tensor([64.0, 64, 0, 0, 64, 64])  # original size, crop and target
 
 
 @pytest.fixture(scope="module")
-def folder(mini_sdxl: UNet2DConditionModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(mini_sdxl: UNet2DConditionModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """MINI_SDXL as a diffusers folder, with two-layer text encoders of SDXL's widths and a small VAE."""
     folder = tmp_path_factory.mktemp("sdxl") / "base"
     mini_sdxl.save_pretrained(folder / "unet")
@@ -49,7 +50,9 @@ def folder(mini_sdxl: UNet2DConditionModel, tmp_path_factory: pytest.TempPathFac
     for part, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
         shallow = {"num_hidden_layers": 2, "intermediate_size": 64}
         kind(CLIPTextConfig(**bases.config("sdxl", part) | shallow)).half().save_pretrained(folder / part)
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        use_unet(patch, "sdxl", mini_sdxl, folder.parent / "families")
+        yield folder
 
 
 @pytest.fixture(scope="module")
