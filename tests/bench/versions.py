@@ -101,7 +101,10 @@ def training_here(base: str) -> Any:
     def join(captions: Any, _: Tensor) -> Any:
         return conditioning.cat(captions)
 
-    data = dataset_of(module("trainer.data.dataset"), module("trainer.data.order"), model.network.config, "sizes", base)
+    order, sizes = module("trainer.data.dataset"), module("trainer.data.buckets")
+    data = dataset_of(
+        order, argparse.Namespace(Group=order.Group, Size=sizes.Size), model.network.config, "sizes", base
+    )
     return module("trainer.training.loop").Training(model, data(join), settings)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..config.settings import DataConfig
 from ...tcd.randomness import generator
+from ..config.settings import DataConfig
 
 
 def with_prefix(caption: str, data: DataConfig) -> str:
