@@ -162,6 +162,9 @@ class FlowModel:
         """Return a name that is not made of the path: another implementation calls the blocks layers."""
         return "lora_transformer_" + layer.replace("blocks", "layers").replace(".", "_")
 
+    def lora_names(self, layer: str) -> Sequence[str]:
+        return (self.lora_key(layer),)
+
     def unloaded_keys(self, tensors: Mapping[str, Tensor]) -> list[str]:
         return []
 

@@ -19,10 +19,14 @@ _log = logging.getLogger("trajectory-consistency")
 
 
 class _PatchTarget(NamedTuple):
-    """The patcher's key and the shape of a weight, or of a slice of a fused weight."""
+    """The patcher's key and the shape of a weight, or of a slice of a fused weight; and whether its layer has a bias.
+
+    The bias of a fused weight does not count: the host cannot patch a slice of it.
+    """
 
     key: Any
     shape: tuple[int, ...]
+    has_bias: bool
 
 
 def apply_lora(model: Any, lora: LoraFile, strength: float, *, allow_partial: bool = False) -> Any:
@@ -37,7 +41,8 @@ def apply_lora(model: Any, lora: LoraFile, strength: float, *, allow_partial: bo
         return model
     weights = dict(model.model.named_parameters(remove_duplicate=False))
     targets = _patch_targets(model, weights)
-    fit = coverage(lora.lora_tensors, {name: target.shape for name, target in targets.items()})
+    shapes = {name: target.shape for name, target in targets.items()}
+    fit = coverage(lora.lora_tensors, shapes, {name for name, target in targets.items() if target.has_bias})
     _check_coverage(fit, lora, model_name(model), allow_partial)
     keys = {module: targets[module].key for module in fit.matched}
     _check_no_duplicates(keys.items(), lora)
@@ -46,7 +51,10 @@ def apply_lora(model: Any, lora: LoraFile, strength: float, *, allow_partial: bo
     if lora.target_time_shape:
         time_layer = check_target_time(model, lora.name, lora.target_time_shape, lora.target_time_module)
     tensors, embedding = split_target_time(read_tensors(lora))
-    tensors = to_kohya(tensors, lora.alpha_from_metadata)
+    try:
+        tensors = to_kohya(tensors, lora.alpha)
+    except ValueError as error:
+        raise ValueError(f"{lora.name} was not applied: {error}") from None
     tensors = {name: tensor for name, tensor in tensors.items() if name.split(".")[0] in keys}
     if differences:
         _log.warning("%s is for another base: %s", lora.name, "; ".join(differences))
@@ -75,7 +83,8 @@ def _patch_targets(model: Any, weights: Mapping[str, Tensor]) -> dict[str, _Patc
             shape = list(weights[weight].shape)
             if part is not None:  # a slice of a fused weight: (axis, start, length)
                 shape[part[0]] = part[2]
-            targets[kohya_name(name)] = _PatchTarget(key, tuple(shape))
+            has_bias = part is None and f"{weight.removesuffix('.weight')}.bias" in weights
+            targets[kohya_name(name)] = _PatchTarget(key, tuple(shape), has_bias)
     return targets
 
 

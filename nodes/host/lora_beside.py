@@ -55,7 +55,7 @@ def add_beside(
         path = name.removeprefix(f"{NETWORK}.").removesuffix(".weight")
         if not is_quantized(weights[name]):
             left[key] = patch
-        elif not _can_stand_beside(patch, getattr(model.model, NETWORK).get_submodule(path), more):
+        elif not (_is_plain(patch) and _can_stand_beside(getattr(model.model, NETWORK).get_submodule(path), more)):
             left[key] = patch
             rounded.append(path)
         else:
@@ -74,12 +74,16 @@ def _free(terms: Iterable[_LoraTerm]) -> None:
         term.free()
 
 
-def _can_stand_beside(patch: Any, layer: Any, more: list[Any]) -> bool:
+def _is_plain(patch: Any) -> bool:
+    """Whether a patch is a plain LoRA: no DoRA, no core, and no difference of a weight or a bias."""
+    return getattr(patch, "name", None) == "lora" and not any(part is not None for part in patch.weights[3:])
+
+
+def _can_stand_beside(layer: Any, more: list[Any]) -> bool:
     """more: what the patcher's key has besides the name: nothing, a slice, or a slice and a function of the weight."""
-    is_plain = getattr(patch, "name", None) == "lora" and not any(part is not None for part in patch.weights[3:])
     is_rows = len(more) == 1 and more[0][0] == 0
     fits = (is_rows and is_linear(layer)) if more else layer_shape(layer) is not None
-    return is_plain and fits and not _may_be_read_directly(layer)
+    return fits and not _may_be_read_directly(layer)
 
 
 def _may_be_read_directly(layer: Any) -> bool:

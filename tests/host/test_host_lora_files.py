@@ -369,7 +369,7 @@ def test_a_file_in_a_linked_folder_and_one_in_capitals(outcomes: dict[str, Any],
     [
         (
             "text",
-            "278 of 283 LoRA modules fit the model; for a text encoder, which is left alone: lora_te_text_model_0, ",
+            "278 of 283 LoRA modules fit the model; for a text encoder, not in the model: lora_te_text_model_0, ",
         ),
         (
             "wide",

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from small_bases import Parts, random_parts, save_folder, shrink, to_state, write
+from trajectory_consistency.tcd import kohya_name
 from trajectory_consistency.trainer.config.base import BaseConfig
 from trajectory_consistency.trainer.errors import UserError
 from trajectory_consistency.trainer.models import lora_layouts, open_checkpoint
@@ -149,15 +150,23 @@ def test_a_lora_trains_all_kinds_of_layer_wherever_they_are(family: Family, tmp_
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_layout_names_each_layer_in_every_format(family: Family, tmp_path: Path) -> None:
     state = to_state(random_parts(family))
-    model = opened(write(tmp_path / "a.safetensors", state)).load(FLOAT, CPU)
+    checkpoint = opened(write(tmp_path / "a.safetensors", state))
+    model, encoder = checkpoint.load(FLOAT, CPU), checkpoint.load_text_encoder(FLOAT, CPU)
+    parts = {"unet": model.network} | {
+        clip.part: each for clip, each in zip(CLIPS[family], encoder.models(), strict=True)
+    }
     layout = next(each for each in lora_layouts() if each.family == family)
     assert layout.shapes.keys() >= set(map(model.lora_key, model.layers(("all",))))
-    assert layout.shapes.keys() == layout.peft_names.keys() == layout.checkpoint_keys.keys()
+    assert layout.shapes.keys() == layout.peft_names.keys() == layout.stored.keys()
+    assert {layout.peft_names[name].partition(".")[0] for name in layout.shapes} == parts.keys()
     for name, shape in layout.shapes.items():
-        path = layout.peft_names[name].removeprefix("unet.")
-        weight = model.network.get_submodule(path).weight
-        assert name == model.lora_key(path) and weight.shape == shape
-        assert torch.equal(state[layout.checkpoint_keys[name]], weight)
+        part, _, path = layout.peft_names[name].partition(".")
+        modules = dict(parts[part].named_modules())
+        weight = (modules.get(path) or modules[path.removeprefix("text_model.")]).weight
+        assert part != "unet" or name in map(kohya_name, model.lora_names(path))
+        (stored,) = [each for each in layout.stored[name] if each.name in state]
+        assert weight.shape == shape
+        assert torch.equal(stored.read(state[stored.name], shape), weight)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

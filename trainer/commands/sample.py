@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -57,7 +58,12 @@ def execute(options: argparse.Namespace) -> int:
     from ..lora_file import read_lora
     from ..views.gallery import draw_gallery
 
-    metadata = read_lora(options.file).metadata
+    lora = read_lora(options.file)
+    metadata = lora.metadata
+    if for_text := len(lora.modules) - len(lora.network_modules):
+        logging.getLogger("trajectory-consistency").warning(
+            "%s has %d modules for a text encoder, which are left out here, as by TCDLoraLoader", options.file, for_text
+        )
     base = _base(options)
     settings = build(
         PreviewConfig,

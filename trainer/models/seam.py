@@ -66,8 +66,21 @@ class LatentDistribution(NamedTuple):
     """[B, *LatentFormat.shape]; None if the autoencoder is deterministic."""
 
 
+class StoredWeight(Protocol):
+    """Where a layer's weight may be in a single-file checkpoint."""
+
+    @property
+    def name(self) -> str:
+        """Key in the file."""
+        ...
+
+    def read(self, tensor: Tensor, shape: Sequence[int]) -> Tensor:
+        """Return the weight as a view of the file's tensor. Raises ValueError if it has another shape."""
+        ...
+
+
 class LoraLayout(NamedTuple):
-    """The layers of a model family that can have a LoRA, by kohya name, and how files name and shape them."""
+    """The layers of a model family that can have a LoRA, by every kohya name that files give them."""
 
     family: str
     """As Checkpoint.family."""
@@ -75,8 +88,8 @@ class LoraLayout(NamedTuple):
     """The shape of the layer's weight, [out, in, ...]."""
     peft_names: Mapping[str, str]
     """The name in PEFT's format without `.lora_A.weight`, such as unet.mid_block.resnets.0.conv1."""
-    checkpoint_keys: Mapping[str, str]
-    """The key of the layer's weight in a single-file checkpoint."""
+    stored: Mapping[str, Sequence[StoredWeight]]
+    """Where the layer's weight may be in a single-file checkpoint; a checkpoint has one of them."""
 
 
 class Fingerprints(NamedTuple):
@@ -210,6 +223,10 @@ class Model(Protocol):
 
         The names of all layers that can have a LoRA must still differ after `kohya_name`.
         """
+        ...
+
+    def lora_names(self, layer: str) -> Sequence[str]:
+        """Return every name that LoRA files give the layer at a path; the first is that of `lora_key`."""
         ...
 
     def unloaded_keys(self, tensors: Mapping[str, Tensor]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ....tcd.lora_coverage import is_text_encoder_name
+from ....tcd.lora_keys import is_text_encoder_name
 from ...config.base import BaseLora
 from ...errors import UserError
 from ...safetensors_file import SafetensorsFile

@@ -108,6 +108,10 @@ class HostModel:
         """Return the layer's name in a LoRA file: kohya's for UNets, otherwise the host's own, diffusion_model.PATH."""
         return kohya_name(self._unet_paths[layer]) if layer in self._unet_paths else f"diffusion_model.{layer}"
 
+    def lora_names(self, layer: str) -> Sequence[str]:
+        """Return the layer's lora_key, and the host's own name."""
+        return self.lora_key(layer), f"diffusion_model.{layer}"
+
     def unloaded_keys(self, tensors: Mapping[str, Tensor]) -> list[str]:
         """Return the modules of a LoRA file that ComfyUI's own loader would leave out."""
         import comfy.lora

@@ -24,9 +24,10 @@ from ..framing import Framing
 from ..seam import Fingerprints, LatentFormat
 from . import families
 from .autoencoder import Vae
-from .base_loras import UNET, MergedLoras
+from .base_loras import MergedLoras
 from .families import Family
 from .folder import DiffusersFolder
+from .lora_layouts import UNET
 from .model import UNetModel
 from .single_file import SingleFile
 from .text import CLIPS, MAX_TOKENS, TextEncoder

@@ -16,6 +16,8 @@ from ....tcd.adapter import new_weights
 from ..conditioning import Conditioning
 from ..seam import LatentFormat
 from ..unet_layers import chosen_layers, kind_of
+from .ldm import unet_locations
+from .lora_layouts import unet_names
 
 TIME_LAYER = "time_embedding.linear_2"
 _BLOCKS = (BasicTransformerBlock, ResnetBlock2D)
@@ -102,6 +104,11 @@ class UNetModel:
     def lora_key(self, layer: str) -> str:
         """Return the layer's name in kohya's format, such as lora_unet_mid_block_resnets_0_conv1."""
         return kohya_name(layer)
+
+    def lora_names(self, layer: str) -> Sequence[str]:
+        """Return the layer's name in kohya's format, and the one by its key in a single file, as in SDXL's files."""
+        weight = f"{layer}.weight"
+        return unet_names(layer, unet_locations([weight], self.network.config)[weight])
 
     def unloaded_keys(self, tensors: Mapping[str, Tensor]) -> list[str]:
         """Return none: the names are in the tables of kohya's format, which tests compare with ComfyUI's."""
