@@ -20,5 +20,10 @@ class TCDExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Return the nodes, and add TCD to the host's lists; not in on_load, because older hosts never call that."""
+        from .host.node_ids import accept_others_inputs, warn_of_taken_ids
+
         host.register()
-        return [TCDSampler, TCDSigmas, TCDLoraLoader, TCDModelSettings, TCDSamplingSetup]
+        nodes = [TCDSampler, TCDSigmas, TCDLoraLoader, TCDModelSettings, TCDSamplingSetup]
+        warn_of_taken_ids(nodes)
+        accept_others_inputs()
+        return nodes

@@ -170,6 +170,19 @@ def test_lycoris_with_a_core(server: ComfyServer, unet: UNet2DConditionModel) ->
     assert relative_error(found, _expected(merged(unet, lora, 1.0))) < 1e-3
 
 
+def test_differences_of_weights_and_biases(server: ComfyServer, unet: UNet2DConditionModel) -> None:
+    lora, generator = random_lora(unet), torch.Generator().manual_seed(6)
+    expected = merged(unet, lora, 0.5)
+    for path, prefix in (("conv_norm_out", "diffusion_model.out.0"), ("conv_out", "lora_unet_conv_out")):
+        module = expected.get_submodule(path)
+        for part, parameter in (("diff", module.weight), ("diff_b", module.bias)):
+            lora[f"{prefix}.{part}"] = 0.2 * torch.randn(parameter.shape, generator=generator)
+            parameter += 0.5 * lora[f"{prefix}.{part}"]
+    found = _sampled_with(server, _write(server, "differences.safetensors", lora), 0.5)
+    assert relative_error(found, _expected(expected)) < 1e-3
+    assert relative_error(found, _expected(merged(unet, lora, 0.5))) > 0.05
+
+
 def test_a_flow_transformer(server: ComfyServer, mini_sd3: SD3Transformer2DModel) -> None:
     generator = torch.Generator().manual_seed(5)
     network, file = copy.deepcopy(mini_sd3), {}
