@@ -255,6 +255,9 @@ def test_a_lora_with_weights_for_a_text_encoder(
     said = capsys.readouterr().out
     assert "a LoRA for tiny" in said and "text      12 of the modules are for a text encoder" in said
     assert torch.equal(predicted(base, style), predicted(base, plain)), "a network has no text encoder"
+    save_file(with_text({}, base, prefix), tmp_path / "words.safetensors")
+    with pytest.raises(UserError, match="has weights for a text encoder alone"):
+        predicted(base, tmp_path / "words.safetensors")
 
     for target, *options in ((kohya,), (peft, "--names=peft"), (merged, f"--into={base}")):
         assert main(["export", str(style), str(target), "--dtype=float32", *options]) == 0

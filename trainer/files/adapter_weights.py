@@ -29,6 +29,8 @@ def load_weights(model: Model, path: Path) -> AdapterWeights:
     file = read_lora(path)
     modules, shapes = file.network_modules, layer_shapes(model.network)
     layers = _layers_by_name(model, shapes)
+    if not modules:
+        raise UserError(f"{path} has weights for a text encoder alone, and none for the network")
     for module in modules.values():
         check_plain_lora(f"{path}: {module.path}", module.tensors)
     tensors = {f"{name}.{part}": tensor for name, module in modules.items() for part, tensor in module.tensors.items()}
