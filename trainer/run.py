@@ -55,7 +55,7 @@ def run(config: Config) -> Path:
     checkpoint = open_checkpoint(config.base)
     metadata = lora_metadata(config, checkpoint)
     prompts = (
-        _preview_prompts(config, checkpoint, device, dtype) if processes.is_main and config.preview.prompts else None
+        _preview_prompts(config, checkpoint, device) if processes.is_main and config.preview.prompts else None
     )
     model = load_student(config, checkpoint, device, dtype)
     if sharding.fsdp_requested():
@@ -99,14 +99,13 @@ def _check_and_log_plan(config: Config, processes: Processes) -> int:
     return inputs.data.seen
 
 
-def _preview_prompts(
-    config: Config, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
-) -> PreviewPrompts:
+def _preview_prompts(config: Config, checkpoint: Checkpoint, device: torch.device) -> PreviewPrompts:
     """Encode the preview prompts."""
     preview, side = config.preview, config.data.resolution
     size = Size(preview.height or side, preview.width or side)
     with memory_advice(preview_advice(config)):
-        return encode_prompts(checkpoint, preview.prompts, preview.seeds, size, device=device, dtype=dtype)
+        negative = config.method.negative_prompt
+        return encode_prompts(checkpoint, preview.prompts, preview.seeds, size, device=device, negative=negative)
 
 
 def _start_previews(previews: Previews, config: Config) -> Observer:

@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vae", help="VAE to use instead of the base's own")
     parser.add_argument("--prediction", choices=("auto", "eps", "v"), help="what the base predicts, epsilon or v")
     parser.add_argument("--zero-snr", choices=("auto", "yes", "no"), help="whether its noise schedule ends at zero SNR")
+    parser.add_argument("--clip-skip", type=int, metavar="N", help="layer of the text encoder, from the last")
     parser.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="dtype of the base's weights"
     )
@@ -87,7 +88,7 @@ def _base(options: argparse.Namespace) -> BaseConfig:
     from ..config.base import BaseConfig
     from ..config.settings import FILE_NAME, load
 
-    given = {key: getattr(options, key) for key in ("vae", "prediction", "zero_snr", "dtype") if getattr(options, key)}
+    given = {key: getattr(options, key) for key in ("vae", "prediction", "zero_snr", "clip_skip", "dtype") if getattr(options, key)}
     if options.base:
         return BaseConfig(path=options.base, **given)
     config_path = options.file.with_name(FILE_NAME)

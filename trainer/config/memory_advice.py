@@ -27,7 +27,7 @@ def memory_advice(advice: str) -> Iterator[None]:
 
 
 def caching_advice(config: Config, device: torch.device, dtype: torch.dtype) -> str:
-    """Return the advice for encoding pictures and captions on `device`, with text encoders in `dtype`."""
+    """Return the advice for encoding pictures and captions on `device`, with the network in `dtype`."""
     instead = (
         ""
         if device.type == "cpu"

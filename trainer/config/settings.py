@@ -138,6 +138,9 @@ class MethodConfig:
     """Lowest guidance scale of the teacher. The scale is drawn uniformly for each picture, up to `guidance_max`."""
     guidance_max: float = _number(8.0, 0.0)
     """Highest guidance scale of the teacher. If both are 1, there is no guidance."""
+    negative_prompt: str = ""
+    """Prompt of the teacher's guidance, as in a sampler's negative input; previews with guidance use it too. Captions
+    that are dropped are empty all the same."""
     distance: DistanceName = "huber"
     """Distance between prediction and target. `huber` is pseudo-Huber of each element, `huber_sample` pseudo-Huber of
     each picture's root mean square, `l2` the mean square."""

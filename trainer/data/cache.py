@@ -60,17 +60,18 @@ class CachePaths:
 
 
 def cache_paths(config: Config, checkpoint: Checkpoint, dtype: torch.dtype) -> CachePaths:
-    """Return the cache paths of a configuration, with text encoders and network in `dtype`."""
+    """Return the cache paths of a configuration, with the network in `dtype`."""
     base, data, prints = config.base, config.data, checkpoint.fingerprints()
     autoencoder = {"version": VERSION, "model": prints.autoencoder or prints.base}
-    model = {"version": VERSION, "model": prints.base, "dtype": str(dtype)}
+    captions = {"version": VERSION, "model": prints.text_encoders or prints.base, "clip_skip": base.clip_skip}
     buckets = {key: getattr(data, key) for key in ("resolution", "bucket_step", "buckets", "upscale")}
-    teacher = {**model, "prediction": base.prediction, "zero_snr": base.zero_snr}
+    guidance = {"captions": captions, "negative_prompt": config.method.negative_prompt}
+    teacher = {"model": prints.base, "dtype": str(dtype), "prediction": base.prediction, "zero_snr": base.zero_snr}
     draw = {**asdict(data.draw), "per_prompt": None}  # a larger per_prompt adds rows and keeps the existing ones
     settings = {
         "latents": {**autoencoder, **buckets},
-        "captions": {**model, "model": prints.text_encoders or prints.base},
-        "drawn": {**teacher, **draw, "resolution": data.resolution, "bucket_step": data.bucket_step},
+        "captions": captions,
+        "drawn": {**teacher, **guidance, **draw, "resolution": data.resolution, "bucket_step": data.bucket_step},
     }
     return CachePaths(config.cache_folder, settings)
 
@@ -95,11 +96,18 @@ class Index:
     """The pictures of each group."""
     empty: RowLocation
     """Location of the empty caption."""
+    negative: RowLocation
+    """Location of the negative prompt, which may be the empty caption."""
     survey: Survey
     """Counts of the samples and their problems."""
 
     @staticmethod
-    def from_entries(entries: Mapping[GroupKey, Sequence[IndexEntry]], empty: RowLocation, survey: Survey) -> Index:
+    def from_entries(
+        entries: Mapping[GroupKey, Sequence[IndexEntry]],
+        empty: RowLocation,
+        negative: RowLocation,
+        survey: Survey,
+    ) -> Index:
         """Build an index from the locations of pictures and their captions."""
         locations = (each for group in entries.values() for entry in group for each in entry.locations)
         shards = {name: number for number, name in enumerate(dict.fromkeys(each.shard for each in locations))}
@@ -108,7 +116,7 @@ class Index:
             numbers = [[n for at in entry.locations for n in (shards[at.shard], at.row)] for entry in group]
             keys = torch.tensor([entry.key for entry in group])
             groups[which] = _sort_by_key(keys, torch.tensor(numbers, dtype=torch.int32))
-        return Index(list(shards), groups, empty, survey)
+        return Index(list(shards), groups, empty, negative, survey)
 
     def digest(self) -> str:
         """Return a hash of the picture and caption contents, their source and bucket, and their multiplicity."""
@@ -133,7 +141,7 @@ class Index:
             which: _sort_by_key(torch.cat([rows.keys for rows in each]), torch.cat([rows.locations for rows in each]))
             for which, each in pieces.items()
         }
-        return Index(shards, groups, parts[0].empty, survey)
+        return Index(shards, groups, parts[0].empty, parts[0].negative, survey)
 
     def write(self, path: Path) -> None:
         """Write the index to a file, atomically."""
@@ -144,6 +152,7 @@ class Index:
             "shards": self.shards,
             "groups": [(key.source, key.repeats, *key.bucket) for key in self.groups],
             "empty": self.empty,
+            "negative": self.negative,
             "seen": self.survey.seen,
             "problems": self.survey.problems,
             "notes": self.survey.notes,
@@ -173,7 +182,8 @@ class Index:
             Counter(header["notes"]),
             header["names"],
         )
-        return Index(header["shards"], groups, RowLocation(*header["empty"]), survey)
+        empty, negative = (RowLocation(*header[name]) for name in ("empty", "negative"))
+        return Index(header["shards"], groups, empty, negative, survey)
 
 
 class IndexEntry(NamedTuple):
@@ -205,8 +215,9 @@ def open_cached(config: Config, dtype: torch.dtype) -> CachedData | None:
         paths = [config.cache_folder / name for name in index.shards]
         for path in paths:
             open_shard(path)
-        shard, row = index.empty
-        empty = caption_of(open_shard(config.cache_folder / shard), row)
+        empty, negative = (
+            caption_of(open_shard(config.cache_folder / shard), row) for shard, row in (index.empty, index.negative)
+        )
     except (SafetensorError, OSError):
         return None
     if not index.groups:
@@ -214,7 +225,7 @@ def open_cached(config: Config, dtype: torch.dtype) -> CachedData | None:
     shards, ordered = ShardFiles(paths), sorted(index.groups.items(), key=lambda group: group[0])
     groups = make_groups(config.data, [(key, len(rows.keys)) for key, rows in ordered])
     tables = [Table(rows.locations, shards, shards) for _, rows in ordered]
-    return CachedData(Dataset(groups, tables, empty, checkpoint.collate), index.survey)
+    return CachedData(Dataset(groups, tables, empty, checkpoint.collate, negative), index.survey)
 
 
 def input_fingerprints(config: Config, dtype: torch.dtype) -> dict[str, str]:
@@ -255,7 +266,8 @@ def _sort_by_key(keys: Tensor, locations: Tensor) -> GroupRows:
 def _index_hash(paths: CachePaths, config: Config) -> str:
     """Return a hash of the rows' settings and of the name, size and modification time of every source file."""
     captions = [getattr(config.data, key) for key in ("caption_prefix", "shuffle_tags", "keep_tags")]
-    state: list[Any] = [config.data.skip_bad, config.data.draw.per_prompt, captions, paths.settings]
+    state: list[Any] = [config.data.skip_bad, config.data.draw.per_prompt, captions, config.method.negative_prompt]
+    state.append(paths.settings)
     for source in open_sources(config.data):
         state.append([type(source).__name__, *map(_file_state, source.files())])
     return _hash(state)

@@ -36,7 +36,7 @@ class Batch(NamedTuple):
     cond: Conditioning
     """Conditioning on the captions, B rows."""
     uncond: Conditioning
-    """Conditioning on the empty caption and the pictures' framing, B rows."""
+    """Conditioning on the negative prompt and the pictures' framing, B rows."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ class Dataset:
     empty: Conditioning
     """Conditioning on the empty caption, one row."""
     join: Join
+    negative: Conditioning | None = None
+    """Conditioning on the negative prompt of the teacher's guidance, one row; None for the empty caption."""
 
     def __len__(self) -> int:
         """Return how many pictures the first epoch shows."""
@@ -86,7 +88,7 @@ class Dataset:
             framings.append(table.latents[shard]["sizes"][row])
             captions.append(self.empty if drop else caption_of(table.captions[caption_shard], caption))
         framing = Framing.from_rows(torch.stack(framings))
-        uncond = self.join([self.empty] * len(rows), framing)
+        uncond = self.join([self.empty if self.negative is None else self.negative] * len(rows), framing)
         return Batch(torch.stack(latents), self.join(captions, framing), uncond)
 
 

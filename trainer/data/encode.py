@@ -147,7 +147,7 @@ class _CacheFiller:
     @cached_property
     def text_encoder(self) -> TextEncoder:
         """The text encoder, loaded when the first caption has to be encoded."""
-        return self.checkpoint.load_text_encoder(self.dtype, self.device)
+        return self.checkpoint.load_text_encoder(self.device)
 
     def add_pictures(self, number: int, source: PictureSource, part: int, parts: int, bar: tqdm) -> None:
         """Add the samples of a source, and encode pictures and captions that are not cached."""
@@ -188,6 +188,7 @@ class _CacheFiller:
         for bucket in list(self._pending_pictures):
             self._encode_pictures(bucket)
         self._add_caption("")
+        self._add_caption(self.config.method.negative_prompt)
         self._encode_captions()
         self.stores["latents"].flush()
         self.stores["captions"].flush()
@@ -210,7 +211,7 @@ class _CacheFiller:
             latents = dpm_solver_sample(
                 model,
                 self._cached_conditioning([prompt for _, prompt in batch], framing).to(self.device),
-                self._cached_conditioning([""] * len(batch), framing).to(self.device),
+                self._cached_conditioning([self.config.method.negative_prompt] * len(batch), framing).to(self.device),
                 torch.stack(noise).to(self.device),
                 steps=draw.steps,
                 guidance=draw.guidance,
@@ -233,7 +234,10 @@ class _CacheFiller:
             ]
             for group, entries in self.entries.items()
         }
-        return Index.from_entries(locations, captions.location_in_cache(_caption_digest("")), self.survey)
+        empty, negative = (
+            captions.location_in_cache(_caption_digest(text)) for text in ("", self.config.method.negative_prompt)
+        )
+        return Index.from_entries(locations, empty, negative, self.survey)
 
     def _add_captions(self, caption: str) -> list[bytes]:
         return [self._add_caption(variant) for variant in caption_variants(caption, self.config.data)]
@@ -312,7 +316,8 @@ def _embedding_to_cached(tensor: torch.Tensor, caption: str) -> torch.Tensor:
         return tensor.cpu()
     if not tensor.isfinite().all():
         raise UserError(
-            f"the caption {caption!r} has an encoding that is not finite: use base.dtype=bfloat16 or float32"
+            f"the caption {caption!r} has an encoding that is not finite: change its weights in brackets, or use other "
+            "text encoders"
         )
     row = tensor.to("cpu", CACHED_DTYPE)
     return row if row.isfinite().all() else tensor.to("cpu", torch.float32)

@@ -27,6 +27,7 @@ def lora_metadata(config: Config, checkpoint: Checkpoint) -> dict[str, str]:
         "modelspec.date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **checkpoint.lora_metadata(),
         **({BASE_LORAS_KEY: config.base.lora_names} if config.base.loras else {}),
+        **({"ss_clip_skip": str(config.base.clip_skip)} if config.base.clip_skip else {}),
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(config.adapter.rank),
         "ss_network_alpha": str(config.adapter.alpha),

@@ -18,7 +18,7 @@ class Guidance(NamedTuple):
     """Guidance while sampling."""
 
     uncond: Conditioning
-    """The empty caption, B rows or one."""
+    """The empty caption or a negative prompt, B rows or one."""
     scale: float
     """Guidance scale; 1 is no guidance."""
 

@@ -107,11 +107,16 @@ class TextEncoder(Protocol):
     """Captions -> conditioning."""
 
     def encode(self, captions: Sequence[str]) -> list[Conditioning]:
-        """Encode each caption as one row, on the encoder's device. Rows may differ in length, and have no padding.
+        """Encode each caption as one row, on the encoder's device, read as ComfyUI reads it: weights in brackets, and
+        chunks of the encoder's length. Rows may differ in length, and have no padding.
 
         The cache stores floating-point tensors in float16, those above its maximum in float32, and returns all of them
         in float32; others keep their dtype.
         """
+        ...
+
+    def chunks(self, caption: str) -> int:
+        """Return the number of chunks in which a caption is encoded. No weights are needed."""
         ...
 
     def to(self, device: torch.device) -> TextEncoder:
@@ -193,8 +198,8 @@ class Model(Protocol):
     ) -> Tensor:
         """Predict x0 as `x0` does, with guidance scales w [B]; w = 1 is no guidance.
 
-        uncond: the empty caption, B rows or one, which may differ from cond in length. The engine chooses the kind of
-        guidance: classifier-free, u + w (c - u), or w as an input of a guidance-distilled network, without uncond.
+        uncond: the empty caption or a negative prompt, B rows or one, which may differ from cond in length. The engine
+        chooses the kind of guidance: classifier-free, u + w (c - u), or w as an input of a guidance-distilled network, without uncond.
         """
         ...
 
@@ -281,8 +286,8 @@ class Checkpoint(Protocol):
         """
         ...
 
-    def load_text_encoder(self, dtype: torch.dtype, device: torch.device) -> TextEncoder:
-        """Load the text encoders, frozen, as `load` does. Raises UserError if one is incomplete."""
+    def load_text_encoder(self, device: torch.device) -> TextEncoder:
+        """Load the text encoders, frozen, to compute in float32, as `load` does. Raises UserError if one is incomplete."""
         ...
 
     def load_autoencoder(self, device: torch.device) -> Autoencoder:

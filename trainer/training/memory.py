@@ -134,7 +134,7 @@ def estimate_memory(checkpoint: Checkpoint, settings: MemorySettings) -> MemoryE
     if settings.preview:  # the preview loads the adapter from its file, beside the one in training
         decoding = _decoding(checkpoint, autoencoder, settings.preview)
         preview = frozen + estimate.adapter + 4 * trained + autoencoder_weights + decoding
-    text_encoder = sum(map(_bytes, checkpoint.load_text_encoder(settings.dtype, META).parameters()))
+    text_encoder = sum(map(_bytes, checkpoint.load_text_encoder(META).parameters()))
     encoding = autoencoder_weights + text_encoder + _encoding(autoencoder, settings)
     return estimate._replace(preview=preview, caching=max(encoding, sampling))
 

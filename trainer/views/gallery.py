@@ -43,7 +43,7 @@ def draw_gallery(lora: Path, base: BaseConfig, settings: PreviewConfig, folder: 
     checkpoint.latents.check_size("height", settings.height)
     side, dtype = checkpoint.resolution, resolve_dtype(base.dtype, device)
     size = Size(settings.height or side, settings.width or side)
-    prompts = encode_prompts(checkpoint, settings.prompts, settings.seeds, size, device=device, dtype=dtype)
+    prompts = encode_prompts(checkpoint, settings.prompts, settings.seeds, size, device=device)
     # A separate function, so that the network is freed before the autoencoder is loaded.
     latents = _sample(lora, checkpoint.load(dtype, device), prompts, settings)
     autoencoder = checkpoint.load_autoencoder(device)

@@ -131,13 +131,17 @@ class HostCheckpoint:
             patcher = self._loras.merge_into_network(patcher)
         return HostModel(patcher, self._time_layer, self.latents, _unet_paths(patcher.model))
 
-    def load_text_encoder(self, dtype: torch.dtype, device: torch.device) -> HostTextEncoder:
-        """Load the text encoders, frozen. Raises UserError if one is missing or not recognized."""
+    def load_text_encoder(self, device: torch.device) -> HostTextEncoder:
+        """Load the text encoders, frozen, to compute in float32, as they do in the host.
+
+        Weights are kept in float32; those of T5 and of language models, which the host keeps as they are stored, are
+        converted layer by layer. Raises UserError if a text encoder is missing or not recognized.
+        """
         import comfy.sd
 
         self.check_encoders()
         cpu = torch.device("cpu")
-        options = {"dtype": dtype, "load_device": device, "offload_device": cpu}
+        options = {"dtype": torch.float32, "load_device": device, "offload_device": cpu}
         if device == META:  # the weights alone: the host would ask its devices for their free memory
             options |= {"load_device": cpu, "initial_device": device}
         if self._text_encoders:
@@ -153,6 +157,8 @@ class HostCheckpoint:
                 raise UserError(f"{self.path} has no text encoder: name files in base.text_encoders")
         if device != META:
             clip = self._loras.merge_into_text_encoder(clip)
+        if self._base.clip_skip:
+            clip.clip_layer(-self._base.clip_skip)
         return HostTextEncoder(clip)
 
     def load_autoencoder(self, device: torch.device) -> HostAutoencoder:
@@ -191,7 +197,7 @@ class HostCheckpoint:
 
     @cached_property
     def _long_caption(self) -> Conditioning:
-        (encoded,) = self.load_text_encoder(torch.float32, META).encode([_LONG_CAPTION])
+        (encoded,) = self.load_text_encoder(META).encode([_LONG_CAPTION])
         return Conditioning({name: torch.zeros_like(value, device="cpu") for name, value in encoded.tensors.items()})
 
     @cached_property

@@ -39,6 +39,10 @@ class HostTextEncoder:
                 raise UserError(f"the caption {caption!r} cannot be used: {error}") from error
         return rows
 
+    def chunks(self, caption: str) -> int:
+        """Return the number of chunks in which a caption is encoded, of the encoder that has the most."""
+        return max(len(chunks) for chunks in self.clip.tokenize(caption).values())
+
     @torch.no_grad()
     def _encode_shapes(self, tokens: Any) -> Any:
         """Return the CONDITIONING on the meta device, as CLIP.encode_from_tokens, without its memory management."""

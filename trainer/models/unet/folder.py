@@ -140,14 +140,14 @@ class DiffusersFolder:
             raise UserError(f"{folder} has latents of {vae.config.latent_channels} channels, {family} has {channels}")
         return vae
 
-    def text_encoder(self, dtype: torch.dtype) -> TextEncoder:
-        """Load the text encoders with weights in `dtype`. Raises UserError if one is missing or incomplete."""
+    def text_encoder(self) -> TextEncoder:
+        """Load the text encoders in float32. Raises UserError if one is missing or incomplete."""
         family = self.family()
         models = []
         for clip in CLIPS[family]:
             projects = "WithProjection" in families.config(family, clip.part)["architectures"][0]
             kind = CLIPTextModelWithProjection if projects else CLIPTextModel
-            models.append(self._load(kind, self.path / clip.part, dtype=dtype))
+            models.append(self._load(kind, self.path / clip.part, dtype=torch.float32))
         return TextEncoder(family, models)
 
     def _load(self, kind: Any, folder: Path, **options: Any) -> Any:

@@ -16,6 +16,7 @@ from ....tcd.adapter import new_weights
 from ..conditioning import Conditioning
 from ..seam import LatentFormat
 from ..unet_layers import chosen_layers, kind_of
+from .conditioning import MASK, join
 from .ldm import unet_locations
 from .lora_layouts import unet_names
 
@@ -65,9 +66,9 @@ class UNetModel:
     ) -> Tensor:
         """Predict x0 with classifier-free guidance u + w (c - u) of the raw predictions, in one call of 2 B rows.
 
-        uncond: the empty caption, B rows or one; guidance: w, [B].
+        uncond: the empty caption or a negative prompt, B rows or one; guidance: w, [B].
         """
-        both = Conditioning.cat([cond, uncond.expand(len(cond))])
+        both = join([cond, uncond.expand(len(cond))])
         raw = self._predict(torch.cat([x_t, x_t]), _twice(t), both, None if s is None else _twice(s))
         conditional, unconditional = rearrange(raw, "(halves b) ... -> halves b ...", halves=2)
         guided = unconditional + rearrange(guidance, "b -> b 1 1 1") * (conditional - unconditional)
@@ -133,7 +134,11 @@ class UNetModel:
             raise ValueError("the adapter has an embedding of the target time: give s")
         self.adapter.times = None if s is None else (t.network_time, s.network_time)
         output: Tensor = self.network(
-            x_t.to(dtype), t.network_time, tensors["context"].to(dtype), added_cond_kwargs=added
+            x_t.to(dtype),
+            t.network_time,
+            tensors["context"].to(dtype),
+            added_cond_kwargs=added,
+            encoder_attention_mask=tensors.get(MASK),
         ).sample
         return output.float()
 

@@ -147,12 +147,12 @@ class SingleFile(SafetensorsFile):
             locations = ldm.diffusers_vae_locations(model.state_dict(), self.shapes, prefix)
         return self._load(model, locations, torch.float32, f"{family} vae", prefix)
 
-    def text_encoder(self, dtype: torch.dtype) -> TextEncoder:
-        """Load the text encoders with weights in `dtype`. Raises UserError if one is missing or incomplete."""
+    def text_encoder(self) -> TextEncoder:
+        """Load the text encoders in float32. Raises UserError if one is missing or incomplete."""
         family = self.family()
-        return TextEncoder(family, [self._clip(family, clip, dtype) for clip in CLIPS[family]])
+        return TextEncoder(family, [self._clip(family, clip) for clip in CLIPS[family]])
 
-    def _clip(self, family: Family, clip: ClipEncoder, dtype: torch.dtype) -> Any:
+    def _clip(self, family: Family, clip: ClipEncoder) -> Any:
         with init_empty_weights(include_buffers=False):
             model = families.empty_text_encoder(family, clip.part)
         prefix = self._prefix_of(clip)
@@ -160,7 +160,7 @@ class SingleFile(SafetensorsFile):
         for key, location in locations.items():  # some files store the projection as transformers does
             if location.transposed and f"{location.name}.weight" in self.shapes:
                 locations[key] = ldm.TensorLocation(f"{location.name}.weight")
-        return self._load(model, locations, dtype, f"{family} {clip.part}", prefix)
+        return self._load(model, locations, torch.float32, f"{family} {clip.part}", prefix)
 
     def _prefix_of(self, clip: ClipEncoder) -> str:
         for prefix in clip.prefixes:
