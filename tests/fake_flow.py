@@ -187,6 +187,9 @@ class Words:
         device = self.embedding.weight.device
         return [Conditioning.of(words=self.embedding(torch.tensor([each], device=device)).float()) for each in numbers]
 
+    def chunks(self, caption: str) -> int:
+        return 1
+
     def to(self, device: torch.device) -> "Words":
         self.embedding.to(device)
         return self
@@ -237,8 +240,8 @@ class FlowCheckpoint:
         network = self._loaded(FlowNetwork, "network.", dtype, device)
         return FlowModel(network.requires_grad_(False).eval(), self.schedule.to(device))
 
-    def load_text_encoder(self, dtype: torch.dtype, device: torch.device) -> Words:
-        return Words(self._loaded(partial(nn.Embedding, VOCABULARY, TEXT), "words.", dtype, device))
+    def load_text_encoder(self, device: torch.device) -> Words:
+        return Words(self._loaded(partial(nn.Embedding, VOCABULARY, TEXT), "words.", torch.float32, device))
 
     def load_autoencoder(self, device: torch.device) -> Stills:
         return Stills()

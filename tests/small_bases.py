@@ -15,7 +15,8 @@ from torch import Tensor
 from trajectory_consistency.trainer.models.unet import families as bases
 from trajectory_consistency.trainer.models.unet import ldm
 from trajectory_consistency.trainer.models.unet.families import Family, UNetSignature
-from trajectory_consistency.trainer.models.unet.text import CLIPS, TextEncoder, clip_tokenizer
+from trajectory_consistency.trainer.models.unet.prompt import clip_tokenizer
+from trajectory_consistency.trainer.models.unet.text import CLIPS, TextEncoder
 
 UNET = {
     "sd15": {"block_out_channels": [16, 32, 32, 32], "cross_attention_dim": 8, "attention_head_dim": 2},

@@ -78,7 +78,7 @@ def drawn_by_hand(
 ) -> torch.Tensor:
     """The picture, uint8 [3, side, side], that a person gets who loads a base, and perhaps a LoRA file, and samples."""
     checkpoint, cpu = UNetCheckpoint(base), torch.device("cpu")
-    model, text_encoder = checkpoint.load(torch.float32, cpu), checkpoint.load_text_encoder(torch.float32, cpu)
+    model, text_encoder = checkpoint.load(torch.float32, cpu), checkpoint.load_text_encoder(cpu)
     if lora:
         model.adapter.add(FILE, load_weights(model, lora))
     (cond,), (uncond,) = (text_encoder.encode([text]) for text in (prompt, ""))

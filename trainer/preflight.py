@@ -151,6 +151,11 @@ def _check_settings(config: Config, processes: Processes) -> Checkpoint:
     checkpoint.latents.check_size("preview.height", config.preview.height)
     if config.preview.prompts:
         check_cfg("preview.cfg", config.preview.cfg, checkpoint)
+    if config.method.negative_prompt and checkpoint.guidance is not None:
+        raise UserError(
+            f"method.negative_prompt is {config.method.negative_prompt!r}, but the network of this base takes the "
+            "guidance scale as an input, without a negative prompt: leave it out"
+        )
     _check_weighting(config, checkpoint)
     initial_weights(checkpoint.load(torch.float32, torch.device("meta")), config)  # raises if adapter.* is invalid
     return checkpoint

@@ -62,7 +62,7 @@ class Ours:
     ) -> None:
         size = config.training.batch
         latents = latents_of(checkpoint.load_autoencoder(device), config)
-        text_encoder = checkpoint.load_text_encoder(dtype, device)
+        text_encoder = checkpoint.load_text_encoder(device)
         cond, uncond = (encode(checkpoint, text_encoder, texts, config) for texts in (captions(size), [""] * size))
         data = Pictures(latents.cpu(), cond.to("cpu"), uncond.to("cpu"))
         del text_encoder
@@ -80,7 +80,7 @@ class Separate:
     ) -> None:
         self.config, self.device, self.checkpoint = config, device, checkpoint
         self.autoencoder = self.checkpoint.load_autoencoder(device)
-        self.text_encoder = self.checkpoint.load_text_encoder(dtype, device)
+        self.text_encoder = self.checkpoint.load_text_encoder(device)
         self.student = load_student(config, self.checkpoint, device, dtype)
         self.teacher = self.checkpoint.load(dtype, device)
         self.parameters = list(self.student.adapter.weights[STUDENT].parameters())

@@ -121,7 +121,7 @@ def signal(images: torch.Tensor) -> torch.Tensor:
 def test_what_is_cached_is_what_is_computed(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
     dataset = filled(configured(checkpoint, tmp_path, folder=str(pictures)))
     base, scale = base_of(checkpoint), 0.18215
-    vae, text_encoder = base.load_autoencoder(CPU).vae, base.load_text_encoder(FLOAT, CPU)
+    vae, text_encoder = base.load_autoencoder(CPU).vae, base.load_text_encoder(CPU)
     assert len({tuple(row[2].tolist()) for row in rows(dataset)}) == 4
     expected = []
     for path in sorted(pictures.glob("*.png")):
@@ -167,7 +167,7 @@ def test_float16_rounds_the_cache_eight_times_finer_than_bfloat16(checkpoint: Pa
     with torch.no_grad():
         mean = base.load_autoencoder(CPU).vae.encode(signal(images)).latent_dist.mean * 0.18215
     captions = [scene.caption for scene in world.random_scenes(8, 0)]
-    context = Conditioning.cat(base.load_text_encoder(FLOAT, CPU).encode(captions)).tensors["context"]
+    context = Conditioning.cat(base.load_text_encoder(CPU).encode(captions)).tensors["context"]
     for exact in (mean, context):
         half, brain = (
             (exact.to(dtype).float() - exact).norm() / exact.norm() for dtype in (torch.half, torch.bfloat16)

@@ -177,7 +177,7 @@ def test_encoders_that_the_host_does_not_recognize_are_refused(folder: Path, tmp
         replace(base_of("flux", folder), text_encoders=(str(other),), clip_type="flux", vae=str(other))
     )
     with pytest.raises(UserError, match=r"other\.safetensors, which ComfyUI does not recognize as a text encoder"):
-        checkpoint.load_text_encoder(torch.float16, CPU)
+        checkpoint.load_text_encoder(CPU)
     with pytest.raises(UserError, match=r"other\.safetensors has no VAE that ComfyUI recognizes"):
         checkpoint.load_autoencoder(CPU)
 

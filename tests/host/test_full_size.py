@@ -171,7 +171,7 @@ def draw(checkpoint: Path, lora: Path, grid: Sequence[tuple[int, float]] = ((4, 
     base = UNetCheckpoint(BaseConfig(path=str(checkpoint)))
     model = base.load(torch.float32, CPU)
     model.adapter.add(FILE, load_weights(model, lora))
-    (cond,) = base.load_text_encoder(torch.float32, CPU).encode([CAPTION])
+    (cond,) = base.load_text_encoder(CPU).encode([CAPTION])
     noise = initial_noise(SEED, (1, 4, 16, 16))
     return [
         sample_latents(model, cond, sigmas=model.schedule.sigmas_for(steps), gamma=eta, noise=noise, seed=SEED)

@@ -152,7 +152,7 @@ def test_the_hosts_text_encoders_agree_with_the_trainers(
         latent = graph.sampler_custom(model=loaded, eta=ETA, seed=SEED, positive=positive, negative=negative)[0]
         nodes: list[Node] = [graph.show(positive), graph.show(negative), graph.save(latent)]
         outputs = server.run(graph)
-        encoder = UNetCheckpoint(BaseConfig(path=str(path))).load_text_encoder(torch.float32, CPU)
+        encoder = UNetCheckpoint(BaseConfig(path=str(path))).load_text_encoder(CPU)
     finally:
         path.unlink()
     ours, empty = encoder.encode([CAPTION, ""])

@@ -119,7 +119,7 @@ def test_every_weight_gets_each_lora_at_its_strength(family: Family, spelling: s
     ]
     second = write_lora(tmp_path / "second.safetensors", named(unet[1], "unet."), *for_text)
     checkpoint = opened(path, (first, 0.8), (second, -0.5))
-    network, encoder = checkpoint.load(FLOAT, CPU).network, checkpoint.load_text_encoder(FLOAT, CPU)
+    network, encoder = checkpoint.load(FLOAT, CPU).network, checkpoint.load_text_encoder(CPU)
     for layer in unet[0]:
         weights = (model.get_submodule(layer).weight for model in (network, parts.unet))
         found, plain = weights

@@ -27,7 +27,8 @@ from trajectory_consistency.trainer.models.unet import families as bases
 from trajectory_consistency.trainer.models.unet import ldm
 from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint
 from trajectory_consistency.trainer.models.unet.families import Family
-from trajectory_consistency.trainer.models.unet.text import CLIPS, clip_tokenizer
+from trajectory_consistency.trainer.models.unet.prompt import clip_tokenizer
+from trajectory_consistency.trainer.models.unet.text import CLIPS
 from trajectory_consistency.trainer.models.unet_layers import TARGETS, chosen_layers
 
 CPU, FLOAT = torch.device("cpu"), torch.float32
@@ -44,7 +45,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def load(path: Path) -> Parts:
     base = opened(path)
-    return Parts(base.load(FLOAT, CPU).network, base.load_autoencoder(CPU).vae, base.load_text_encoder(FLOAT, CPU))
+    return Parts(base.load(FLOAT, CPU).network, base.load_autoencoder(CPU).vae, base.load_text_encoder(CPU))
 
 
 def opened(path: Path | str, **base: Any) -> UNetCheckpoint:
@@ -87,7 +88,11 @@ def test_a_file_is_read_as_diffusers_reads_it(family: Family, tmp_path: Path) ->
 @pytest.mark.parametrize("family", FAMILIES)
 def test_captions_are_encoded_as_diffusers_pipelines_encode_them(family: Family) -> None:
     parts = random_parts(family)
-    ours = Conditioning.cat(parts.text_encoder.encode(CAPTIONS)).tensors
+    rows = parts.text_encoder.encode(CAPTIONS)
+    assert [row.tensors["context"].shape[1] for row in rows] == [77, 77, 154]
+    # The pipelines cut captions to the first chunk.
+    ours = Conditioning.cat([Conditioning({**row.tensors, "context": row.tensors["context"][:, :77]}) for row in rows])
+    ours = ours.tensors
     clip_tokenizer().model_max_length = 77  # the pipelines ask for it
     kind = StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline
     options = {"do_classifier_free_guidance": False, "num_images_per_prompt": 1, "device": "cpu"}
@@ -125,12 +130,12 @@ def test_without_data_everything_has_the_shapes_and_dtypes_that_it_has_with_it(f
     base, meta = opened(write(tmp_path / "a.safetensors", to_state(random_parts(family)))), torch.device("meta")
 
     def shapes(device: torch.device) -> list[dict[str, tuple[torch.Size, torch.dtype]]]:
-        text_encoder = base.load_text_encoder(torch.bfloat16, device)
+        text_encoder = base.load_text_encoder(device)
         models = base.load(torch.bfloat16, device).network, text_encoder, base.load_autoencoder(device).vae
         return [{name: (each.shape, each.dtype) for name, each in model.named_parameters()} for model in models]
 
     assert shapes(meta) == shapes(CPU)
-    rows = base.load_text_encoder(FLOAT, CPU).encode(["a red circle", ""])
+    rows = base.load_text_encoder(CPU).encode(["a red circle " * 60, "a red circle " * 60])
     joined, blank = base.collate(rows, Framing.whole(64, 64, 2)).tensors, base.placeholder_conditioning(2, CPU).tensors
     assert {name: each.shape for name, each in joined.items()} == {name: each.shape for name, each in blank.items()}
     assert ("time_ids" in blank) == (family == "sdxl") and base.placeholder_conditioning(2, meta).tensors[
@@ -509,7 +514,7 @@ def test_pickled_weights_that_are_anything_else_are_refused(
     base = opened(folder)
     loads = {"unet": lambda: base.load(FLOAT, CPU), "vae": lambda: base.load_autoencoder(CPU)}
     with pytest.raises(UserError, match=rf"not a complete diffusers folder: .*{part}"):
-        loads.get(part, lambda: base.load_text_encoder(FLOAT, CPU))()
+        loads.get(part, lambda: base.load_text_encoder(CPU))()
     assert not made.exists()
 
 
@@ -625,7 +630,7 @@ def test_a_text_encoder_that_is_incomplete_is_named(broken: str, tmp_path: Path)
     base = opened(write(tmp_path / "a.safetensors", state))
     message = "does not hold a whole sdxl text_encoder_2: 1 of its" if "1." in broken else "has no text encoder"
     with pytest.raises(UserError, match=message):
-        base.load_text_encoder(FLOAT, CPU)
+        base.load_text_encoder(CPU)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -77,7 +77,7 @@ def begun(config: Config) -> Training:
 
 def conditioning(checkpoint: FlowCheckpoint, captions: tuple[str, ...] = CAPTIONS) -> Conditioning:
     """Conditioning of captions of different lengths, in one batch."""
-    rows = checkpoint.load_text_encoder(FLOAT, CPU).encode(captions)
+    rows = checkpoint.load_text_encoder(CPU).encode(captions)
     return checkpoint.collate(rows, Framing.whole(64, 64, len(captions)))
 
 

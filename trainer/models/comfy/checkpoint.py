@@ -32,7 +32,7 @@ from .conditioning import join, to_device
 from .library import find_model, load_comfyui
 from .model import HostModel
 from .recognize import META, TEXT, VAE, recognize, unquantised
-from .text_encoder import HostTextEncoder
+from .text_encoder import HostTextEncoder, skip_layers
 
 _UNETS = {host: family for family, host in HOST_FAMILIES.items()}
 """The trainer's names of families that its other engine knows too."""
@@ -76,6 +76,11 @@ class HostCheckpoint:
         self.latents = latents_of(self._config.latent_format)
         self.resolution = _RESOLUTIONS.get(self.host_family, _OTHER_RESOLUTION)
         names = [self.path.stem, *(Path(lora.path).stem for lora in base.loras)]
+        if base.clip_skip and self.host_family not in _UNETS:
+            raise UserError(
+                f"base.clip_skip is {base.clip_skip}, but {self.path} is {self.host_family}: leave it out, it is for "
+                "SD1.5, SD2.x and SDXL"
+            )
         self.notes = (*distilled_note(names, self._distillation()), *lora_note(base))
 
     @property
@@ -158,7 +163,7 @@ class HostCheckpoint:
         if device != META:
             clip = self._loras.merge_into_text_encoder(clip)
         if self._base.clip_skip:
-            clip.clip_layer(-self._base.clip_skip)
+            skip_layers(clip, self._base.clip_skip)
         return HostTextEncoder(clip)
 
     def load_autoencoder(self, device: torch.device) -> HostAutoencoder:

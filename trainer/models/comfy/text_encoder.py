@@ -16,6 +16,17 @@ from .conditioning import to_row
 from .recognize import META
 
 
+def skip_layers(clip: Any, clip_skip: int) -> None:
+    """Let a CLIP object use the layer `clip_skip` from the last, as the node CLIP Set Last Layer does with its sign.
+
+    Raises UserError if one of its text encoders has fewer layers; the host would use the last.
+    """
+    layers = min(model.num_layers for model in clip.cond_stage_model.children() if hasattr(model, "num_layers"))
+    if not 1 <= clip_skip <= layers:
+        raise UserError(f"base.clip_skip is {clip_skip}, but the text encoder has {layers} layers: use one of these")
+    clip.clip_layer(-clip_skip)
+
+
 class HostTextEncoder:
     """The host's CLIP object, which may hold several text encoders."""
 
