@@ -117,6 +117,21 @@ def test_it_tells_all_and_writes_nothing(
     assert main(["check", str(path), "data.folder=/none"]) == 2
 
 
+def test_long_captions_are_counted_and_textual_inversions_refused(
+    values: dict[str, dict[str, object]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, texts = tmp_path / "config.toml", sorted(Path(str(values["data"]["folder"])).glob("*.txt"))
+    path.write_text(tomli_w.dumps(values), encoding="utf-8")
+    texts[0].write_text("word " * 75, encoding="utf-8")
+    assert main(["check", str(path)]) == 0 and "encoded in chunks" not in capsys.readouterr().out
+    for text in texts[:2]:
+        text.write_text("word " * 76, encoding="utf-8")
+    assert main(["check", str(path)]) == 0
+    assert re.search(r"\n +2 captions +longer than the text encoder takes", capsys.readouterr().out)
+    texts[0].write_text("a fox, embedding:nice", encoding="utf-8")
+    assert main(["check", str(path)]) == 2 and "textual inversion, embedding:nice" in capsys.readouterr().err
+
+
 def test_the_keys_that_are_listed_are_those_of_the_file(values: dict[str, dict[str, object]]) -> None:
     tensors = load_file(run(small_config(values, steps=1)))
     checkpoint = opened(values)
@@ -260,6 +275,10 @@ def test_all_phases_are_listed_and_the_one_that_takes_most(values: dict[str, dic
     large = memory(preview={"prompts": ["a"], "width": 512, "height": 1024})
     assert large.total == large.preview > large.training == plain.training
     assert f"{format_bytes(large.preview)} with a preview" in str(large)
+    config = small_config(values)
+    for dtype in (torch.float32, torch.bfloat16):  # the encoders are float32 whatever the network is
+        encoding = estimate_memory(opened(values), MemorySettings.from_config(config, dtype)).caching
+        assert encoding == plain.caching
     assert memory(data={**values["data"], "resolution": 256}).caching > 2 * plain.caching - plain.weights
     (Path(str(values["base"]["path"])).parent / "prompts.txt").write_text("a red circle\n", encoding="utf-8")
     drawn = memory(data={**values["data"], "folder": str(Path(str(values["base"]["path"])).parent / "prompts.txt")})

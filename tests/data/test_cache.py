@@ -219,7 +219,7 @@ def test_an_embedding_above_the_range_of_float16_is_cached_in_float32(
         (4, torch.float16, 3.0),
     }
     path.write_text("nothing", encoding="utf-8")
-    with pytest.raises(UserError, match="the caption 'nothing' has an encoding that is not finite: use base.dtype"):
+    with pytest.raises(UserError, match="the caption 'nothing' has an encoding that is not finite: change its weights"):
         filled(configured(checkpoint, tmp_path, folder=str(pictures)))
 
 
@@ -235,21 +235,52 @@ def test_captions_of_different_lengths_are_cached_side_by_side_and_joined_by_the
     assert sorted(name.rpartition("-")[0] for name in files) == [f"captions{1 + words}x8" for words in range(4)]
     assert all((row[3] == len(row[3]) - 1).all() for row in rows(dataset))
     assert Counter(len(row[3]) - 1 for row in rows(dataset)) == {1: 2, 2: 2, 3: 4}
-    with pytest.raises(ValueError, match="rows of context have different shapes, .*: join them by their model"):
-        for step in range(5):
-            dataset.batch(step, 5, seed=0, caption_dropout=0.5)
-
-    def pad(captions: Sequence[Conditioning], _: torch.Tensor) -> Conditioning:
-        longest = max(caption.tensors["context"].shape[1] for caption in captions)
-        short = [caption.tensors["context"] for caption in captions]
-        padded = [torch.nn.functional.pad(each, (0, 0, 0, longest - each.shape[1]), value=-1) for each in short]
-        return Conditioning.of(context=torch.cat(padded))
-
-    batch = replace(dataset, join=pad).batch(0, 5, seed=0, caption_dropout=0.5)
-    for row in batch.cond.tensors["context"]:
-        words = int(row[0, 0])
-        assert (row[: 1 + words] == words).all() and (row[1 + words :] == -1).all()
+    batch = dataset.batch(0, 5, seed=0, caption_dropout=0.5)
+    context, mask = batch.cond.tensors["context"], batch.cond.tensors["mask"]
+    words = context[:, 0, 0]
+    assert len(set(words.tolist())) > 1 and torch.equal(mask.sum(1), 1 + words)
+    assert torch.equal(context, (words[:, None] * mask)[..., None].expand_as(context))
     assert (batch.uncond.tensors["context"] == 0).all() and len(batch.uncond) == 5
+
+
+def test_the_negative_prompt_guides_the_teacher_and_dropped_captions_are_empty(
+    checkpoint: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a red circle\n", encoding="utf-8")
+    plain = values(checkpoint, tmp_path, sources=[{"path": str(pictures)}, {"path": str(tmp_path / "prompts.txt")}])
+    plain["data"]["draw"] = {"steps": 1}
+    drawn_with: list[torch.Tensor] = []
+
+    def draw(_: object, __: object, uncond: Conditioning, noise: torch.Tensor, **options: object) -> torch.Tensor:
+        drawn_with.append(uncond.tensors["context"][0])
+        return noise
+
+    monkeypatch.setattr(encode, "dpm_solver_sample", draw)
+    loads, found = Loads(monkeypatch), {}
+    for negative in ("", "blurry, (ugly:1.2)", "a blue square"):
+        dataset = filled(config.from_mapping({**plain, "method": {"negative_prompt": negative}}))
+        batch = dataset.batch(0, 4, seed=0, caption_dropout=1.0)
+        found[negative] = batch.uncond.tensors["context"]
+        encoded = base_of(checkpoint).load_text_encoder(CPU).encode([negative, ""])
+        for row, expected in zip((found[negative], batch.cond.tensors["context"]), encoded, strict=True):
+            torch.testing.assert_close(row, expected.tensors["context"].expand_as(row), rtol=1e-3, atol=1e-3)
+        assert torch.equal(drawn_with.pop(), found[negative][0]) and not drawn_with
+    assert len(found) == 3 and not torch.allclose(found[""], found["a blue square"], atol=0.1)
+    assert loads.count["autoencoder"] == 1, "the pictures are encoded once"
+
+
+def test_captions_do_not_depend_on_the_networks_dtype_but_on_clip_skip(
+    checkpoint: Path, pictures: Path, tmp_path: Path
+) -> None:
+    settings = values(checkpoint, tmp_path, folder=str(pictures))
+    wanted = [
+        cache_paths(config.from_mapping({**settings, "base": {**settings["base"], "clip_skip": skip}}), base, dtype)
+        for base in [base_of(checkpoint)]
+        for skip, dtype in ((0, FLOAT), (0, torch.bfloat16), (2, FLOAT))
+    ]
+    for kind, same_at in (("captions", [0, 0, 2]), ("latents", [0, 0, 0]), ("drawn", [0, 1, 2])):
+        folders = [paths.rows_folder(kind) for paths in wanted]
+        assert [folders.index(folder) for folder in folders] == same_at, kind
 
 
 def test_a_complete_cache_needs_no_encoders_and_a_change_only_what_changed(

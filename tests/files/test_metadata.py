@@ -23,6 +23,13 @@ def test_every_law_has_the_name_of_a_method_of_its_own() -> None:
     assert len(names) == len(get_args(Law))
 
 
+def test_kohyas_key_names_the_layer_of_the_text_encoder_if_it_is_not_the_usual_one() -> None:
+    for base, expected in (({}, None), ({"clip_skip": 2}, "2")):
+        settings = {"base": {"path": "tiny", **base}, "data": {"folder": "in"}, "output": {"folder": "out"}}
+        config = from_mapping(settings)
+        assert lora_metadata(config, open_checkpoint(config.base)).get("ss_clip_skip") == expected
+
+
 def test_the_version_is_known_where_nothing_is_installed_as_in_comfyui(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> str:
         raise PackageNotFoundError(name)

@@ -124,10 +124,10 @@ def redrawn(done: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
         counts.clear()
         values = {**asdict(replace(done, preview=replace(done.preview, **changed))), "output": {"folder": str(folder)}}
         config = from_mapping(values)
-        device, dtype = torch.device("cpu"), torch.float32
+        device = torch.device("cpu")
         checkpoint = open_checkpoint(config.base)
-        student = run.load_student(config, checkpoint, device, dtype)
-        wanted = run._preview_prompts(config, checkpoint, device, dtype)
+        student = run.load_student(config, checkpoint, device, torch.float32)
+        wanted = run._preview_prompts(config, checkpoint, device)
         preview.Previews(student, checkpoint, wanted, config, lora_metadata(config, checkpoint)).start()
         assert not shown_anywhere_missing(config)
         return list(counts)
