@@ -49,5 +49,21 @@ HARD_CAPTIONS = [
 def random_prompts(count: int, seed: int = 0) -> list[str]:
     """Prompts of brackets, escapes, numbers and words in any order."""
     draw = random.Random(seed)
-    pieces = ["(", "(", ")", ")", "\\(", "\\)", ":", "1.5", ":0.5)", ":1.2)", " ", ",", "red", "a long word", "word " * 20]
+    pieces = [
+        "(",
+        "(",
+        ")",
+        ")",
+        "\\(",
+        "\\)",
+        ":",
+        "1.5",
+        ":0.5)",
+        ":1.2)",
+        " ",
+        ",",
+        "red",
+        "a long word",
+        "word " * 20,
+    ]
     return ["".join(draw.choices(pieces, k=draw.randint(1, 40))) for _ in range(count)]

@@ -54,9 +54,7 @@ def run(config: Config) -> Path:
     checkpoints = processes.on_main_process(lambda: _matching_checkpoints(config, dtype))
     checkpoint = open_checkpoint(config.base)
     metadata = lora_metadata(config, checkpoint)
-    prompts = (
-        _preview_prompts(config, checkpoint, device) if processes.is_main and config.preview.prompts else None
-    )
+    prompts = _preview_prompts(config, checkpoint, device) if processes.is_main and config.preview.prompts else None
     model = load_student(config, checkpoint, device, dtype)
     if sharding.fsdp_requested():
         sharding.shard(model, processes)

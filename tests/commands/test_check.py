@@ -19,8 +19,9 @@ from tiny_base import small_config, write_inputs
 from trajectory_consistency.trainer import preflight
 from trajectory_consistency.trainer.cli import main
 from trajectory_consistency.trainer.config.base import BaseConfig
-from trajectory_consistency.trainer.config.settings import AdapterConfig
+from trajectory_consistency.trainer.config.settings import AdapterConfig, DataConfig
 from trajectory_consistency.trainer.data.buckets import Size
+from trajectory_consistency.trainer.data.captions import long_captions
 from trajectory_consistency.trainer.data.encode import load_or_encode
 from trajectory_consistency.trainer.errors import UserError
 from trajectory_consistency.trainer.files.describe_keys import describe_keys
@@ -43,6 +44,7 @@ from trajectory_consistency.trainer.run import load_student
 from trajectory_consistency.trainer.data.dataset import Dataset, Table, caption_of
 from trajectory_consistency.trainer.data.buckets import Size
 from trajectory_consistency.tcd.distill.order import Group
+from trajectory_consistency.trainer.data.captions import long_captions
 torch.set_num_threads(1)
 config = load(pathlib.Path(sys.argv[1]))
 checkpoint = open_checkpoint(config.base)
@@ -122,14 +124,18 @@ def test_long_captions_are_counted_and_textual_inversions_refused(
 ) -> None:
     path, texts = tmp_path / "config.toml", sorted(Path(str(values["data"]["folder"])).glob("*.txt"))
     path.write_text(tomli_w.dumps(values), encoding="utf-8")
-    texts[0].write_text("word " * 75, encoding="utf-8")
-    assert main(["check", str(path)]) == 0 and "encoded in chunks" not in capsys.readouterr().out
-    for text in texts[:2]:
-        text.write_text("word " * 76, encoding="utf-8")
+    for text, count in zip(texts, (76, 75, 200), strict=False):
+        text.write_text("word " * count, encoding="utf-8")
     assert main(["check", str(path)]) == 0
     assert re.search(r"\n +2 captions +longer than the text encoder takes", capsys.readouterr().out)
+    config = small_config(values)
+    assert long_captions(config.data, opened(values)) == 2
     texts[0].write_text("a fox, embedding:nice", encoding="utf-8")
-    assert main(["check", str(path)]) == 2 and "textual inversion, embedding:nice" in capsys.readouterr().err
+    with pytest.raises(UserError, match="textual inversion, embedding:nice"):
+        long_captions(config.data, opened(values))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a fox\n" + "word " * 76 + "\n", encoding="utf-8")
+    assert long_captions(DataConfig(prompts=str(prompts)), opened(values)) == 1
 
 
 def test_the_keys_that_are_listed_are_those_of_the_file(values: dict[str, dict[str, object]]) -> None:

@@ -40,6 +40,8 @@ def test_every_command_takes_the_file_of_a_run(
         if name == "flux":
             capsys.readouterr()
             options = ["--prompt", "a star", "--out", str(tmp_path / "none"), "--cfg", "3"]
+            assert main(["check", str(path), "method.negative_prompt=blurry", f"output.folder={tmp_path / 'new'}"]) == 2
+            assert "method.negative_prompt is 'blurry', but the network of this base" in capsys.readouterr().err
             assert main(["sample", str(lora), *options]) == 2
             assert "cfg is 3, but the network of this base takes the guidance scale as an" in capsys.readouterr().err
     pictures = [sorted(each.glob("*.png")) for each in drawn]

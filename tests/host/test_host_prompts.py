@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from hard_captions import HARD_CAPTIONS, random_prompts
 from run_script import run_script
 from safetensors.torch import load_file, save_file
-from small_bases import LARGE, SMALL, random_parts, shrink
 from torch import Tensor
 
+from hard_captions import HARD_CAPTIONS, random_prompts
+from small_bases import LARGE, SMALL, random_parts, shrink
 from trajectory_consistency.trainer.find_comfyui import Host
 from trajectory_consistency.trainer.models.unet.families import Family
 from trajectory_consistency.trainer.models.unet.prompt import END_TOKEN, read_prompt
@@ -69,7 +69,9 @@ def test_tokens_and_weights_are_those_of_the_host(tokens: dict[str, Any], family
         for prompt, chunks in zip(PROMPTS, tokens[family][encoder], strict=True):
             ours = read_prompt(prompt, padding=PADDING[encoder])
             assert ours.ids.tolist() == [[token for token, _ in chunk] for chunk in chunks], prompt
-            torch.testing.assert_close(ours.weights, torch.tensor([[weight for _, weight in chunk] for chunk in chunks]))
+            torch.testing.assert_close(
+                ours.weights, torch.tensor([[weight for _, weight in chunk] for chunk in chunks])
+            )
 
 
 @pytest.mark.parametrize("family", ENCODERS)

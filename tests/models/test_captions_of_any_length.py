@@ -46,8 +46,10 @@ def test_a_prediction_does_not_depend_on_the_padding(
     expected = raw[1] + w.view(-1, 1, 1, 1) * (raw[0] - raw[1])
     alpha, sigma = t.level
     torch.testing.assert_close(
-        guided, (x - sigma * expected) / alpha if model.prediction == "eps" else alpha * x - sigma * expected,
-        rtol=1e-3, atol=1e-3,
+        guided,
+        (x - sigma * expected) / alpha if model.prediction == "eps" else alpha * x - sigma * expected,
+        rtol=1e-3,
+        atol=1e-3,
     )
 
 

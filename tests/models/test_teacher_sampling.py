@@ -147,9 +147,7 @@ def test_a_drawing_is_a_function_of_its_prompt_and_number(checkpoint: Path, tmp_
     key = digest(b"0 a red square")
     start = torch.randn((1, 4, 8, 8), generator=generator(0, f"drawing {key.hex()}"))
     cond, uncond = (
-        UNetCheckpoint(config.BaseConfig(path=str(checkpoint)))
-        .load_text_encoder(CPU)
-        .encode(["a red square", ""])
+        UNetCheckpoint(config.BaseConfig(path=str(checkpoint))).load_text_encoder(CPU).encode(["a red square", ""])
     )
     expected = dpm_solver_sample(model_of(checkpoint), cond, uncond, start, steps=2, guidance=4.0)
     torch.testing.assert_close(found.float(), expected[0], rtol=2e-2, atol=2e-2)

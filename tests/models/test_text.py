@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+
 from hard_captions import HARD_CAPTIONS
 from small_bases import random_parts, shrink
-
 from trajectory_consistency.trainer.errors import UserError
 from trajectory_consistency.trainer.models.conditioning import Conditioning
 from trajectory_consistency.trainer.models.unet.families import Family, empty_text_encoder

@@ -88,7 +88,11 @@ def _base(options: argparse.Namespace) -> BaseConfig:
     from ..config.base import BaseConfig
     from ..config.settings import FILE_NAME, load
 
-    given = {key: getattr(options, key) for key in ("vae", "prediction", "zero_snr", "clip_skip", "dtype") if getattr(options, key)}
+    given = {
+        key: getattr(options, key)
+        for key in ("vae", "prediction", "zero_snr", "clip_skip", "dtype")
+        if getattr(options, key)
+    }
     if options.base:
         return BaseConfig(path=options.base, **given)
     config_path = options.file.with_name(FILE_NAME)

@@ -199,7 +199,8 @@ class Model(Protocol):
         """Predict x0 as `x0` does, with guidance scales w [B]; w = 1 is no guidance.
 
         uncond: the empty caption or a negative prompt, B rows or one, which may differ from cond in length. The engine
-        chooses the kind of guidance: classifier-free, u + w (c - u), or w as an input of a guidance-distilled network, without uncond.
+        chooses the kind of guidance: classifier-free, u + w (c - u), or w as an input of a guidance-distilled network,
+        without uncond.
         """
         ...
 
@@ -287,7 +288,7 @@ class Checkpoint(Protocol):
         ...
 
     def load_text_encoder(self, device: torch.device) -> TextEncoder:
-        """Load the text encoders, frozen, to compute in float32, as `load` does. Raises UserError if one is incomplete."""
+        """Load the text encoders, frozen, to compute in float32. Raises UserError if one is incomplete."""
         ...
 
     def load_autoencoder(self, device: torch.device) -> Autoencoder:

@@ -64,9 +64,7 @@ CLIPS: dict[families.Family, tuple[ClipEncoder, ...]] = {
             layer=2,
             normed=False,
         ),
-        ClipEncoder(
-            "text_encoder_2", (f"{_SGM}1.model.",), ldm.open_clip_locations, padding=0, layer=2, normed=False
-        ),
+        ClipEncoder("text_encoder_2", (f"{_SGM}1.model.",), ldm.open_clip_locations, padding=0, layer=2, normed=False),
     ),
 }
 
@@ -110,18 +108,14 @@ class TextEncoder(nn.ModuleList):
 
         Raises UserError if `read_prompt` does.
         """
-        encoded = [
-            self._encode(clip, model, captions) for clip, model in zip(self.clips, self.models(), strict=True)
-        ]
+        encoded = [self._encode(clip, model, captions) for clip, model in zip(self.clips, self.models(), strict=True)]
         return [
             Conditioning.of(context=torch.cat([context for context, _ in each], dim=-1), pooled=each[-1][1])
             for each in zip(*encoded, strict=True)
         ]
 
     @torch.no_grad()
-    def _encode(
-        self, clip: ClipEncoder, model: Any, captions: Sequence[str]
-    ) -> list[tuple[Tensor, Tensor | None]]:
+    def _encode(self, clip: ClipEncoder, model: Any, captions: Sequence[str]) -> list[tuple[Tensor, Tensor | None]]:
         """Return (context [1, 77 n, D], pooled [1, P] of SDXL's second encoder or None) of each caption."""
         prompts = [read_prompt(caption, padding=clip.padding) for caption in captions]
         weighted = any((prompt.weights != 1).any() for prompt in prompts)
