@@ -270,7 +270,7 @@ def test_the_negative_prompt_guides_the_teacher_and_dropped_captions_are_empty(
 
 
 def test_captions_do_not_depend_on_the_networks_dtype_but_on_clip_skip(
-    checkpoint: Path, pictures: Path, tmp_path: Path
+    checkpoint: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = values(checkpoint, tmp_path, folder=str(pictures))
     wanted = [
@@ -281,6 +281,9 @@ def test_captions_do_not_depend_on_the_networks_dtype_but_on_clip_skip(
     for kind, same_at in (("captions", [0, 0, 2]), ("latents", [0, 0, 0]), ("drawn", [0, 1, 2])):
         folders = [paths.rows_folder(kind) for paths in wanted]
         assert [folders.index(folder) for folder in folders] == same_at, kind
+    expected = filled(config.from_mapping(settings))
+    loads = Loads(monkeypatch)
+    assert same(encode.load_or_encode(config.from_mapping(settings), CPU, torch.bfloat16), expected) and not loads.count
 
 
 def test_a_complete_cache_needs_no_encoders_and_a_change_only_what_changed(

@@ -75,6 +75,15 @@ def test_the_teachers_picture_is_guided_and_has_no_adapter(done: Config) -> None
     assert same(shown(done, "teacher", 1, 50), drawn(done, None, 1, 50, 0.0, 3.0))
 
 
+def test_guidance_is_from_the_negative_prompt(tmp_path: Path) -> None:
+    config = previewed(tmp_path)
+    config = replace(config, method=replace(config.method, negative_prompt="(blurry:1.2)"))
+    checkpoint, device = open_checkpoint(config.base), torch.device("cpu")
+    (expected,) = checkpoint.load_text_encoder(device).encode(["(blurry:1.2)"])
+    found = run._preview_prompts(config, checkpoint, device).uncond
+    torch.testing.assert_close(found.tensors["context"], expected.tensors["context"], rtol=1e-4, atol=1e-4)
+
+
 def test_training_is_the_same_to_the_last_bit_without_previews(done: Config, tmp_path: Path) -> None:
     plain = small_config(inputs(tmp_path) | {"method": {"guidance_min": 2.0, "guidance_max": 4.0}}, steps=3)
     one, other = load_file(done.lora_path), load_file(run.run(plain))

@@ -40,6 +40,7 @@ _OPENAI = ClipEncoder(
     ldm.clip_locations,
     padding=END_TOKEN,
 )
+_CHUNKS_PER_CALL = 64  # the states of all layers are in memory
 _SGM = "conditioner.embedders."  # prefix of the text encoders in Stability AI's generative-models
 CLIPS: dict[families.Family, tuple[ClipEncoder, ...]] = {
     "sd15": (_OPENAI,),
@@ -114,24 +115,32 @@ class TextEncoder(nn.ModuleList):
             for each in zip(*encoded, strict=True)
         ]
 
-    @torch.no_grad()
     def _encode(self, clip: ClipEncoder, model: Any, captions: Sequence[str]) -> list[tuple[Tensor, Tensor | None]]:
         """Return (context [1, 77 n, D], pooled [1, P] of SDXL's second encoder or None) of each caption."""
         prompts = [read_prompt(caption, padding=clip.padding) for caption in captions]
         weighted = any((prompt.weights != 1).any() for prompt in prompts)
         rows = [*prompts, read_prompt("", padding=clip.padding)] if weighted else prompts
-        output = model(torch.cat([prompt.ids for prompt in rows]).to(model.device), output_hidden_states=True)
-        states = output.hidden_states[clip.left_out - (self.clip_skip or clip.layer)]
-        if clip.normed:
-            states = getattr(model, "text_model", model).final_layer_norm(states)
-        pooled = output.text_embeds if "text_embeds" in output else None
+        ids = torch.cat([prompt.ids for prompt in rows]).to(model.device)
+        parts = [self._states(clip, model, part) for part in ids.split(_CHUNKS_PER_CALL)]
+        states = torch.cat([part for part, _ in parts])
+        pooled = [part for _, part in parts if part is not None]
+        ends = torch.cat(pooled) if pooled else None
         encoded, first = [], 0
         for prompt in prompts:
             chunks = slice(first, first + len(prompt.ids))
             context = _weight(states[chunks], states[-1], prompt) if weighted else states[chunks]
-            encoded.append((context.flatten(0, 1)[None], None if pooled is None else pooled[first : first + 1]))
+            encoded.append((context.flatten(0, 1)[None], None if ends is None else ends[first : first + 1]))
             first = chunks.stop
         return encoded
+
+    @torch.no_grad()
+    def _states(self, clip: ClipEncoder, model: Any, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return (the states of the layer in use [n, 77, D], pooled [n, P] or None) of n chunks."""
+        output = model(ids, output_hidden_states=True)
+        states = output.hidden_states[clip.left_out - (self.clip_skip or clip.layer)]
+        if clip.normed:
+            states = getattr(model, "text_model", model).final_layer_norm(states)
+        return states, output.text_embeds if "text_embeds" in output else None
 
 
 def _weight(states: Tensor, empty: Tensor, prompt: Prompt) -> Tensor:
