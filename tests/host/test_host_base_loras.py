@@ -15,7 +15,6 @@ from trajectory_consistency.trainer.config.base import BaseConfig, BaseLora
 from trajectory_consistency.trainer.find_comfyui import Host
 from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint
 from trajectory_consistency.trainer.models.unet.ldm import UNET_PREFIX, unet_to_ldm
-from trajectory_consistency.trainer.models.unet.prompt import clip_tokenizer
 
 pytestmark = pytest.mark.host
 

@@ -184,7 +184,7 @@ def main() -> None:
     images, captions = pictures(options.pictures, options.seed)
     if options.start:
         file = SingleFile(options.start)
-        unet, vae, text_encoder = file.unet(torch.float32), file.vae("tiny"), file.text_encoder(torch.float32)[0]
+        unet, vae, text_encoder = file.unet(torch.float32), file.vae("tiny"), file.text_encoder()[0]
     else:
         train_vae(vae, images, steps=options.vae_steps, generator=generator(options.seed, "vae"))
     latents = encode_pictures(vae.eval(), images)
