@@ -419,7 +419,7 @@ def test_data_that_cannot_be_used_is_reported_or_skipped(checkpoint: Path, pictu
 def test_a_prefix_is_before_every_caption_and_each_step_takes_an_order_of_its_tags(
     checkpoint: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    (wide, *others), text_encoder = sorted(pictures.glob("*.txt")), base_of(checkpoint).load_text_encoder(FLOAT, CPU)
+    (wide, *others), text_encoder = sorted(pictures.glob("*.txt")), base_of(checkpoint).load_text_encoder(CPU)
     wide.write_text("one girl, red, green, blue", encoding="utf-8")
     settings = configured(
         checkpoint, tmp_path, folder=str(pictures), caption_prefix="sks ", shuffle_tags=9, keep_tags=1

@@ -222,7 +222,7 @@ def test_a_lora_for_another_base_is_not_merged(tmp_path: Path) -> None:
 
 def with_text(tensors: dict[str, torch.Tensor], base: Path, prefix: str) -> dict[str, torch.Tensor]:
     """The LoRA with one for the text encoder too, in the spelling of kohya or, for "text_encoder.", of PEFT."""
-    (encoder,) = checkpoint_of(base).load_text_encoder(torch.float32, torch.device("cpu")).models()
+    (encoder,) = checkpoint_of(base).load_text_encoder(torch.device("cpu")).models()
     found = dict(tensors)
     generator = torch.Generator().manual_seed(3)
     for path, (out, into) in layer_shapes(encoder).items():
@@ -239,7 +239,7 @@ def checkpoint_of(base: Path, *loras: Path) -> UNetCheckpoint:
 
 
 def captions_encoded(checkpoint: UNetCheckpoint) -> torch.Tensor:
-    encoder = checkpoint.load_text_encoder(torch.float32, torch.device("cpu"))
+    encoder = checkpoint.load_text_encoder(torch.device("cpu"))
     return encoder.encode(["a star"])[0].tensors["context"]
 
 

@@ -156,7 +156,7 @@ def test_a_lora_trains_all_kinds_of_layer_wherever_they_are(family: Family, tmp_
 def test_a_layout_names_each_layer_in_every_format(family: Family, tmp_path: Path) -> None:
     state = to_state(random_parts(family))
     checkpoint = opened(write(tmp_path / "a.safetensors", state))
-    model, encoder = checkpoint.load(FLOAT, CPU), checkpoint.load_text_encoder(FLOAT, CPU)
+    model, encoder = checkpoint.load(FLOAT, CPU), checkpoint.load_text_encoder(CPU)
     parts = {"unet": model.network} | {
         clip.part: each for clip, each in zip(CLIPS[family], encoder.models(), strict=True)
     }
@@ -200,7 +200,7 @@ def test_tensors_that_are_not_used_are_counted(tmp_path: Path, caplog: pytest.Lo
     base = opened(write(tmp_path / "a.safetensors", to_state(random_parts("sd15")) | more))
     with caplog.at_level("INFO"):
         base.load(FLOAT, CPU)
-        base.load_text_encoder(FLOAT, CPU)
+        base.load_text_encoder(CPU)
     assert "a.safetensors: 1 tensors are not part of its sd15 text_encoder, such as cond_stage_model" in caplog.text
     assert "unet" not in caplog.text
 
@@ -275,7 +275,7 @@ def test_plain_floats_of_8_bits_are_read_as_they_are(tmp_path: Path) -> None:
 def test_weights_that_mean_something_else_than_they_say_are_refused(more: dict[str, Tensor], tmp_path: Path) -> None:
     state = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in to_state(random_parts("sd15")).items()}
     with pytest.raises(UserError, match=r'base.engine = "comfyui"'):
-        opened(write(tmp_path / "a.safetensors", state | more)).load_text_encoder(FLOAT, CPU)
+        opened(write(tmp_path / "a.safetensors", state | more)).load_text_encoder(CPU)
 
 
 def test_a_vae_with_scales_is_refused(tmp_path: Path) -> None:
@@ -454,7 +454,7 @@ def test_a_quantised_text_encoder_is_refused(tmp_path: Path) -> None:
     folder = save_folder(random_parts("sdxl"), tmp_path / "folder")
     edit(folder / "text_encoder_2", quantization_config={"load_in_4bit": True, "quant_method": "bitsandbytes"})
     with pytest.raises(UserError, match="text_encoder_2 has quantised weights, as its config.json says"):
-        opened(folder).load_text_encoder(FLOAT, CPU)
+        opened(folder).load_text_encoder(CPU)
 
 
 class MakesFolder:

@@ -43,10 +43,10 @@ class RandomSource:
         with self._device:
             return torch.nn.Module.to(families.empty_unet(self._family), dtype)
 
-    def text_encoder(self, dtype: torch.dtype) -> TextEncoder:
+    def text_encoder(self) -> TextEncoder:
         with self._device:
             models = [families.empty_text_encoder(self._family, clip.part) for clip in CLIPS[self._family]]
-        return TextEncoder(self._family, models).to(dtype)
+        return TextEncoder(self._family, models)
 
     def vae(self, family: families.Family) -> Any:
         with self._device:
