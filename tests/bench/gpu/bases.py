@@ -30,6 +30,9 @@ class RandomSource:
     def family(self) -> families.Family:
         return self._family
 
+    def distillation(self) -> str:
+        return ""
+
     def prediction(self) -> tuple[str, str]:
         return "eps", "random"
 
