@@ -150,7 +150,7 @@ def test_what_is_installed_trains_the_embedded_model_by_a_recipe(installed: Inst
         *("base.path=tiny", "data.folder=pictures", "data.resolution=64", "output.folder=run", "adapter.rank=4"),
         *("training.steps=1", "training.batch=2", "training.accumulate=1", "preview.prompts=[]"),
     )
-    installed.run("tcd-train", "run", "sd15-12gb", *settings)
+    installed.run("tcd-train", "run", "sd15", *settings)
     made = installed.work / "run"
     with safe_open(made / "tcd-lora.safetensors", framework="pt") as file:
         metadata = file.metadata()

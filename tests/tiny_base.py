@@ -36,6 +36,7 @@ def write_inputs(folder: Path, pictures: int = 6) -> dict[str, dict[str, object]
     return {
         "base": {"path": str(write_base(folder / "base.safetensors"))},
         "data": {"folder": str(folder / "data"), "resolution": 64, "cache": str(folder / "cache")},
+        "method": dict(PLAIN),
         "adapter": {"rank": 4, "alpha": 2.0},
         "training": {"steps": 2, "batch": 3, "lr": 1e-3},
         "output": {"folder": str(folder / "out")},
@@ -99,9 +100,21 @@ def context(tensor: torch.Tensor) -> Conditioning:
     return Conditioning.of(context=tensor)
 
 
+PLAIN: dict[str, object] = {
+    "target_time": False,
+    "weighting": "none",
+    "diagonal": 0.0,
+    "to_clean": 0.0,
+    "ema_decay": 0.0,
+    "huber_c": 0.001,
+}
+"""TCD without any addition, for tests that add one at a time; the default is the recommended method."""
+
+
 def small_config(values: dict[str, dict[str, object]], **training: object) -> config.Config:
-    """A validated configuration of `values` with some of the training settings changed."""
-    return config.from_mapping({**values, "training": {**values["training"], **training}})
+    """A validated configuration of `values` with some of the training settings changed; its method begins as PLAIN."""
+    method = {**PLAIN, **values.get("method", {})}
+    return config.from_mapping({**values, "method": method, "training": {**values["training"], **training}})
 
 
 def join_captions(captions: Sequence[Conditioning], framing: Framing) -> Conditioning:

@@ -162,7 +162,7 @@ def of_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = ["data.resolution=64", "training.steps=3", "training.batch=2", "training.accumulate=1", "training.lr=1e-2"]
     small += ["training.warmup_steps=0", "preview.prompts=[]", "training.device=cpu"]
     given = [f"base.path={values['base']['path']}", f"data.folder={folder / 'data'}"]
-    recipe = recipes.find(Path("sd15-12gb"))
+    recipe = recipes.find(Path("sd15"))
     return run.run(settings.load(recipe, [*given, f"output.folder={folder}", *small]))
 
 

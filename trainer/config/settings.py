@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...tcd import TargetInput
-from ...tcd.lora_metadata import DEFAULT_CFG, DEFAULT_ETA, DEFAULT_STEPS
+from ...tcd.lora_metadata import DEFAULT_CFG, DEFAULT_STEPS
 from ...tcd.objective import DistanceName, Weighting
 from ...tcd.times import Law
 from ..errors import UserError
@@ -123,9 +123,10 @@ class MethodConfig:
     phases: tuple[int, ...] = (8, 4, 2, 1)
     """For the laws `segment` and `phase`: number of parts that the clock is divided into. If there are several numbers,
     each is used for an equal share of the training steps. For PCM, give one number: the number of sampling steps."""
-    diagonal: float = _number(0.0, 0.0, 1.0)
-    """Share of each batch with s = t_next, where the target is the teacher's step. It keeps short jumps right."""
-    to_clean: float = _number(0.0, 0.0, 1.0)
+    diagonal: float = _number(0.5, 0.0, 1.0)
+    """Share of each batch with s = t_next, where the target is the teacher's step. It keeps short jumps right: without
+    it, pictures get a little worse with each doubling of the sampling steps. Only for a law that draws s."""
+    to_clean: float = _number(0.15, 0.0, 1.0)
     """Share of each batch with s = 0, in half of it from the highest t. It keeps a single sampling step right. `law`
     draws s for the rest."""
     order: Literal[1, 2] = 1
@@ -144,15 +145,15 @@ class MethodConfig:
     distance: DistanceName = "huber"
     """Distance between prediction and target. `huber` is pseudo-Huber of each element, `huber_sample` pseudo-Huber of
     each picture's root mean square, `l2` the mean square."""
-    huber_c: float = _number(0.001, 1e-6)
+    huber_c: float = _number(0.03, 1e-6)
     """c of the pseudo-Huber distances: errors well above c count linearly, errors well below c quadratically."""
-    weighting: Weighting = "none"
+    weighting: Weighting = "x0"
     """Weight of a picture's distance. `gap` divides it by the jump's length in solver steps, `x0` by the coefficient of
     x0 in the jump."""
-    ema_decay: float = _number(0.0, 0.0, 0.9999)
+    ema_decay: float = _number(0.95, 0.0, 0.9999)
     """Decay of the exponential moving average of the adapter that computes the target. With 0, the student itself
     computes it."""
-    target_time: bool = False
+    target_time: bool = True
     """The network also gets the target time (TCF(S+)), through an embedding that is trained together with the LoRA."""
     target_input: TargetInput = "s"
     """With `target_time`: the quantity that is embedded, the target time s or the jump's length t - s."""
@@ -184,7 +185,7 @@ class AdapterConfig:
 class TrainingConfig:
     """The optimizer, and how a step is computed."""
 
-    steps: int = _number(1000, 1)
+    steps: int = _number(3000, 1)
     """Number of updates of the weights."""
     batch: int = _number(8, 1)
     """Number of pictures in a step, over all processes and accumulated parts."""
@@ -230,8 +231,9 @@ class OutputConfig:
     """Dtype of the tensors in the file."""
     steps: int = _number(DEFAULT_STEPS, 1, 50)
     """Recommended number of sampling steps, written into the file's metadata, which the nodes read."""
-    eta: float = _number(DEFAULT_ETA, 0.0, 1.0)
-    """Recommended eta, the paper's gamma: with 0 sampling adds no noise between steps, with 1 as much as LCM."""
+    eta: float = _number(0.0, 0.0, 1.0)
+    """Recommended eta, the paper's gamma: with 0 sampling adds no noise between steps, with 1 as much as LCM. Without
+    `method.target_time`, 0.3 is better."""
     cfg: float = _number(DEFAULT_CFG, 0.0)
     """Recommended guidance scale; 1 means no guidance."""
 
@@ -248,7 +250,7 @@ class PreviewConfig:
     """Seeds; each prompt is drawn once for each seed."""
     steps: tuple[int, ...] = _number((1, 2, 4, 8), 1, 50)
     """Numbers of sampling steps; each prompt and seed is drawn with each of them."""
-    eta: float = _number(DEFAULT_ETA, 0.0, 1.0)
+    eta: float = _number(0.0, 0.0, 1.0)
     """Eta of the student's sampler; the teacher's sampler adds no noise."""
     cfg: float = _number(DEFAULT_CFG, 0.0)
     """Guidance scale of the student. The teacher's pictures take 50 steps, with the mean of
