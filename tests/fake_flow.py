@@ -19,6 +19,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint as recompute
 
 import oracles
+from tiny_base import PLAIN
 from trajectory_consistency.tcd import (
     Adapter,
     AdapterWeights,
@@ -323,7 +324,7 @@ def flow_inputs(folder: Path, pictures: int = 6) -> dict[str, dict[str, Any]]:
     return {
         "base": {"path": str(write_flow_base(folder / "base.flow"))},
         "data": {"folder": str(folder / "data"), "resolution": 64, "cache": str(folder / "cache")},
-        "method": {"target_time": True},
+        "method": {**PLAIN, "target_time": True},
         "adapter": {"rank": 4, "alpha": 4.0},
         "training": {"steps": 4, "batch": 4, "lr": 1e-2, "device": "cpu"},
         "output": {"folder": str(folder / "out")},

@@ -70,7 +70,7 @@ def test_a_section_that_is_no_section() -> None:
 @pytest.mark.parametrize("phases", [[], [0], [4, 51]])
 def test_phases_must_be_steps_of_a_sampler_where_the_law_has_them(phases: list[int]) -> None:
     with pytest.raises(UserError, match=r"use numbers from 1 to method\.origin_steps, 50, such as \[8, 4, 2, 1\]"):
-        config.from_mapping({**RIGHT, "method": {"law": "phase", "phases": phases}})
+        config.from_mapping({**RIGHT, "method": {"law": "phase", "phases": phases, "diagonal": 0.0, "to_clean": 0.0}})
     config.from_mapping({**RIGHT, "method": {"law": "uniform", "phases": phases}})
 
 

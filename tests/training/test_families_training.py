@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from small_bases import random_parts, shrink, to_state, write
-from tiny_base import context, model_of, random_dataset, small_config, with_adapter, write_inputs
+from tiny_base import PLAIN, context, model_of, random_dataset, small_config, with_adapter, write_inputs
 from trajectory_consistency.tcd import (
     DiscreteSchedule,
     Level,
@@ -56,6 +56,7 @@ def configured(family: Family, folder: Path, **base: str) -> Config:
     values: dict[str, dict[str, Any]] = {
         "base": {"path": str(path), **base},
         "data": {"folder": str(folder / "data"), "resolution": 64, "bucket_step": 16},
+        "method": dict(PLAIN),
         "adapter": {"rank": 2, "alpha": 2.0},
         "training": {"steps": 2, "batch": 2, "lr": 1e-3},
         "output": {"folder": str(folder / "out")},
@@ -152,7 +153,7 @@ def test_every_method_trains_where_no_signal_is_left(
     parameters = list(with_adapter(net, alpha=2.0).parameters())
     real = distill_examples.sample_times
     for law, (order, weighting) in product(get_args(Law), ((1, "x0"), (2, "gap"))):
-        values["method"] = {"law": law, "order": order, "weighting": weighting, "phases": [2]}
+        values["method"] = {**PLAIN, "law": law, "order": order, "weighting": weighting, "phases": [2]}
         config = small_config(values)
 
         def from_the_end(*arguments: Any, **options: Any) -> Any:

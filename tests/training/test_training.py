@@ -311,7 +311,7 @@ def test_a_run_writes_the_file_its_metadata_and_its_configuration(values: dict[s
         "ss_network_alpha": "2.0",
         "tcd.law": "uniform",
         "tcd.steps": "4",
-        "tcd.eta": "0.3",
+        "tcd.eta": "0.0",
         "tcd.cfg": "1.0",
         "tcd.grid": "50",
         "tcd.skip": "20",
