@@ -13,7 +13,7 @@ import comfy.sd1_clip
 import torch
 from comfy.supported_models_base import ClipTarget
 from families import Family
-from small_text import SmallText
+from lent_models.small_text import SmallText
 from torch import Tensor, nn
 from torch.nn import functional
 

@@ -19,8 +19,7 @@ from trajectory_consistency.tcd.adapter import STUDENT, layer_shapes
 from trajectory_consistency.tcd.times import Points
 from trajectory_consistency.tcd.trajectory import add_noise
 
-SMALL = [name for name, family in FAMILIES.items() if not family.is_large]
-each_family = pytest.mark.parametrize("name", SMALL)
+each_family = pytest.mark.parametrize("name", list(FAMILIES))
 
 
 def load(name: str, folder: Path, **options: Any) -> Any:
