@@ -20,7 +20,7 @@ def write_quantized(source: Path, target: Path, kind: str, prefix: str = "") -> 
     """
     state: dict[str, Tensor] = {}
     for key, value in load_file(source).items():
-        if key.endswith(".weight") and value.ndim == 2 and "block" in key:
+        if key.endswith(".weight") and value.ndim == 2 and ("block" in key or "layers." in key):
             state |= {f"{key.removesuffix('weight')}{part}": each for part, each in QUANTIZE[kind](value).items()}
         else:
             state[key] = value.bfloat16()

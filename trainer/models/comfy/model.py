@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from ..conditioning import Conditioning
 from ..seam import LatentFormat
 from .conditioning import to_conditionings
 from .layers import chosen_layers, kind_of
+from .read_as_one import ReadAsOne
+from .recognize import META
 
 
 class HostModel:
@@ -63,7 +66,8 @@ class HostModel:
         Raises ValueError if the adapter in use has a target-time embedding and s is None.
         """
         self._host.one_by_one = is_sharded(self.network)
-        return self._host.x0(x_t, t, to_conditionings(cond), s)
+        with self._reading_numbers():
+            return self._host.x0(x_t, t, to_conditionings(cond), s)
 
     def guided_x0(
         self,
@@ -76,7 +80,8 @@ class HostModel:
     ) -> Tensor:
         """Predict x0 with guidance scales w [B]: as an input of the network if it has one, otherwise u + w (c - u)."""
         self._host.one_by_one = is_sharded(self.network)
-        return self._host.guided_x0(x_t, t, to_conditionings(cond), to_conditionings(uncond), guidance, s)
+        with self._reading_numbers():
+            return self._host.guided_x0(x_t, t, to_conditionings(cond), to_conditionings(uncond), guidance, s)
 
     def layers(self, targets: Sequence[str]) -> list[str]:
         """Return the paths of the layers that get a LoRA; raises UserError for unknown targets."""
@@ -130,3 +135,7 @@ class HostModel:
 
     def enable_gradient_checkpointing(self) -> None:
         """Change nothing: activations are always recomputed in the backward pass."""
+
+    def _reading_numbers(self) -> AbstractContextManager[object]:
+        """On the meta device, let the host read numbers, as it does to see whether a caption's mask is all ones."""
+        return ReadAsOne() if self.device == META else nullcontext()

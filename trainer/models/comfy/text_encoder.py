@@ -8,11 +8,11 @@ from unittest import mock
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...errors import UserError
 from ..conditioning import Conditioning
 from .conditioning import to_row
+from .read_as_one import ReadAsOne
 from .recognize import META
 
 
@@ -62,7 +62,7 @@ class HostTextEncoder:
         network = self.clip.cond_stage_model
         network.reset_clip_options()
         network.set_clip_options({"execution_device": META})
-        with mock.patch.object(comfy.model_management, "intermediate_device", lambda: META), _ReadAsOne():
+        with mock.patch.object(comfy.model_management, "intermediate_device", lambda: META), ReadAsOne():
             context, pooled, *more = network.encode_token_weights(tokens)
         return [[context, {"pooled_output": pooled, **(more[0] if more else {})}]]
 
@@ -73,12 +73,3 @@ class HostTextEncoder:
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield all weights."""
         yield from self.clip.cond_stage_model.parameters()
-
-
-class _ReadAsOne(TorchDispatchMode):
-    """Within the block, numbers that are read from the meta device are 1, such as whether a mask is all ones."""
-
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        if function is torch.ops.aten._local_scalar_dense.default and arguments[0].is_meta:
-            return 1
-        return function(*arguments, **(options or {}))
