@@ -27,8 +27,11 @@ CPU = torch.device("cpu")
 
 
 def base_of(name: str, folder: Path) -> BaseConfig:
-    path = str(written(name, folder))
-    return BaseConfig(path=path, engine="comfyui") if FAMILIES[name].prefix else BaseConfig(model=path)
+    return base_at(name, written(name, folder))
+
+
+def base_at(name: str, path: Path) -> BaseConfig:
+    return BaseConfig(**FAMILIES[name].base(path))
 
 
 @each_family

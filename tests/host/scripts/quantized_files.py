@@ -29,6 +29,12 @@ def write_quantized(source: Path, target: Path, kind: str, prefix: str = "") -> 
     save_file(state, target)
 
 
+def write_float8(source: Path, target: Path) -> None:
+    """Write a network's file with all weights of layers cast to float8, and the other tensors to bfloat16."""
+    state = load_file(source)
+    save_file({key: value.to(FLOAT8 if value.ndim > 1 else torch.bfloat16) for key, value in state.items()}, target)
+
+
 def _scaled_float8(weight: Tensor) -> dict[str, Tensor]:
     scale = weight.abs().max() / 448
     return {"weight": (weight / scale).to(FLOAT8), "scale_weight": scale}

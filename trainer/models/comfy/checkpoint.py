@@ -65,7 +65,7 @@ class HostCheckpoint:
         self.name = self.path.stem
         self._text_encoders = [find_model("text_encoders", name, "base.text_encoders") for name in base.text_encoders]
         self._vae = find_model("vae", base.vae, "base.vae") if base.vae else None
-        self._config, model, self._is_quantised, self._in_file = recognize(self.path)
+        self._config, model, self._is_quantised, self._float8, self._in_file = recognize(self.path)
         self._time_layer = check_trainable(self._config, model, self.path)
         self.guidance = default_guidance(model)
         self._loras = HostLoras(base.loras)
@@ -255,8 +255,8 @@ class HostCheckpoint:
             model = recognize(self.path, dtype).model
             return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device)
         options: dict[str, Any] = {"load_device": device, "offload_device": device}
-        if not self._is_quantised:
-            options["dtype"] = dtype
+        if self._float8 or not self._is_quantised:  # unless it is told, the host chooses by the memory that is free
+            options["dtype"] = self._float8 or dtype
         if self._is_checkpoint:
             return comfy.sd.load_checkpoint_guess_config(
                 str(self.path), output_vae=False, output_clip=False, model_options=options, disable_dynamic=True
