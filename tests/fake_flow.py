@@ -169,6 +169,9 @@ class FlowModel:
     def unloaded_keys(self, tensors: Mapping[str, Tensor]) -> list[str]:
         return []
 
+    def x0_as_loaded(self, path: Path, x_t: Tensor, t: TimePoint, cond: Conditioning, s: TimePoint) -> None:
+        """Return None: there is no program that loads its files."""
+
     def blocks(self) -> list[nn.Module]:
         return list(self.network.blocks)
 

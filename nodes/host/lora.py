@@ -39,6 +39,22 @@ def apply_lora(model: Any, lora: LoraFile, strength: float, *, allow_partial: bo
     """
     if strength == 0:
         return model
+    patched = with_lora(model, lora, strength, allow_partial=allow_partial)
+    differences = lora.differences(model_name(model), model_shift(model.get_model_object("model_sampling")))
+    if differences:
+        _log.warning("%s is for another base: %s", lora.name, "; ".join(differences))
+    if BASE_LORAS_KEY in lora.metadata:
+        _log.info("%s was trained on a base with LoRAs, load them too: %s", lora.name, lora.metadata[BASE_LORAS_KEY])
+    return patched
+
+
+def with_lora(
+    model: Any, lora: LoraFile, strength: float, *, allow_partial: bool = False, all_beside: bool = False
+) -> Any:
+    """Return a clone of the model with the LoRA applied as by `apply_lora`, which also says whether the base differs.
+
+    all_beside: add the LoRA beside all weights, so that none is copied and changed.
+    """
     weights = dict(model.model.named_parameters(remove_duplicate=False))
     targets = _patch_targets(model, weights)
     shapes = {name: target.shape for name, target in targets.items()}
@@ -46,7 +62,6 @@ def apply_lora(model: Any, lora: LoraFile, strength: float, *, allow_partial: bo
     _check_coverage(fit, lora, model_name(model), allow_partial)
     keys = {module: targets[module].key for module in fit.matched}
     _check_no_duplicates(keys.items(), lora)
-    differences = lora.differences(model_name(model), model_shift(model.get_model_object("model_sampling")))
     time_layer = None
     if lora.target_time_shape:
         time_layer = check_target_time(model, lora.name, lora.target_time_shape, lora.target_time_module)
@@ -56,12 +71,9 @@ def apply_lora(model: Any, lora: LoraFile, strength: float, *, allow_partial: bo
     except ValueError as error:
         raise ValueError(f"{lora.name} was not applied: {error}") from None
     tensors = {name: tensor for name, tensor in tensors.items() if name.split(".")[0] in keys}
-    if differences:
-        _log.warning("%s is for another base: %s", lora.name, "; ".join(differences))
-    if BASE_LORAS_KEY in lora.metadata:
-        _log.info("%s was trained on a base with LoRAs, load them too: %s", lora.name, lora.metadata[BASE_LORAS_KEY])
     patched = model.clone()
-    patches = add_beside(patched, lora.name, comfy.lora.load_lora(tensors, keys), weights, strength)
+    loaded = comfy.lora.load_lora(tensors, keys)
+    patches = add_beside(patched, lora.name, loaded, weights, strength, everywhere=all_beside)
     patched.add_patches(patches, strength)
     if time_layer is not None and lora.target_input:
         target_time = TargetTime.from_state_dict(embedding, lora.target_input)

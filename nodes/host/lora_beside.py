@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import comfy.model_management
 import torch
 from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
@@ -39,9 +40,15 @@ def is_quantized(weight: Tensor) -> bool:
 
 
 def add_beside(
-    model: Any, file: str, patches: Mapping[Any, Any], weights: Mapping[str, Tensor], strength: float
+    model: Any,
+    file: str,
+    patches: Mapping[Any, Any],
+    weights: Mapping[str, Tensor],
+    strength: float,
+    *,
+    everywhere: bool = False,
 ) -> dict[Any, Any]:
-    """Add the LoRA of quantised weights beside them, and return the other patches.
+    """Add the LoRA of quantised weights, or everywhere that of all weights, beside them, and return the other patches.
 
     model: a clone, changed in place. file: the LoRA's name. patches: by the patcher's key, as the host's load_lora
     returns them. weights: the model's, by name. A LoRA that depends on the weight (DoRA), or whose layer the host may
@@ -53,7 +60,7 @@ def add_beside(
     for key, patch in patches.items():
         name, *more = (key,) if isinstance(key, str) else key
         path = name.removeprefix(f"{NETWORK}.").removesuffix(".weight")
-        if not is_quantized(weights[name]):
+        if not (everywhere or is_quantized(weights[name])):
             left[key] = patch
         elif not (_is_plain(patch) and _can_stand_beside(getattr(model.model, NETWORK).get_submodule(path), more)):
             left[key] = patch
@@ -89,9 +96,11 @@ def _can_stand_beside(layer: Any, more: list[Any]) -> bool:
 def _may_be_read_directly(layer: Any) -> bool:
     """Return whether the host may compute with the weight without calling the layer.
 
-    comfy.ops.linear_input_act does so with 8-bit integers, for an MLP's second Linear in Wan, LTX and others.
+    comfy.ops.linear_input_act does so with 8-bit integers, for an MLP's second Linear in Wan, LTX and others, but not
+    while a model is trained.
     """
-    return getattr(layer.weight, "_layout_cls", None) == "TensorWiseINT8Layout"
+    in_training = getattr(comfy.model_management, "in_training", False)
+    return not in_training and getattr(layer.weight, "_layout_cls", None) == "TensorWiseINT8Layout"
 
 
 class _LoraTerm:

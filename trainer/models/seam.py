@@ -239,6 +239,13 @@ class Model(Protocol):
         """Return the modules of a LoRA file, by lora_key, that the program for which it is written would not load."""
         ...
 
+    def x0_as_loaded(self, path: Path, x_t: Tensor, t: TimePoint, cond: Conditioning, s: TimePoint) -> Tensor | None:
+        """Predict x0 of one row as the program does for which a LoRA file is written, when it has loaded the file.
+
+        None if the engine does not have that program. Raises ValueError if the program would not load the file.
+        """
+        ...
+
     def blocks(self) -> list[nn.Module]:
         """Return the repeated blocks of the network: FSDP gathers the weights of one at a time."""
         ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -126,6 +127,13 @@ class HostModel:
         loaded = comfy.lora.load_lora(dict(tensors), keys, log_missing=False)
         modules = [name.removesuffix(f".{UP}") for name in tensors if name.endswith(f".{UP}")]
         return [module for module in modules if keys.get(module) not in loaded]
+
+    def x0_as_loaded(self, path: Path, x_t: Tensor, t: TimePoint, cond: Conditioning, s: TimePoint) -> Tensor:
+        """Predict x0 of one row with a LoRA file as TCDLoraLoader applies it. Raises ValueError if it does not fit."""
+        from ....nodes.host.lora_files import read_lora_at
+
+        (conditioning,) = to_conditionings(cond)
+        return self._host.x0_as_loaded(read_lora_at(path), x_t, t, conditioning, s)
 
     def blocks(self) -> list[nn.Module]:
         """Return the members of the outermost lists of modules, where a network repeats itself."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -114,6 +115,9 @@ class UNetModel:
     def unloaded_keys(self, tensors: Mapping[str, Tensor]) -> list[str]:
         """Return none: the names are in the tables of kohya's format, which tests compare with ComfyUI's."""
         return []
+
+    def x0_as_loaded(self, path: Path, x_t: Tensor, t: TimePoint, cond: Conditioning, s: TimePoint) -> None:
+        """Return None: ComfyUI is not here."""
 
     def blocks(self) -> list[nn.Module]:
         """Return the transformer and the residual blocks."""
