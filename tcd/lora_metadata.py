@@ -23,7 +23,9 @@ HOST_FAMILIES = {"sd15": "SD15", "sd2": "SD20", "sdxl": "SDXL"}
 SHIFT_KEY = "tcd.shift"
 """The shift of the base's noise schedule, if it has one."""
 BASE_FINGERPRINT_KEY = "tcd.base_fingerprint"
-"""A hash of the base's file."""
+"""A hash of the base's file (fingerprint.py)."""
+BASE_NAME_KEY = "ss_sd_model_name"
+"""The name of the base's file, by kohya's key, which other tools read too."""
 
 DEFAULT_STEPS = 4
 DEFAULT_ETA = 0.3

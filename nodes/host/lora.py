@@ -8,11 +8,11 @@ import comfy.lora
 from torch import Tensor
 
 from ...tcd import Coverage, TargetTime, coverage, kohya_name, split_target_time, to_kohya
-from ...tcd.lora_metadata import BASE_LORAS_KEY
+from ...tcd.lora_metadata import BASE_FINGERPRINT_KEY, BASE_LORAS_KEY, BASE_NAME_KEY
 from ..lora_file import LoraFile
 from .lora_beside import add_beside
 from .lora_files import read_tensors
-from .model_name import model_name, model_shift
+from .model_name import file_fingerprint, model_file, model_name, model_shift
 from .target_time import check_target_time, install_target_time
 
 _log = logging.getLogger("trajectory-consistency")
@@ -43,6 +43,8 @@ def apply_lora(model: Any, lora: LoraFile, strength: float, *, allow_partial: bo
     differences = lora.differences(model_name(model), model_shift(model.get_model_object("model_sampling")))
     if differences:
         _log.warning("%s is for another base: %s", lora.name, "; ".join(differences))
+    elif other := _other_file(model, lora):
+        _log.warning("%s %s", lora.name, other)
     if BASE_LORAS_KEY in lora.metadata:
         _log.info("%s was trained on a base with LoRAs, load them too: %s", lora.name, lora.metadata[BASE_LORAS_KEY])
     return patched
@@ -79,6 +81,18 @@ def with_lora(
         target_time = TargetTime.from_state_dict(embedding, lora.target_input)
         install_target_time(patched, lora.name, time_layer, target_time, strength)
     return patched
+
+
+def _other_file(model: Any, lora: LoraFile) -> str:
+    """Return a message if the LoRA was trained on another file than the model's; what is not known is not compared."""
+    file, trained_on = model_file(model), lora.metadata.get(BASE_FINGERPRINT_KEY)
+    if file is None or trained_on is None or file_fingerprint(file) == trained_on:
+        return ""
+    name = lora.metadata.get(BASE_NAME_KEY, "a base")
+    return (
+        f"was trained on {name}, and the model is from a file with other content, {file.name}: if that is not the same "
+        "model in another format or precision, the result may be worse"
+    )
 
 
 def _patch_targets(model: Any, weights: Mapping[str, Tensor]) -> dict[str, _PatchTarget]:

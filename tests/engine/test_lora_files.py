@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,28 @@ def test_a_model_with_another_shift_is_warned_of(
         host.apply_lora(patcher, host.read_lora("fast.safetensors"), 1.0)
     (warning,) = [each for each in caplog.messages if "another base" in each]
     assert "trained with shift 3, and the model has 5" in warning
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_a_model_from_another_file_is_warned_of(
+    name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, renamed, tuned = written(name, folder), tmp_path / "renamed.safetensors", tmp_path / "tuned.safetensors"
+    model, metadata = trained(name, base)
+    shutil.copy(base, renamed)
+    FAMILIES[name].write(tuned, seed=1)
+    (tmp_path / "loras").mkdir()
+    save_file(file_tensors(model, model.adapter.weights[STUDENT]), tmp_path / "loras/fast.safetensors", metadata)
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path / "loras")], {".safetensors"}))
+    said = []
+    for path in (base, renamed, tuned):
+        caplog.clear()
+        host.apply_lora(FAMILIES[name].load(path), host.read_lora("fast.safetensors"), 1.0)
+        said.append([each for each in caplog.messages if "fast.safetensors" in each])
+    assert said[:2] == [[], []]
+    (message,) = said[2]
+    expected = f"was trained on {name}.safetensors, and the model is from a file with other content, tuned.safetensors"
+    assert expected in message
 
 
 def test_loras_on_the_base_are_named_where_the_file_is_loaded(

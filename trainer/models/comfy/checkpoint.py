@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from ....tcd import Schedule
+from ....tcd.fingerprint import combined
 from ....tcd.lora_metadata import (
     BASE_FINGERPRINT_KEY,
+    BASE_NAME_KEY,
     FAMILY_KEY,
     HOST_FAMILIES,
     SHIFT_KEY,
@@ -23,7 +25,7 @@ from ...safetensors_file import SafetensorsFile
 from ..base_loras import fingerprints_with, lora_note
 from ..conditioning import Conditioning
 from ..distilled import distilled_note
-from ..fingerprint import combined, fingerprint
+from ..fingerprint import fingerprint
 from ..framing import Framing
 from ..seam import Fingerprints
 from .autoencoder import HostAutoencoder, latents_of
@@ -222,6 +224,7 @@ class HostCheckpoint:
             "modelspec.implementation": "comfyui",
             FAMILY_KEY: self.host_family,
             BASE_FINGERPRINT_KEY: fingerprint(self.path),
+            BASE_NAME_KEY: self.path.name,
             TARGET_TIME_MODULE_KEY: self._time_layer,
             **({} if self._shift is None else {SHIFT_KEY: f"{self._shift:g}"}),
         }

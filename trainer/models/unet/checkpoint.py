@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from ....tcd import DiscreteSchedule, Prediction, scaled_linear_alpha_bar, zero_terminal_snr
-from ....tcd.lora_metadata import BASE_FINGERPRINT_KEY, FAMILY_KEY, HOST_FAMILIES
+from ....tcd.lora_metadata import BASE_FINGERPRINT_KEY, BASE_NAME_KEY, FAMILY_KEY, HOST_FAMILIES
 from ...config.base import BaseConfig
 from ...errors import UserError
 from .. import TINY_NAME
@@ -158,7 +158,7 @@ class UNetCheckpoint:
         if self.family in HOST_FAMILIES:  # the embedded tiny model is none of ComfyUI's
             metadata[FAMILY_KEY] = HOST_FAMILIES[self.family]
         if self.path.is_file():
-            metadata["ss_sd_model_name"] = self.path.name
+            metadata[BASE_NAME_KEY] = self.path.name
             metadata["ss_sd_model_hash"] = _short_hash(self.path)
         return metadata
 
