@@ -16,6 +16,8 @@ BASE_LORAS_KEY = "tcd.base_loras"
 
 A file without this key was trained on the base alone."""
 STRENGTH_KEY = "tcd.strength"
+RESOLUTION_KEY = "tcd.resolution"
+"""The side, in pixels, of a square with the area of the pictures in training."""
 FAMILY_KEY = "tcd.family"
 """ComfyUI's name of the architecture that the file was trained on, such as Flux."""
 HOST_FAMILIES = {"sd15": "SD15", "sd2": "SD20", "sdxl": "SDXL"}

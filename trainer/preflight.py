@@ -157,7 +157,13 @@ def _check_settings(config: Config, processes: Processes) -> Checkpoint:
             "guidance scale as an input, without a negative prompt: leave it out"
         )
     _check_weighting(config, checkpoint)
-    initial_weights(checkpoint.load(torch.float32, torch.device("meta")), config)  # raises if adapter.* is invalid
+    model = checkpoint.load(torch.float32, torch.device("meta"))
+    if config.training.compile and model.always_recomputes:
+        raise UserError(
+            "training.compile is set, but the engine comfyui recomputes activations in a way that torch.compile cannot "
+            "follow: set training.compile=false"
+        )
+    initial_weights(model, config)  # raises if adapter.* is invalid
     return checkpoint
 
 

@@ -315,6 +315,7 @@ def test_a_run_writes_the_file_its_metadata_and_its_configuration(values: dict[s
         "tcd.cfg": "1.0",
         "tcd.grid": "50",
         "tcd.skip": "20",
+        "tcd.resolution": "64",
         "modelspec.prediction_type": "epsilon",
     }
     assert expected.items() <= metadata.items()

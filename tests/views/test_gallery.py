@@ -52,6 +52,15 @@ def test_a_run_s_lora_needs_no_more_than_a_prompt(
     assert not same(picture, by_hand(done, PROMPTS[0], 0, steps=2, eta=0.0, cfg=1.0, side=64))
 
 
+def test_the_size_is_that_of_the_training(done: Config, tmp_path: Path) -> None:
+    lora = tmp_path / "larger.safetensors"
+    save_file(load_file(done.lora_path), lora, metadata={"tcd.resolution": "80"})
+    arguments = ["sample", str(lora), "--base", done.base.path, "--prompt", "x", "--steps", "1", "--height", "64"]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    (name,) = picture_names(["x"], [0])
+    assert load_picture(tmp_path / "out" / f"{name}-steps-1.png").shape == (3, 64, 80)
+
+
 def test_all_that_can_be_said_is_heeded(done: Config, tmp_path: Path) -> None:
     lora = tmp_path / "elsewhere.safetensors"
     save_file(load_file(done.lora_path), lora)  # without metadata, and with no configuration beside it
@@ -110,6 +119,10 @@ def test_files_that_cannot_be_used_are_said(done: Config, tmp_path: Path, capsys
     save_file(tensors, tmp_path / "wrong.safetensors", metadata={"tcd.steps": "few"})
     assert "tcd.steps in the metadata is 'few', but must be a whole number: give --steps" in refused(
         "wrong.safetensors", *base
+    )
+    save_file(tensors, tmp_path / "wrong.safetensors", metadata={"tcd.resolution": "large"})
+    assert "tcd.resolution in the metadata is 'large', but must be a whole number: give --width and --height" in (
+        refused("wrong.safetensors", *base)
     )
 
 

@@ -196,7 +196,7 @@ class TrainingConfig:
     """Recompute most activations in the backward pass instead of keeping them: less memory, more time. The engine
     `comfyui` always does."""
     compile: bool = field(default=False, metadata=MAY_CHANGE)
-    """Run the network through `torch.compile`, which takes minutes at the start."""
+    """Run the network through `torch.compile`, which takes minutes at the start. Not with the engine `comfyui`."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """`adamw8bit` keeps Adam's moments in 8 bits, in a quarter of the memory; it needs bitsandbytes."""
     lr: float = _number(1e-4, 0.0)

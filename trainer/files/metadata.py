@@ -8,7 +8,15 @@ import tomllib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from ...tcd.lora_metadata import BASE_LORAS_KEY, CFG_KEY, ETA_KEY, STEPS_KEY, STRENGTH_KEY, TARGET_TIME_KEY
+from ...tcd.lora_metadata import (
+    BASE_LORAS_KEY,
+    CFG_KEY,
+    ETA_KEY,
+    RESOLUTION_KEY,
+    STEPS_KEY,
+    STRENGTH_KEY,
+    TARGET_TIME_KEY,
+)
 from ..config.settings import Config
 from ..models.seam import Checkpoint
 
@@ -45,6 +53,7 @@ def lora_metadata(config: Config, checkpoint: Checkpoint) -> dict[str, str]:
         ETA_KEY: str(output.eta),
         CFG_KEY: str(output.cfg),
         STRENGTH_KEY: "1.0",
+        RESOLUTION_KEY: str(config.data.resolution),
         CONFIG_DIGEST_KEY: config_digest(config),
     }
 

@@ -29,7 +29,7 @@ _CELL_PX = 512  # longer side of a picture in the grid; smaller pictures are enl
 def draw_gallery(lora: Path, base: BaseConfig, settings: PreviewConfig, folder: Path, device: torch.device) -> Path:
     """Draw every prompt with every seed and every number of steps into `folder`; return the path of the grid.
 
-    A width or height of 0 in `settings` means the resolution that the base was trained at.
+    A width or height of 0 in `settings` means the usual resolution of the base.
 
     Raises UserError if the LoRA does not fit the base, there is no prompt, a size is no multiple of the base's latent
     stride, the base takes no cfg, or a picture exists already.
