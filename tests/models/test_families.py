@@ -298,6 +298,8 @@ def test_a_vae_of_its_own_takes_the_place_of_the_models(family: Family, tmp_path
     bare = {name.removeprefix(ldm.VAE_PREFIX): state[name] for name in state.keys() - rest.keys()}
     with pytest.raises(UserError, match=r"has no VAE .* set base\.vae"):
         opened(without).check_encoders()
+    scale = parts.vae.config.scaling_factor
+    parts.vae.register_to_config(scaling_factor=0.5)  # as of another family
     parts.vae.save_pretrained(tmp_path / "folder")
     (published,) = (tmp_path / "folder").glob("*.safetensors")  # the names of diffusers
     old = {rename_as_old_diffusers(name): tensor for name, tensor in load_file(published).items()}
@@ -313,7 +315,8 @@ def test_a_vae_of_its_own_takes_the_place_of_the_models(family: Family, tmp_path
         base = opened(without, vae=str(vae))
         base.check_encoders()
         assert base.family == family
-        assert same(base.load_autoencoder(CPU).vae.state_dict(), parts.vae.state_dict())
+        loaded = base.load_autoencoder(CPU)
+        assert same(loaded.vae.state_dict(), parts.vae.state_dict()) and loaded.scale == scale
     with pytest.raises(UserError, match="there is no model at"):
         opened(without, vae=str(tmp_path / "none.safetensors"))
 

@@ -112,6 +112,8 @@ class UNetCheckpoint:
                 vae = families.empty_vae(self.family)
         else:
             vae = self._vae_source.vae(self.family).to(device)
+            if self._vae_source is not self._source:  # the network expects its family's scale, whatever this VAE's is
+                vae.register_to_config(scaling_factor=families.config(self.family, "vae")["scaling_factor"])
         return Vae(vae.requires_grad_(False).eval())
 
     def collate(self, captions: Sequence[Conditioning], framing: Framing) -> Conditioning:
