@@ -105,9 +105,7 @@ def comfyui(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         pytest.skip("takes minutes: give --first-run")
     host = find_host()
     folder = tmp_path_factory.mktemp("first") / "ComfyUI"
-    shutil.copytree(
-        host.folder, folder, ignore=lambda source, _: NOT_COPIED if Path(source) == host.folder else set()
-    )
+    shutil.copytree(host.folder, folder, ignore=lambda source, _: NOT_COPIED if Path(source) == host.folder else set())
     for kind in ("diffusion_models", "text_encoders", "vae", "loras"):
         (folder / "models" / kind).mkdir(parents=True)
     FAMILIES["sd3"].write(folder / "models" / "diffusion_models" / "sd3.safetensors")

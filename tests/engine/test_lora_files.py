@@ -66,7 +66,7 @@ def config_for(name: str, path: Path) -> Config:
 
 
 def trained(name: str, path: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, dict[str, str]]:
-    """The model of a file with a random LoRA and a random embedding of the target time, and the metadata of its file."""
+    """The model of a file with a random LoRA and a random embedding of the target time, and the LoRA's metadata."""
     config = config_for(name, path)
     checkpoint = open_checkpoint(config.base)
     model = checkpoint.load(dtype, torch.device("cpu"))
@@ -159,9 +159,7 @@ def test_the_file_is_compared_by_comfyui_and_the_model_is_as_before(
     model, metadata = trained(name, base)
     compared = []
     as_loaded = type(model).x0_as_loaded
-    monkeypatch.setattr(
-        type(model), "x0_as_loaded", lambda *given: compared.append(as_loaded(*given)) or compared[-1]
-    )
+    monkeypatch.setattr(type(model), "x0_as_loaded", lambda *given: compared.append(as_loaded(*given)) or compared[-1])
     batch = batch_for(name, model._host)
     state = [vars(module).copy() for module in model._host.model.modules()]
     with torch.no_grad():

@@ -52,7 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     """Draw the pictures and print the path of their grid."""
-    from ...tcd.lora_metadata import CFG_KEY, DEFAULT_CFG, DEFAULT_ETA, DEFAULT_STEPS, ETA_KEY, RESOLUTION_KEY, STEPS_KEY
+    from ...tcd.lora_metadata import (
+        CFG_KEY,
+        DEFAULT_CFG,
+        DEFAULT_ETA,
+        DEFAULT_STEPS,
+        ETA_KEY,
+        RESOLUTION_KEY,
+        STEPS_KEY,
+    )
     from ..config.device import resolve_device
     from ..config.schema import build
     from ..config.settings import PreviewConfig

@@ -1,7 +1,6 @@
 """The smallest network of each model family that ComfyUI's own detection accepts, with seeded weights.
 
-Those of Z-Image and Qwen-Image would have gigabytes: the pack lent_models, in `tests/host/packs`, lets ComfyUI recognize
-smaller ones.
+Those of Z-Image and Qwen-Image would have gigabytes: the pack lent_models lets ComfyUI recognize smaller ones.
 
 To be run by ComfyUI's Python: `python families.py FOLDER NAME...` writes the files. Imported there, it also gives what
 a call of the network needs: the shape of a latent, and CONDITIONING as a text encoder of the family returns it.
@@ -201,7 +200,6 @@ def _flux2(**settings: Any) -> nn.Module:
 
 def _z_image(**settings: Any) -> nn.Module:
     from comfy.ldm.lumina.model import NextDiT
-
     from lent_models.small_networks import Z_IMAGE
 
     return NextDiT(**Z_IMAGE, **settings)
@@ -209,7 +207,6 @@ def _z_image(**settings: Any) -> nn.Module:
 
 def _qwen_image(**settings: Any) -> nn.Module:
     from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
-
     from lent_models.small_networks import QWEN_IMAGE
 
     return QwenImageTransformer2DModel(**QWEN_IMAGE, **settings)
@@ -290,9 +287,7 @@ FAMILIES = {
     "ltxv": Family(
         _ltxv, (128, 2, 4, 4), (16, 4096), has_mask=True, time_linear="adaln_single.emb.timestep_embedder.linear_2"
     ),
-    "z-image": Family(
-        _z_image, (16, 8, 8), (16, 64), has_mask=True, time_linear="t_embedder.mlp.2", is_lent=True
-    ),
+    "z-image": Family(_z_image, (16, 8, 8), (16, 64), has_mask=True, time_linear="t_embedder.mlp.2", is_lent=True),
     "qwen-image": Family(
         _qwen_image,
         (16, 1, 8, 8),
