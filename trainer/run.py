@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 
 from ..tcd.adapter import STUDENT
 from ..tcd.distill import StepRecord
-from .atomic import atomic_write
+from .atomic import atomic_write, remove_unfinished
 from .config.device import device_and_dtype
 from .config.memory_advice import loading_advice, memory_advice, preview_advice
 from .config.settings import FILE_NAME, Config
@@ -18,6 +20,7 @@ from .data.encode import load_or_encode
 from .files.adapter_weights import initial_weights
 from .files.metadata import lora_metadata
 from .files.write_lora import write_lora
+from .lock import locked
 from .models import open_checkpoint
 from .models.seam import Checkpoint, Model
 from .preflight import CHECKPOINT_FOLDER, check, checkpoints_of, is_finished, plan
@@ -26,7 +29,7 @@ from .training.checkpoint import Checkpoints
 from .training.loop import Observer, train
 from .training.processes import Processes, join_processes
 from .views.history import History
-from .views.preview import Previews
+from .views.preview import PREVIEW_FOLDER, Previews
 from .views.preview_prompts import PreviewPrompts, encode_prompts
 from .views.report import write_report
 from .views.trackers import start_trackers
@@ -47,9 +50,25 @@ def run(config: Config) -> Path:
     processes, device = join_processes(device)
     if processes.on_main_process(lambda: _finish_clean_up(config)):
         return config.lora_path
+    with ExitStack() as until_the_end:
+        processes.on_main_process(lambda: until_the_end.enter_context(_output_locked(config)))
+        _distill(config, device, dtype, processes)
+        processes.leave()
+    return config.lora_path
+
+
+def _distill(config: Config, device: torch.device, dtype: torch.dtype, processes: Processes) -> None:
+    """Do what `run` does for a run that is not finished, with the output folder locked."""
     samples = processes.on_main_process(lambda: _check_and_log_plan(config, processes))
     dataset = load_or_encode(
-        config, device, dtype, part=processes.rank, parts=processes.count, total=samples, barrier=processes.barrier
+        config,
+        device,
+        dtype,
+        part=processes.rank,
+        parts=processes.count,
+        total=samples,
+        on_main=processes.on_main_process,
+        on_every=processes.on_every_process,
     )
     checkpoints = processes.on_main_process(lambda: _matching_checkpoints(config, dtype))
     checkpoint = open_checkpoint(config.base)
@@ -75,8 +94,16 @@ def run(config: Config) -> Path:
         write_lora(config.lora_path, model, config, metadata, any_caption.to(device), final=True)
         checkpoints.remove_all()
         log.info("wrote %s; look at %s", config.lora_path, report)
-    processes.barrier()
-    return config.lora_path
+
+
+@contextmanager
+def _output_locked(config: Config) -> Iterator[None]:
+    """Lock the output folder within the block, and remove what a process that was killed has left half written."""
+    folder = config.output_folder
+    with locked(folder):
+        for each in (folder, folder / CHECKPOINT_FOLDER, folder / PREVIEW_FOLDER):
+            remove_unfinished(each, older_than=0)
+        yield
 
 
 def load_student(config: Config, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Model:

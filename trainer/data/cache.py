@@ -201,6 +201,8 @@ class CachedData:
 
     dataset: Dataset
     survey: Survey
+    digest: str
+    """As `Index.digest`: the same for the same pictures and captions, wherever they are cached."""
 
 
 def open_cached(config: Config, dtype: torch.dtype) -> CachedData | None:
@@ -225,7 +227,8 @@ def open_cached(config: Config, dtype: torch.dtype) -> CachedData | None:
     shards, ordered = ShardFiles(paths), sorted(index.groups.items(), key=lambda group: group[0])
     groups = make_groups(config.data, [(key, len(rows.keys)) for key, rows in ordered])
     tables = [Table(rows.locations, shards, shards) for _, rows in ordered]
-    return CachedData(Dataset(groups, tables, empty, checkpoint.collate, negative), index.survey)
+    dataset = Dataset(groups, tables, empty, checkpoint.collate, negative)
+    return CachedData(dataset, index.survey, index.digest())
 
 
 def input_fingerprints(config: Config, dtype: torch.dtype) -> dict[str, str]:

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -23,7 +24,7 @@ from ..models.framing import Framing
 from ..models.seam import Autoencoder, Checkpoint, Model, TextEncoder
 from ..models.teacher_sampling import dpm_solver_sample
 from .buckets import Size
-from .cache import Index, IndexEntry, cache_paths, merge_parts, open_cached
+from .cache import CachedData, Index, IndexEntry, cache_paths, merge_parts, open_cached
 from .captions import caption_variants, with_prefix
 from .dataset import Dataset, caption_of
 from .sources import PictureSource, PromptFile, open_sources
@@ -49,6 +50,14 @@ encoded alone, so that a row has the same bits whichever other rows are missing.
 the cache therefore ends exactly like one that was not."""
 
 
+Together = Callable[[Callable[[], Any]], Any]
+"""Calls a function in one or all of several processes, and returns its result."""
+
+
+def _alone(function: Callable[[], Any]) -> Any:
+    return function()
+
+
 def pictures_per_call(bucket: Size, device: torch.device) -> int:
     """Return how many pictures of a bucket are encoded or drawn in one call, at least 1."""
     return 1 if device.type == "cpu" else max(_PIXELS_PER_CALL // (bucket.height * bucket.width), 1)
@@ -62,26 +71,39 @@ def load_or_encode(
     part: int = 0,
     parts: int = 1,
     total: int | None = None,
-    barrier: Callable[[], None] = lambda: None,
+    on_main: Together = _alone,
+    on_every: Together = _alone,
 ) -> Dataset:
     """Return the data of a configuration from the cache, after computing the missing rows on `device`.
 
     part, parts: this process computes part `part` of `parts`.
     total: the number of samples, for the progress bar.
-    barrier: returns once all processes have called it.
+    on_main, on_every: as the methods of `Processes`. The main process decides whether rows are missing, and what the
+    data are.
     Raises UserError if a source or sample cannot be used, and MemoryFullError if memory runs out.
     """
+    if not on_main(lambda: open_cached(config, dtype) is not None):
+        on_every(lambda: fill_cache(config, device, dtype, part=part, parts=parts, total=total))
+        on_main(lambda: merge_parts(config, dtype))
+    expected = on_main(lambda: _open_complete(config, dtype).digest)
+    dataset: Dataset = on_every(lambda: _open_complete(config, dtype, expected)).dataset
+    return dataset
+
+
+def _open_complete(config: Config, dtype: torch.dtype, expected: str | None = None) -> CachedData:
+    """Open the data of a complete cache; raises UserError if it is not complete, or its digest is not `expected`."""
     cached = open_cached(config, dtype)
     if cached is None:
-        fill_cache(config, device, dtype, part=part, parts=parts, total=total)
-        barrier()
-        if part == 0:
-            merge_parts(config, dtype)
-        barrier()
-        cached = open_cached(config, dtype)
-    if cached is None:
-        raise UserError("the data changed while they were cached: start again")
-    return cached.dataset
+        raise UserError(
+            f"{config.cache_folder} does not have all data after they were cached: they have changed meanwhile, or it "
+            "is not the same folder for all processes; start again, with a data.cache that all of them reach"
+        )
+    if expected not in (None, cached.digest):
+        raise UserError(
+            f"{config.cache_folder} has other data for this process than for the main one: use a data.cache and data "
+            "that are the same for all processes"
+        )
+    return cached
 
 
 def fill_cache(
@@ -119,7 +141,8 @@ def fill_cache(
         filler.finish_encoding()
         filler.draw_prompts(bar)
     raise_for_problems(filler.survey, config.data)
-    filler.index().write(paths.index_file(config, part, parts))
+    if open_cached(config, dtype) is None:  # another process may have filled the cache meanwhile
+        filler.index().write(paths.index_file(config, part, parts))
 
 
 @dataclass

@@ -43,7 +43,7 @@ def train(
     checkpoint cannot be written, and Interrupted if the user stopped the run. Checkpoints already saved stay complete.
     """
     training = Training(model, dataset, config, processes)
-    _resume(training, checkpoints)
+    _resume(training, checkpoints, processes)
     steps, batch = config.training.steps, config.training.batch
     can_recompute = not (model.always_recomputes or config.training.gradient_checkpointing)
     bar = tqdm(
@@ -121,9 +121,9 @@ class Training(distill.Training):
             raise DivergedError(f"{error}; try a smaller training.lr, or base.dtype=float32") from error
 
 
-def _resume(training: Training, checkpoints: Checkpoints | None) -> None:
+def _resume(training: Training, checkpoints: Checkpoints | None, processes: Processes) -> None:
     """Load the newest checkpoint, if there is one."""
-    saved = checkpoints.load_latest() if checkpoints else None
+    saved = checkpoints.load_latest(processes) if checkpoints else None
     if saved is None:
         return
     try:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...tcd.distill import StepRecord
-from ..atomic import atomic_write
+from ..atomic import atomic_write, write_advice
 from ..errors import RunError
 
 LOG_NAME, BY_TIME_NAME = "log.csv", "loss_by_time.csv"
@@ -144,8 +144,8 @@ class _CsvFile:
                 file.write(_lines(rows))
         except OSError as error:
             raise RunError(
-                f"{self.path} could not be written: {error}; make room on the disk, then run the same command again "
-                "to resume from the last checkpoint"
+                f"{self.path} could not be written: {error}; {write_advice(self.path, error)}, then run the same command "
+                "again to resume from the last checkpoint"
             ) from error
 
 
