@@ -48,17 +48,16 @@ def run(config: Config) -> Path:
     """
     device, dtype = device_and_dtype(config)
     processes, device = join_processes(device)
-    if processes.on_main_process(lambda: _finish_clean_up(config)):
-        return config.lora_path
     with ExitStack() as until_the_end:
         processes.on_main_process(lambda: until_the_end.enter_context(_output_locked(config)))
-        _distill(config, device, dtype, processes)
+        if not processes.on_main_process(lambda: _finish_clean_up(config)):
+            _distill(config, device, dtype, processes)
         processes.leave()
     return config.lora_path
 
 
 def _distill(config: Config, device: torch.device, dtype: torch.dtype, processes: Processes) -> None:
-    """Do what `run` does for a run that is not finished, with the output folder locked."""
+    """Do what is left of a run that is not finished; the main process has locked the output folder."""
     samples = processes.on_main_process(lambda: _check_and_log_plan(config, processes))
     dataset = load_or_encode(
         config,

@@ -77,6 +77,14 @@ def test_a_base_spread_over_two_processes_trains_the_same_lora(alone: Values, tm
     assert len(shares) == 2 and all(total > 1e6 and 0.45 < kept / total < 0.55 for total, kept in shares)
 
 
+def test_a_frozen_lora_is_not_spread_with_the_base(values: Values, tmp_path: Path) -> None:
+    values = elsewhere(values, tmp_path / "out", steps=1)
+    values |= {"method": {"target_time": True}, "adapter": {**values["adapter"], "freeze": True}}
+    assert child_runs.finish_together(values, "after the last step", fsdp=True)[0] == -9
+    first = saved(values, 1, ".down")
+    assert len(first) > 10_000 and first.std() > 0.1 and saved(values, 1, "target_time").any()
+
+
 def test_previews_are_refused_where_no_process_has_the_whole_base(
     values: Values, monkeypatch: pytest.MonkeyPatch
 ) -> None:

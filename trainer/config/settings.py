@@ -17,6 +17,7 @@ from ...tcd.objective import DistanceName, Weighting
 from ...tcd.times import Law
 from ..errors import UserError
 from .base import BaseConfig
+from .cache_place import default_cache
 from .cross_checks import check_together
 from .schema import MAY_CHANGE, build, differences, override
 from .schema import number as _number
@@ -84,8 +85,8 @@ class DataConfig:
     keep_tags: int = _number(0, 0, 1000)
     """With `shuffle_tags`: number of tags at the start of each caption that stay there."""
     cache: str = field(default="", metadata=MAY_CHANGE)
-    """Folder of cached latents and embeddings, which several runs may share; by default `cache` in the output
-    folder."""
+    """Folder of cached latents and embeddings, which several runs may share; by default `.tcd-cache` beside the
+    first source of the data, or a folder in the user's cache where nothing can be written there."""
 
     def __post_init__(self) -> None:
         if self.bucket_step > self.resolution:
@@ -300,7 +301,8 @@ class Config:
     @property
     def cache_folder(self) -> Path:
         """The folder of cached latents and embeddings."""
-        return Path(self.data.cache).expanduser() if self.data.cache else self.output_folder / "cache"
+        data = self.data
+        return Path(data.cache).expanduser() if data.cache else default_cache(data.named_sources[0][1].path)
 
     @property
     def lora_path(self) -> Path:
