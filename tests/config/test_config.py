@@ -48,6 +48,11 @@ def test_what_is_written_is_read_back_equal(tmp_path: Path) -> None:
         ("data", "sources", {"path": "x"}, "but must be a list: write [[data.sources]] above the keys of each"),
         ("method", "phases", ["x"], "method.phases[0] is 'x', but must be a whole number"),
         ("output", "name", "a/b", "use a plain file name"),
+        ("base", "path", "C:\new", r"base.path is 'C:\new', with a character that no path has"),
+        ("base", "text_encoders", ["C:\text"], r"base.text_encoders[0] is 'C:\text', with a character"),
+        ("data", "cache", "D:\base", r"data.cache is 'D:\x08ase', with a character"),
+        ("data", "sources", [{"path": "D:\food"}], r"data.sources[0].path is 'D:\x0cood', with a character"),
+        ("output", "folder", "runs\revised", r"so write / for it, or the path in single quotes"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(section: str, key: str, value: object, message: str) -> None:
@@ -128,6 +133,9 @@ def test_no_file_and_no_toml(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("steps = = 5", encoding="utf-8")
     with pytest.raises(UserError, match="is not a TOML file"):
         config.load(tmp_path / "bad.toml")
+    (tmp_path / "bad.toml").write_text('[base]\npath = "C:\\models"', encoding="utf-8")
+    with pytest.raises(UserError, match="is not a TOML file.*a path with backslashes needs single quotes"):
+        config.load(tmp_path / "bad.toml")
 
 
 @pytest.mark.parametrize(
@@ -145,3 +153,13 @@ def test_no_file_and_no_toml(tmp_path: Path) -> None:
 def test_keys_of_the_base_that_do_not_fit_each_other_are_refused(base: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         config.from_mapping({**RIGHT, "base": base})
+
+
+def test_a_file_of_a_windows_editor_is_read(written: Path) -> None:
+    written.write_bytes(b"\xef\xbb\xbf" + written.read_bytes().replace(b"\n", b"\r\n"))
+    assert config.load(written) == config.from_mapping(RIGHT)
+    loaded = config.load(
+        written, [r"base.path='C:\new\base.safetensors'", r"data.folder=D:\tiny", r'preview.prompts=["a\nb"]']
+    )
+    assert (loaded.base.path, loaded.data.folder) == (r"C:\new\base.safetensors", r"D:\tiny")
+    assert loaded.preview.prompts == ("a\nb",), "a line break in a prompt is none of a path"

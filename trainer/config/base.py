@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from ..errors import UserError
-from .schema import number
+from .schema import PATH, number
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseLora:
     """A LoRA on the model to distill: a table `[[base.loras]]`."""
 
-    path: str
+    path: str = field(metadata=PATH)
     """A LoRA file. With the engine `comfyui`, its name in ComfyUI's folder `loras` is enough."""
     strength: float = number(1.0, -100.0, 100.0)
     """Its strength, as in the node Load LoRA, for the network and the text encoders."""
@@ -25,17 +25,17 @@ class BaseLora:
 class BaseConfig:
     """The model to distill."""
 
-    path: str = ""
+    path: str = field(default="", metadata=PATH)
     """A single-file checkpoint or a diffusers folder of SD1.5, SD2.x or SDXL, or `tiny`, the embedded tiny model. With
     the engine `comfyui`: any checkpoint that ComfyUI loads, by its path or its name in ComfyUI's folders."""
-    model: str = ""
+    model: str = field(default="", metadata=PATH)
     """Instead of `path`: the file of a network alone, as the node Load Diffusion Model takes it."""
-    text_encoders: tuple[str, ...] = ()
+    text_encoders: tuple[str, ...] = field(default=(), metadata=PATH)
     """With the engine `comfyui`: the files of the text encoders, as the node Load CLIP takes them; needed with
     `model`."""
     clip_type: str = ""
     """With `text_encoders`: the type that the node Load CLIP is set to, such as `flux`."""
-    vae: str = ""
+    vae: str = field(default="", metadata=PATH)
     """File or folder of a VAE to use instead of the base's own; needed with `model`."""
     loras: tuple[BaseLora, ...] = ()
     """Your own LoRAs, each a table `[[base.loras]]`. They are merged into the base, so that the teacher is the base

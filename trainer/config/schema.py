@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, field, fields, is_dataclass
@@ -17,6 +18,9 @@ from ..errors import UserError
 
 MAY_CHANGE = {"may_change": True}
 """Field metadata of settings that do not affect the result of a run, up to rounding. They may change on resuming."""
+
+PATH = {"path": True}
+"""Field metadata of paths: a control character in one is an error, as it comes from a backslash, "C:\\new"."""
 
 
 def number(default: object, low: float, high: float = math.inf, *, may_change: bool = False) -> Any:
@@ -105,6 +109,11 @@ def _check(hint: Any, value: object, key: str, limits: Mapping[str, Any]) -> Any
         value = float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise UserError(f"{key} is {value!r}, but must be {_ARTICLES[hint]}")
+    if "path" in limits and re.search(r"[\x00-\x1f\x7f]", value):
+        raise UserError(
+            f"{key} is {value!r}, with a character that no path has: in double quotes TOML takes a backslash for the "
+            "start of such a character, so write / for it, or the path in single quotes"
+        )
     if "low" in limits and not (limits["low"] <= value <= limits["high"] and math.isfinite(value)):
         upper = "" if limits["high"] == math.inf else f" and at most {limits['high']:g}"
         raise UserError(f"{key} is {value!r}, but must be at least {limits['low']:g}{upper}")

@@ -19,7 +19,7 @@ from ..errors import UserError
 from .base import BaseConfig
 from .cache_place import default_cache
 from .cross_checks import check_together
-from .schema import MAY_CHANGE, build, differences, override
+from .schema import MAY_CHANGE, PATH, build, differences, override
 from .schema import number as _number
 
 FILE_NAME = "config.toml"
@@ -30,7 +30,7 @@ FILE_NAME = "config.toml"
 class SourceConfig:
     """One of several sources of pictures: a table `[[data.sources]]`."""
 
-    path: str
+    path: str = field(metadata=PATH)
     """A folder of images with captions (.txt, .caption, metadata.jsonl or metadata.csv), a .tar or .tar.gz shard or a
     pattern such as `shards/*.tar`, or a .txt file with one prompt per line."""
     repeats: float = _number(1.0, 0.001, 10000.0)
@@ -56,10 +56,10 @@ class DrawConfig:
 class DataConfig:
     """The pictures to distill on."""
 
-    folder: str = ""
+    folder: str = field(default="", metadata=PATH)
     """Folder of images with captions: each in a .txt or .caption file of the image's name, or all in one metadata.jsonl
     or metadata.csv. The images in a subfolder `10_name` are shown 10 times in an epoch."""
-    prompts: str = ""
+    prompts: str = field(default="", metadata=PATH)
     """Text file with one prompt per line; the teacher draws the pictures."""
     sources: tuple[SourceConfig, ...] = ()
     """Several sources, each a table `[[data.sources]]`."""
@@ -84,7 +84,7 @@ class DataConfig:
     keeps the order of the caption."""
     keep_tags: int = _number(0, 0, 1000)
     """With `shuffle_tags`: number of tags at the start of each caption that stay there."""
-    cache: str = field(default="", metadata=MAY_CHANGE)
+    cache: str = field(default="", metadata=MAY_CHANGE | PATH)
     """Folder of cached latents and embeddings, which several runs may share; by default `.tcd-cache` beside the
     first source of the data, or a folder in the user's cache where nothing can be written there."""
 
@@ -176,7 +176,7 @@ class AdapterConfig:
     targets: tuple[str, ...] = ("all",)
     """Layers that get a LoRA: `all`, the groups `attention`, `feed_forward` and `convolution`, or names such as
     `to_q`."""
-    start_from: str = ""
+    start_from: str = field(default="", metadata=PATH)
     """LoRA file to start from, with the same rank, alpha and targets. If empty, the initial LoRA changes nothing."""
     freeze: bool = False
     """Train only the embedding of `method.target_time`; the LoRA, usually loaded by `start_from`, stays unchanged."""
@@ -224,7 +224,7 @@ class TrainingConfig:
 class OutputConfig:
     """The path of the LoRA file, and the sampling settings that its metadata recommend to the nodes."""
 
-    folder: str
+    folder: str = field(metadata=PATH)
     """Folder for the LoRA, its configuration, checkpoints, previews and report. Each run needs its own."""
     name: str = "tcd-lora"
     """Name of the LoRA file, without folder and extension; it becomes `folder/name.safetensors`."""
@@ -327,11 +327,11 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises UserError for a missing or malformed file, and if `from_mapping` does.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows write a BOM
     except FileNotFoundError:
         raise UserError(f"there is no configuration file at {path}, nor a recipe of that name") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise UserError(f"{path} is not a TOML file: {error}") from error
+        raise UserError(f"{path} is not a TOML file: {error}; a path with backslashes needs single quotes") from error
     for text in overrides:
         override(values, text)
     return from_mapping(values)
