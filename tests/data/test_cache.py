@@ -18,7 +18,6 @@ from PIL import Image
 from safetensors import safe_open
 
 from tiny_base import write_base
-from trajectory_consistency.trainer.atomic import atomic_write
 from trajectory_consistency.trainer.cli import main
 from trajectory_consistency.trainer.config import settings as config
 from trajectory_consistency.trainer.data import encode, store
@@ -581,9 +580,69 @@ def test_the_cache_command_says_what_there_is_and_a_run_then_encodes_nothing(
         assert "write K/N" in capsys.readouterr().err
 
 
-def test_two_processes_may_write_the_same_rows_at_the_same_time(tmp_path: Path) -> None:
-    path = tmp_path / "rows.safetensors"
-    with atomic_write(path, shared=True) as first, atomic_write(path, shared=True) as second:
-        for temporary in (first, second):
-            temporary.write_bytes(b"rows")
-    assert [each.name for each in tmp_path.iterdir()] == ["rows.safetensors"]
+FILLED_TOGETHER = """
+import sys, torch
+from pathlib import Path
+from trajectory_consistency.trainer.config import settings as config
+from trajectory_consistency.trainer.data import encode, store
+store.SHARD_BYTES = 10_000  # many shards, so that many moments are between two
+torch.set_num_threads(1)
+settings = config.load(Path(sys.argv[1]))
+for number in range(int(sys.argv[2])):  # each a cache of its own, which the others fill too
+    print(flush=True)
+    sys.stdin.readline()
+    again = config.load(Path(sys.argv[1]), [f"data.cache={settings.data.cache}{number}"])
+    print(encode.load_or_encode(again, torch.device("cpu"), torch.float32).groups, end=" ", flush=True)
+"""
+
+
+def test_any_number_of_runs_may_fill_one_cache_at_once(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
+    path, times = tmp_path / "config.toml", 4
+    path.write_text(tomli_w.dumps(values(checkpoint, tmp_path, folder=str(pictures))), encoding="utf-8")
+    command = [sys.executable, "-c", FILLED_TOGETHER, str(path), str(times)]
+    pipe = subprocess.PIPE
+    runs = [subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) for _ in range(3)]
+    for _ in range(times):
+        assert all(run.stdout and run.stdout.readline() for run in runs)  # each is there, and now they begin together
+        for run in runs:
+            print(file=run.stdin, flush=True)
+    said = [run.communicate() for run in runs]
+    assert [run.returncode for run in runs] == [0] * 3, [error for _, error in said]
+    for number in range(times):
+        settings = configured(checkpoint, tmp_path, folder=str(pictures), cache=str(tmp_path / f"cache{number}"))
+        cached = open_cached(settings, FLOAT)
+        assert cached is not None and same(cached.dataset, encode.load_or_encode(settings, CPU, FLOAT))
+        assert not [file for file in settings.cache_folder.rglob("*") if file.name.startswith(".")]
+
+
+def test_the_cache_lies_beside_the_data_where_that_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cache_of(**data: object) -> Path:
+        return config.from_mapping({"base": {"path": "tiny"}, "data": data, "output": {"folder": "out"}}).cache_folder
+
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "prompts.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    beside = tmp_path.resolve() / ".tcd-cache"
+    assert cache_of(folder="pictures") == cache_of(folder="./shards/../pictures/") == beside
+    assert cache_of(prompts="prompts.txt") == cache_of(sources=[{"path": "shards"}, {"path": "/x"}]) == beside
+    assert cache_of(folder="shards/train-*.tar") == tmp_path.resolve() / "shards" / ".tcd-cache"
+    assert cache_of(folder="pictures", cache="elsewhere") == Path("elsewhere")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
+    if sys.platform == "linux":
+        assert cache_of(folder="pictures") == tmp_path / "own" / "trajectory-consistency"
+    beside.mkdir()
+    assert cache_of(folder="pictures") == beside, "what is cached there is used, though nothing can be added"
+
+
+def test_a_changed_learning_rate_encodes_nothing(
+    checkpoint: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = values(checkpoint, tmp_path, folder=str(pictures), cache="")
+    encode.load_or_encode(config.from_mapping(first), CPU, FLOAT)
+    loads = Loads(monkeypatch)
+    other = {**first, "training": {"lr": 1e-5}, "output": {"folder": str(tmp_path / "other")}}
+    encode.load_or_encode(config.from_mapping(other), CPU, FLOAT)
+    assert not loads.count

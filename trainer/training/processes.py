@@ -22,7 +22,7 @@ from .peers import Peers
 
 T = TypeVar("T")
 _BUCKET_BYTES = 32 * 2**20  # gradients per all-reduce; this much memory is needed for a copy of them
-# Every collective begins when all processes have come to it (`Peers.meet`), so that it takes no longer than the exchange.
+# A collective begins when all processes have come to it (`Peers.meet`), so it takes no longer than the exchange.
 _TIMEOUT = timedelta(minutes=10)
 # Set by `accelerate launch`, torchrun and MPI in each of the processes that they start.
 _LAUNCHER_VARIABLES = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")

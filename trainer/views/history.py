@@ -144,8 +144,8 @@ class _CsvFile:
                 file.write(_lines(rows))
         except OSError as error:
             raise RunError(
-                f"{self.path} could not be written: {error}; {write_advice(self.path, error)}, then run the same command "
-                "again to resume from the last checkpoint"
+                f"{self.path} could not be written: {error}; {write_advice(self.path, error)}, then run the same "
+                "command again to resume from the last checkpoint"
             ) from error
 
 
