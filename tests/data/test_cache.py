@@ -581,38 +581,36 @@ def test_the_cache_command_says_what_there_is_and_a_run_then_encodes_nothing(
 
 
 FILLED_TOGETHER = """
-import sys, torch
+import os, sys, torch
 from pathlib import Path
 from trajectory_consistency.trainer.config import settings as config
 from trajectory_consistency.trainer.data import encode, store
+from trajectory_consistency.trainer.models import open_checkpoint
 store.SHARD_BYTES = 10_000  # many shards, so that many moments are between two
-torch.set_num_threads(1)
-settings = config.load(Path(sys.argv[1]))
-for number in range(int(sys.argv[2])):  # each a cache of its own, which the others fill too
-    print(flush=True)
-    sys.stdin.readline()
-    again = config.load(Path(sys.argv[1]), [f"data.cache={settings.data.cache}{number}"])
-    print(encode.load_or_encode(again, torch.device("cpu"), torch.float32).groups, end=" ", flush=True)
+cpu, path = torch.device("cpu"), Path(sys.argv[1])
+base = open_checkpoint(config.load(path).base)  # loaded here, so that no child has to import what that needs
+base.load_autoencoder(cpu), base.load_text_encoder(torch.float32, cpu)
+def fill(cache):
+    encode.load_or_encode(config.load(path, [f"data.cache={cache}"]), cpu, torch.float32)
+    os._exit(0)
+for cache in sys.argv[2:]:
+    children = [os.fork() or fill(cache) for _ in range(3)]
+    print(*[os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
 """
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked")
 def test_any_number_of_runs_may_fill_one_cache_at_once(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
-    path, times = tmp_path / "config.toml", 4
+    path, caches = tmp_path / "config.toml", [tmp_path / f"cache{number}" for number in range(3)]
     path.write_text(tomli_w.dumps(values(checkpoint, tmp_path, folder=str(pictures))), encoding="utf-8")
-    command = [sys.executable, "-c", FILLED_TOGETHER, str(path), str(times)]
-    pipe = subprocess.PIPE
-    runs = [subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) for _ in range(3)]
-    for _ in range(times):
-        assert all(run.stdout and run.stdout.readline() for run in runs)  # each is there, and now they begin together
-        for run in runs:
-            print(file=run.stdin, flush=True)
-    said = [run.communicate() for run in runs]
-    assert [run.returncode for run in runs] == [0] * 3, [error for _, error in said]
-    for number in range(times):
-        settings = configured(checkpoint, tmp_path, folder=str(pictures), cache=str(tmp_path / f"cache{number}"))
-        cached = open_cached(settings, FLOAT)
-        assert cached is not None and same(cached.dataset, encode.load_or_encode(settings, CPU, FLOAT))
-        assert not [file for file in settings.cache_folder.rglob("*") if file.name.startswith(".")]
+    command = [sys.executable, "-c", FILLED_TOGETHER, str(path), *map(str, caches)]
+    filled_together = subprocess.run(command, capture_output=True, text=True)
+    assert filled_together.stdout.split() == ["0"] * 9, filled_together.stderr
+    expected = filled(configured(checkpoint, tmp_path / "alone", folder=str(pictures)))
+    for cache in caches:
+        cached = open_cached(configured(checkpoint, tmp_path, folder=str(pictures), cache=str(cache)), FLOAT)
+        assert cached is not None and same(cached.dataset, expected)
+        assert not [file for file in cache.rglob("*") if file.name.startswith(".")]
 
 
 def test_the_cache_lies_beside_the_data_where_that_can_be_written(
