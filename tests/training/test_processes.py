@@ -1,6 +1,7 @@
 """Several processes that train together are the one process with the whole batch."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 import child_runs
 from tiny_base import model_of, random_dataset, small_config, with_adapter, write_inputs
 from trajectory_consistency.trainer.config.settings import from_mapping
+from trajectory_consistency.trainer.data.encode import fill_cache
 from trajectory_consistency.trainer.errors import UserError
 from trajectory_consistency.trainer.preflight import check
 from trajectory_consistency.trainer.training import loop
@@ -131,6 +133,40 @@ def test_with_the_default_corner_of_huber_shares_differ_from_the_whole_by_roundi
 def test_what_stops_a_run_at_its_start_stops_all_of_its_processes(values: Values, tmp_path: Path) -> None:
     assert child_runs.finish_together(elsewhere(values, tmp_path / "out", batch=4, accumulate=3)) == [1, 1]
     assert not (tmp_path / "out").exists()
+
+
+def test_processes_that_do_not_reach_the_same_cache_end_with_an_error(
+    values: Values, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The first has a complete cache and the second none, or one of other data."""
+    values = elsewhere(values, tmp_path / "out", steps=1)
+    fill_cache(from_mapping(values), torch.device("cpu"), torch.float32)
+    other = {**values, "data": {**values["data"], "cache": str(tmp_path / "cache")}}
+    assert child_runs.finish_together(values, second=other) == [1, 1]
+    assert capfd.readouterr().err.count(f"UserError: {tmp_path / 'cache'} does not have all data") == 2
+    shutil.copytree(values["data"]["folder"], tmp_path / "data")
+    (tmp_path / "data" / "00001.txt").write_text("another caption", encoding="utf-8")
+    other["data"]["folder"] = str(tmp_path / "data")
+    fill_cache(from_mapping(other), torch.device("cpu"), torch.float32)
+    assert child_runs.finish_together(values, second=other) == [1, 1]
+    assert capfd.readouterr().err.count(f"UserError: {tmp_path / 'cache'} has other data for this process") == 2
+
+
+def test_the_first_process_decides_which_checkpoint_is_resumed(
+    alone: Values, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The second, which does not reach it, would have begun anew and trained on together with the first."""
+    values, other = elsewhere(alone, tmp_path / "out"), elsewhere(alone, tmp_path / "other")
+    shutil.copytree(alone["output"]["folder"], tmp_path / "out")
+    assert child_runs.finish_together(values, second=other) == [1, 1]
+    assert capfd.readouterr().err.count("step-00000004.safetensors cannot be read") == 2
+
+
+@pytest.mark.parametrize("dying", [0, 1])
+def test_when_a_process_dies_the_other_ends_with_an_error(values: Values, tmp_path: Path, dying: int) -> None:
+    values = elsewhere(values, tmp_path / "out")
+    codes = child_runs.finish_together(values, "in a step", dying=dying, dead_seconds=2.0)
+    assert codes == [1 - 10 * (rank == dying) for rank in (0, 1)]
 
 
 def test_parts_one_after_another_are_the_batch_at_once(alone: Values, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from trajectory_consistency.trainer.cli import main
 from trajectory_consistency.trainer.config.settings import from_mapping
 from trajectory_consistency.trainer.errors import UserError
 from trajectory_consistency.trainer.files.metadata import config_digest
+from trajectory_consistency.trainer.lock import locked
 from trajectory_consistency.trainer.preflight import check
 from trajectory_consistency.trainer.run import run
 from trajectory_consistency.trainer.training.checkpoint import Checkpoints
@@ -166,7 +167,9 @@ def test_whatever_stops_a_run_it_says_what_to_do_and_the_same_command_goes_on(
         assert code == 1 and f"{log_file} could not be written" in said and "make room on the disk" in said
         code, said = stopped_by(full_disk, 0)
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert code == 1 and "step-00000005.safetensors could not be written" in said and "takes no file so large" in said
+        assert (
+            code == 1 and "step-00000005.safetensors could not be written" in said and "takes no file so large" in said
+        )
         kept = sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())
         assert kept == ["step-00000003.safetensors", "step-00000004.safetensors"]
         code, said = stopped_by(lambda loss: loss, -1)
@@ -274,6 +277,18 @@ def test_a_damaged_checkpoint_is_passed_over(half_way: Values, whole: Values, ca
     assert f"step-{newest:08d}.safetensors is damaged and is skipped" in caplog.text
     assert child_runs.finish(half_way) == 0
     assert_same(half_way, whole)
+
+
+def test_a_checkpoint_that_was_read_is_not_mapped(half_way: Values) -> None:
+    """Windows removes and replaces no file that is."""
+    tensors = Checkpoints(Path(half_way["output"]["folder"], "checkpoints"), 1, 2).load_latest()
+    assert tensors and "step-0000" not in Path("/proc/self/maps").read_text()
+
+
+def test_a_run_does_not_begin_in_a_folder_in_use(whole: Values, tmp_path: Path) -> None:
+    with locked(tmp_path / "out"), pytest.raises(UserError, match=f"in use by process {os.getpid()} on .*: wait until"):
+        run(from_mapping(elsewhere(whole, tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
 
 
 def test_checkpoints_without_their_configuration_are_not_taken_up(half_way: Values) -> None:
