@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from trajectory_consistency.tcd.distill import training as distill_training
 from trajectory_consistency.trainer import preflight, run
 from trajectory_consistency.trainer.config.settings import from_mapping
+from trajectory_consistency.trainer.errors import UserError
 from trajectory_consistency.trainer.files import write_lora
 from trajectory_consistency.trainer.training import checkpoint, peers
 
@@ -88,6 +89,12 @@ def shares_of(values: dict[str, Any]) -> list[tuple[int, int]]:
     return [tuple(json.loads(path.read_text())) for path in folder.parent.glob(f"{folder.name}.*.share.json")]
 
 
+def errors_of(values: dict[str, Any]) -> list[str]:
+    """What stopped each process of the last run with these values, if it was a UserError."""
+    folder = Path(values["output"]["folder"])
+    return [path.read_text() for path in sorted(folder.parent.glob(f"{folder.name}.*.error"))]
+
+
 def _losses_path(values: dict[str, Any]) -> Path:
     return Path(values["output"]["folder"]).with_suffix(".losses.json")
 
@@ -107,6 +114,7 @@ def _child(
         if place[0] > 0:
             run.atomic_write = checkpoint.atomic_write = write_lora.atomic_write = _refused
             preflight.survey = preflight.open_checkpoint = _not_asked
+            checkpoint.Checkpoints.steps = lambda self: [1]  # as a file system may tell that is late
     train = run.train
 
     def train_and_tell(*arguments: Any, **options: Any) -> list[float]:
@@ -120,7 +128,11 @@ def _child(
         _asked_to_stop()
     elif death in POINTS:
         POINTS[death]()
-    run.run(from_mapping(values))
+    try:
+        run.run(from_mapping(values))
+    except UserError as error:
+        Path(values["output"]["folder"]).with_suffix(f".{place and place[0]}.error").write_text(str(error))
+        raise
 
 
 def _tell_share(values: dict[str, Any]) -> None:

@@ -84,7 +84,7 @@ def test_a_frozen_lora_is_not_spread_with_the_base(values: Values, tmp_path: Pat
     values |= {"method": {"target_time": True}, "adapter": {**values["adapter"], "freeze": True}}
     assert child_runs.finish_together(values, "after the last step", fsdp=True)[0] == -9
     first = saved(values, 1, ".down")
-    assert len(first) > 10_000 and first.std() > 0.1 and saved(values, 1, "target_time").any()
+    assert len(first) > 10_000 and first.std() > 0.01 and saved(values, 1, "target_time").any()
 
 
 def test_previews_are_refused_where_no_process_has_the_whole_base(
@@ -135,31 +135,18 @@ def test_what_stops_a_run_at_its_start_stops_all_of_its_processes(values: Values
     assert not (tmp_path / "out").exists()
 
 
-def test_processes_that_do_not_reach_the_same_cache_end_with_an_error(
-    values: Values, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """The first has a complete cache and the second none, or one of other data."""
+def test_processes_that_do_not_find_the_same_data_end_with_an_error(values: Values, tmp_path: Path) -> None:
+    """The first has a complete cache, and the second none or one of other data."""
     values = elsewhere(values, tmp_path / "out", steps=1)
     fill_cache(from_mapping(values), torch.device("cpu"), torch.float32)
-    other = {**values, "data": {**values["data"], "cache": str(tmp_path / "cache")}}
-    assert child_runs.finish_together(values, second=other) == [1, 1]
-    assert capfd.readouterr().err.count(f"UserError: {tmp_path / 'cache'} does not have all data") == 2
     shutil.copytree(values["data"]["folder"], tmp_path / "data")
     (tmp_path / "data" / "00001.txt").write_text("another caption", encoding="utf-8")
-    other["data"]["folder"] = str(tmp_path / "data")
-    fill_cache(from_mapping(other), torch.device("cpu"), torch.float32)
-    assert child_runs.finish_together(values, second=other) == [1, 1]
-    assert capfd.readouterr().err.count(f"UserError: {tmp_path / 'cache'} has other data for this process") == 2
-
-
-def test_the_first_process_decides_which_checkpoint_is_resumed(
-    alone: Values, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """The second, which does not reach it, would have begun anew and trained on together with the first."""
-    values, other = elsewhere(alone, tmp_path / "out"), elsewhere(alone, tmp_path / "other")
-    shutil.copytree(alone["output"]["folder"], tmp_path / "out")
-    assert child_runs.finish_together(values, second=other) == [1, 1]
-    assert capfd.readouterr().err.count("step-00000004.safetensors cannot be read") == 2
+    other = {**values, "data": {**values["data"], "folder": str(tmp_path / "data"), "cache": str(tmp_path / "cache")}}
+    for message in ("does not have all data", "has other data for this process than for the main one"):
+        assert child_runs.finish_together(values, second=other) == [1, 1]
+        first, second = child_runs.errors_of(values)
+        assert first == second and f"{tmp_path / 'cache'} {message}" in first
+        fill_cache(from_mapping(other), torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize("dying", [0, 1])

@@ -29,6 +29,7 @@ from trajectory_consistency.trainer.lock import locked
 from trajectory_consistency.trainer.preflight import check
 from trajectory_consistency.trainer.run import run
 from trajectory_consistency.trainer.training.checkpoint import Checkpoints
+from trajectory_consistency.trainer.training.processes import Processes
 from trajectory_consistency.trainer.views.history import read_log
 
 Values = dict[str, dict[str, Any]]
@@ -281,8 +282,26 @@ def test_a_damaged_checkpoint_is_passed_over(half_way: Values, whole: Values, ca
 
 def test_a_checkpoint_that_was_read_is_not_mapped(half_way: Values) -> None:
     """Windows removes and replaces no file that is."""
-    tensors = Checkpoints(Path(half_way["output"]["folder"], "checkpoints"), 1, 2).load_latest()
+    checkpoints = Checkpoints(Path(half_way["output"]["folder"], "checkpoints"), 1, 2)
+    tensors = checkpoints.load_latest()
     assert tensors and "step-0000" not in Path("/proc/self/maps").read_text()
+
+
+class Told(Processes):
+    """A process to which the main one says that the newest checkpoint is of step 1, or of one that it does not see."""
+
+    def on_main_process(self, function: Callable[[], Any]) -> Any:
+        return self.rank
+
+    def on_every_process(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+
+def test_the_main_process_decides_which_checkpoint_is_resumed(half_way: Values) -> None:
+    checkpoints = Checkpoints(Path(half_way["output"]["folder"], "checkpoints"), 1, 2)
+    assert [len((checkpoints.load_latest(Told(step, 4)) or {})["losses"]) for step in (1, 2)] == [1, 2]
+    with pytest.raises(UserError, match=r"step-00000003.safetensors cannot be read.*must reach output.folder"):
+        checkpoints.load_latest(Told(3, 4))
 
 
 def test_a_run_does_not_begin_in_a_folder_in_use(whole: Values, tmp_path: Path) -> None:
