@@ -11,6 +11,7 @@ import threading
 import time
 from contextlib import suppress
 from datetime import timedelta
+from typing import Any
 
 from torch import distributed
 
@@ -37,9 +38,9 @@ class Peers:
         """
         self._meetings += 1
         try:
-            if self._store.add(f"tcd/meeting/{self._meetings}", 1) == self._count:
-                self._store.delete_key(f"tcd/meeting/{self._meetings - 1}")  # nobody waits there any more
-            self._wait_for(f"tcd/meeting/{self._meetings}")
+            if self._store.add(f"meeting/{self._meetings}", 1) == self._count:
+                self._store.delete_key(f"meeting/{self._meetings - 1}")  # nobody waits there any more
+            self._wait_for(f"meeting/{self._meetings}")
         except distributed.DistError as error:
             raise RunError("the main process of the run has ended: see what it says") from error
 
@@ -48,9 +49,9 @@ class Peers:
         self.meet()
         self._ended.set()
         with suppress(distributed.DistError):  # the main process may end before it has answered
-            self._store.add("tcd/left", 1)
+            self._store.add("left", 1)
             if self._rank == 0:
-                self._wait_for("tcd/left")
+                self._wait_for("left")
 
     def _wait_for(self, key: str) -> None:
         """Wait until as many processes as there are have added 1 to `key`."""
@@ -64,20 +65,25 @@ class Peers:
     def _check_beats(self, heard: dict[int, tuple[int, float]], now: float) -> None:
         """Raise RunError if a process has not counted on for DEAD_SECONDS; heard: its count, and when it was new."""
         for rank in range(self._count):
-            beats = self._store.add(f"tcd/beats/{rank}", 0)
+            beats = self._store.add(f"beats/{rank}", 0)
             before, since = heard.setdefault(rank, (beats, now))
             if beats != before:
                 heard[rank] = (beats, now)
             elif now - since > DEAD_SECONDS:
                 raise RunError(f"process {rank} of {self._count} has ended or hangs: see what it says; start again")
 
-    def _beat(self, store: distributed.TCPStore) -> None:
+    def _beat(self, store: Any) -> None:
         with suppress(distributed.DistError):  # the main process has ended, and the store with it
             while not self._ended.wait(BEAT_SECONDS):
-                store.add(f"tcd/beats/{self._rank}", 1)
+                store.add(f"beats/{self._rank}", 1)
 
 
-def _connect() -> distributed.TCPStore:
+def _connect() -> Any:
     """Connect to the store of the process group; each thread needs a connection of its own."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return distributed.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=DEAD_SECONDS))
+    store = distributed.TCPStore(  # type: ignore[attr-defined]  # torch's stubs leave it out
+        host, port, is_master=False, timeout=timedelta(seconds=DEAD_SECONDS)
+    )
+    # torchrun keeps the store when it starts the processes again.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return distributed.PrefixStore(f"tcd/{attempt}", store)  # type: ignore[attr-defined]
