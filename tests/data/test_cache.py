@@ -581,20 +581,24 @@ def test_the_cache_command_says_what_there_is_and_a_run_then_encodes_nothing(
 
 
 FILLED_TOGETHER = """
-import os, sys, torch
+import os, sys, time, torch
 from pathlib import Path
 from trajectory_consistency.trainer.config import settings as config
-from trajectory_consistency.trainer.data import encode, store
+from trajectory_consistency.trainer.data import cache, encode, store
 from trajectory_consistency.trainer.models import open_checkpoint
+def slowly(*arguments, save=store.save_file, **options):
+    save(*arguments, **options)
+    time.sleep(0.02)  # so that the others write meanwhile
+store.save_file = cache.save_file = slowly
 store.SHARD_BYTES = 10_000  # many shards, so that many moments are between two
 cpu, path = torch.device("cpu"), Path(sys.argv[1])
 base = open_checkpoint(config.load(path).base)  # loaded here, so that no child has to import what that needs
 base.load_autoencoder(cpu), base.load_text_encoder(torch.float32, cpu)
-def fill(cache):
-    encode.load_or_encode(config.load(path, [f"data.cache={cache}"]), cpu, torch.float32)
+def fill(folder):
+    encode.load_or_encode(config.load(path, [f"data.cache={folder}"]), cpu, torch.float32)
     os._exit(0)
-for cache in sys.argv[2:]:
-    children = [os.fork() or fill(cache) for _ in range(3)]
+for folder in sys.argv[2:]:
+    children = [os.fork() or fill(folder) for _ in range(3)]
     print(*[os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
 """
 
