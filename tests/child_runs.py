@@ -195,7 +195,7 @@ def _asked_to_stop() -> None:
 
 
 POINTS: dict[str, Callable[[], None]] = {
-    "in a step": lambda: setattr(loop, "step_losses", die),
+    "in a step": lambda: setattr(distill_training, "step_losses", die),
     "half a configuration": lambda: _at("write_text", ".config*", after=True),
     "half a checkpoint": lambda: _half_written(checkpoint),
     "a checkpoint without its name": lambda: _at("replace", ".step-*", after=False),
