@@ -24,11 +24,12 @@ def execute(options: argparse.Namespace) -> int:
     from ..data.survey import bucket_table, data_report
     from ..files.describe_keys import describe_keys
     from ..preflight import check, check_inputs, output_conflict, plan
-    from ..training.memory import MemorySettings, estimate_memory
+    from ..training.memory import MemorySettings, choose_accumulate, estimate_memory
 
     conflict = output_conflict(config)
     inputs = check_inputs(config) if conflict else check(config)
-    _, dtype = device_and_dtype(config)
+    device, dtype = device_and_dtype(config)
+    config = config.with_accumulate(choose_accumulate(config, inputs.checkpoint, device, dtype))
     memory = estimate_memory(inputs.checkpoint, MemorySettings.from_config(config, dtype))
     long = long_captions(config.data, inputs.checkpoint)
     sections = [

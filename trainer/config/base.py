@@ -52,8 +52,8 @@ class BaseConfig:
     """The layer of the text encoder that is used, counted from the last, as in the node CLIP Set Last Layer without
     its sign: 2 for most anime models of SD1.5. With 0 it is the family's own: 1 for SD1.5, 2 for SD2.x and SDXL."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of the frozen weights of the network. `auto` is bfloat16 on a GPU and float32 on a CPU. The adapter, the
-    text encoders and the VAE are always float32."""
+    """Dtype of the frozen weights of the network. `auto` is bfloat16 on a GPU that has it, float16 on other GPUs and
+    float32 on a CPU. The adapter, the text encoders and the VAE are always float32."""
 
     def __post_init__(self) -> None:
         if self.path and self.model:

@@ -186,13 +186,14 @@ class AdapterConfig:
 class TrainingConfig:
     """The optimizer, and how a step is computed."""
 
-    steps: int = _number(3000, 1)
-    """Number of updates of the weights."""
+    steps: int = _number(3000, 1, may_change=True)
+    """Number of updates of the weights. With a larger number, a run is made longer, also one that is finished."""
     batch: int = _number(8, 1)
     """Number of pictures in a step, over all processes and accumulated parts."""
-    accumulate: int = _number(1, 1, may_change=True)
+    accumulate: int | Literal["auto"] = _number(1, 1, may_change=True)
     """Number of parts into which each process divides its pictures of a step. More parts need less memory and more
-    time; the result is the same up to rounding."""
+    time; the result is the same up to rounding. `auto` is the smallest number with which the estimated memory is free
+    on a CUDA GPU, and 1 elsewhere."""
     gradient_checkpointing: bool = field(default=False, metadata=MAY_CHANGE)
     """Recompute most activations in the backward pass instead of keeping them: less memory, more time. The engine
     `comfyui` always does."""
@@ -213,11 +214,18 @@ class TrainingConfig:
     seed: int = _number(0, 0, 2**63 - 1)
     """Seed of everything random: the adapter's initial weights, the order of the pictures, the times and the noise."""
     device: str = field(default="auto", metadata=MAY_CHANGE)
-    """`auto`, `cpu`, `cuda`, `cuda:1`, `mps` ... With several processes, each uses its own GPU."""
+    """`cpu`, `cuda`, `cuda:1`, `mps` ... `auto` is the first that is there of `cuda`, `mps` and `cpu`. With several
+    processes, each uses its own GPU."""
     checkpoint_every: int = _number(500, 1, may_change=True)
     """Number of steps between checkpoints. A stopped run resumes from the last checkpoint."""
     keep_checkpoints: int = _number(2, 1, may_change=True)
-    """Number of checkpoints to keep. All are removed when the run is finished."""
+    """Number of checkpoints to keep. Of a finished run the last one stays, for a larger `steps`, until you remove
+    it."""
+
+    @property
+    def parts(self) -> int:
+        """`accumulate` as a number: 1 while "auto" is not resolved (`Config.with_accumulate`)."""
+        return 1 if self.accumulate == "auto" else self.accumulate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,7 +277,7 @@ class PreviewConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """Where each step's loss and other numbers are logged, besides log.csv in the output folder."""
+    """Where each step's loss and other numbers and the grids of the previews are logged, besides the output folder."""
 
     tensorboard: bool = False
     """Write event files into the folder `tensorboard` in the output folder; needs the package tensorboard."""
@@ -309,6 +317,10 @@ class Config:
         """The path of the LoRA file that the run writes."""
         return self.output_folder / f"{self.output.name}.safetensors"
 
+    def with_accumulate(self, parts: int) -> Config:
+        """Return the configuration with this number for training.accumulate."""
+        return replace(self, training=replace(self.training, accumulate=parts))
+
     def to_toml(self) -> str:
         """Return the resolved configuration as the text of a TOML file; `load` reads it back to an equal Config.
 
@@ -347,5 +359,5 @@ def from_mapping(values: Mapping[str, Any]) -> Config:
 
 
 def changes(old: Config, new: Config) -> list[str]:
-    """Return one message for each setting that differs and affects the result."""
+    """Return one message for each setting that differs and may not change on resuming."""
     return list(differences(old, new))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import json
 import tomllib
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -17,11 +19,15 @@ from ...tcd.lora_metadata import (
     STRENGTH_KEY,
     TARGET_TIME_KEY,
 )
+from ..config.schema import fixed
 from ..config.settings import Config
 from ..models.seam import Checkpoint
 
 CONFIG_DIGEST_KEY = "tcd.config_sha256"
 """The metadata key of `config_digest`."""
+
+TRAIN_STEPS_KEY = "ss_max_train_steps"
+"""The metadata key of training.steps, as kohya's trainer names it."""
 
 _METHODS = {"uniform": "tcd", "zero": "lcm", "segment": "tscd", "phase": "pcm", "target": "tdd"}
 
@@ -54,6 +60,7 @@ def lora_metadata(config: Config, checkpoint: Checkpoint) -> dict[str, str]:
         CFG_KEY: str(output.cfg),
         STRENGTH_KEY: "1.0",
         RESOLUTION_KEY: str(config.data.resolution),
+        TRAIN_STEPS_KEY: str(config.training.steps),
         CONFIG_DIGEST_KEY: config_digest(config),
     }
 
@@ -69,5 +76,5 @@ def own_version() -> str:
 
 
 def config_digest(config: Config) -> str:
-    """Return the SHA-256 of the resolved configuration, as written to config.toml."""
-    return hashlib.sha256(config.to_toml().encode()).hexdigest()
+    """Return the SHA-256 of the settings that may not change on resuming: the same for all LoRAs of a run."""
+    return hashlib.sha256(json.dumps(fixed(config), default=asdict, sort_keys=True).encode()).hexdigest()

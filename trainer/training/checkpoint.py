@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,9 +49,13 @@ class Checkpoints:
         with atomic_write(path) as unfinished:
             on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             save_file(on_cpu, unfinished, metadata=dict(self.fingerprints))
-        for old in self.steps()[self.keep :]:
-            self._path(old).unlink()
+        self.prune(self.keep)
         return path
+
+    def prune(self, keep: int) -> None:
+        """Remove all but the newest `keep` checkpoints."""
+        for old in self.steps()[keep:]:
+            self._path(old).unlink()
 
     def load_latest(self, processes: Processes = ALONE) -> dict[str, Tensor] | None:
         """Return the tensors of the newest readable checkpoint, which the main process chooses, or None without any.
@@ -88,10 +91,6 @@ class Checkpoints:
             return []
         matches = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
         return sorted((int(match[1]) for match in matches if match), reverse=True)
-
-    def remove_all(self) -> None:
-        """Remove all checkpoints: a finished run needs none."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _latest(self) -> int | None:
         """Return the step of the newest readable checkpoint, or None without any; warn about damaged ones."""

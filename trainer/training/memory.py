@@ -5,6 +5,7 @@ Only torch's own allocations are counted. On a GPU, the CUDA context, library wo
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ from ..models.conditioning import Conditioning
 from ..models.seam import Autoencoder, Checkpoint, Model
 
 META = torch.device("meta")
+_USABLE = 0.9  # of the free memory, for "auto"; library workspaces and fragmentation take the rest
+log = logging.getLogger("trajectory-consistency")
 
 
 class MemorySettings(NamedTuple):
@@ -69,12 +72,12 @@ class MemorySettings(NamedTuple):
         device, _ = device_and_dtype(config)
         return MemorySettings(
             rank=config.adapter.rank,
-            batch=-(-training.batch // training.accumulate),
+            batch=-(-training.batch // training.parts),
             width=config.data.resolution,
             height=config.data.resolution,
             dtype=dtype,
             gradient_checkpointing=training.gradient_checkpointing,
-            accumulate=training.accumulate,
+            accumulate=training.parts,
             moment_bytes=1 if training.optimizer == "adamw8bit" else 4,
             ema=config.method.ema_decay > 0,
             student_calls=config.method.order,
@@ -157,6 +160,32 @@ def _estimate_training(checkpoint: Checkpoint, model: Model, settings: MemorySet
 
 def _trained(model: Model) -> int:
     return sum(parameter.numel() for parameter in model.adapter.weights[STUDENT].parameters())
+
+
+def choose_accumulate(
+    config: Config, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, processes: int = 1
+) -> int:
+    """Return training.accumulate; for "auto", the smallest number with which a CUDA GPU has enough free memory.
+
+    If no number is enough, it is that with one picture at a time. Elsewhere than on a CUDA GPU "auto" is 1.
+    """
+    training = config.training
+    if training.accumulate != "auto" or device.type != "cuda":
+        return training.parts
+    free, _ = torch.cuda.mem_get_info(device)
+    rows = training.batch // processes
+    settings = MemorySettings.from_config(config, dtype)._replace(preview=None, teacher_samples=False)
+    for parts in (number for number in range(1, rows + 1) if rows % number == 0):
+        needed = estimate_memory(checkpoint, settings._replace(batch=rows // parts, accumulate=parts)).training
+        if needed <= _USABLE * free:
+            break
+    log.info(
+        "training.accumulate is auto: %d, for which training takes about %s of %s that are free",
+        parts,
+        format_bytes(needed),
+        format_bytes(free),
+    )
+    return parts
 
 
 def _new_weights(model: Model, settings: MemorySettings) -> AdapterWeights:

@@ -6,6 +6,7 @@ A resumed run continues both files.
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +33,11 @@ class LogRow(NamedTuple):
     norm: float
     """Norm of the gradient before clipping."""
     images_per_second: float
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the step changed no weights, because its loss or gradient was not finite."""
+        return not (math.isfinite(self.loss) and math.isfinite(self.norm))
 
 
 class BinRow(NamedTuple):
@@ -84,7 +90,12 @@ class History:
 
 
 def loss_bins(record: StepRecord) -> list[BinRow]:
-    """Return the mean loss of a step in each bin of t and t - s that has a picture, in ascending order."""
+    """Return the mean loss of a step in each bin of t and t - s that has a picture, in ascending order.
+
+    A step that was skipped has none.
+    """
+    if record.skipped:
+        return []
     t, gap = (time.cpu() * BIN_COUNT // record.num_times for time in (record.t, record.t - record.s))
     indices, edges = t * BIN_COUNT + gap, bin_edges(record.num_times)
     rows = []
