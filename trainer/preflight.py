@@ -93,7 +93,8 @@ def output_conflict(config: Config) -> str:
     if folder.exists() and not folder.is_dir():
         return f"output.folder is {folder}, which is a file: choose another"
     saved = next(iter(saved_steps(config)), 0)
-    if config.lora_path.exists() and not 0 < _steps_of_lora(config) <= saved:  # up to `saved`, it can be made longer
+    own = _steps_of_lora(config)
+    if config.lora_path.exists() and not (0 < own <= saved and own != config.training.steps):
         return f"{config.lora_path} exists: choose another output.folder or output.name, or remove it"
     existing = folder / FILE_NAME
     if not existing.exists():

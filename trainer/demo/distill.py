@@ -48,7 +48,7 @@ def distill(
                 **method,
             },
             "adapter": {"rank": 32, "alpha": 32.0},
-            "training": {"steps": steps, "batch": BATCH, "lr": lr, "warmup_steps": 10, "seed": seed},
+            "training": {"steps": steps, "batch": BATCH, "lr": lr, "warmup_steps": min(10, steps - 1), "seed": seed},
             "output": {"folder": str(out), "name": name},
         }
     )
