@@ -33,6 +33,9 @@ def test_what_is_written_is_read_back_equal(tmp_path: Path) -> None:
         ("training", "steps", 2.5, "training.steps is 2.5, but must be a whole number"),
         ("training", "steps", True, "training.steps is True, but must be a whole number"),
         ("training", "steps", 0, "training.steps is 0, but must be at least 1"),
+        ("training", "accumulate", 0, "training.accumulate is 0, but must be at least 1"),
+        ("training", "accumulate", "many", "training.accumulate is 'many', but must be one of 'auto'"),
+        ("training", "warmup_steps", 1000, "training.warmup_steps is 1000, and training.steps 1000: the learning rate"),
         ("training", "lr", float("nan"), "training.lr is nan, but must be at least 0"),
         ("training", "lr", float("inf"), "training.lr is inf, but must be at least 0"),
         ("output", "eta", 1.5, "output.eta is 1.5, but must be at least 0 and at most 1"),
@@ -77,6 +80,15 @@ def test_phases_must_be_steps_of_a_sampler_where_the_law_has_them(phases: list[i
     with pytest.raises(UserError, match=r"use numbers from 1 to method\.origin_steps, 50, such as \[8, 4, 2, 1\]"):
         config.from_mapping({**RIGHT, "method": {"law": "phase", "phases": phases, "diagonal": 0.0, "to_clean": 0.0}})
     config.from_mapping({**RIGHT, "method": {"law": "uniform", "phases": phases}})
+
+
+def test_a_word_in_place_of_a_number(tmp_path: Path) -> None:
+    original = config.from_mapping(with_value("training", "accumulate", "auto"))
+    path = tmp_path / "config.toml"
+    path.write_text(original.to_toml(), encoding="utf-8")
+    assert config.load(path) == original and original.training.parts == 1
+    assert config.load(path, ["training.accumulate=4"]).training.parts == 4
+    assert not config.changes(original, config.load(path, ["training.accumulate=4", "training.steps=2000"]))
 
 
 def test_a_whole_number_is_a_number() -> None:

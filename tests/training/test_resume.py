@@ -34,7 +34,8 @@ from trajectory_consistency.trainer.views.history import read_log
 
 Values = dict[str, dict[str, Any]]
 KILLS = 20
-FINISHED = ["config.toml", "log.csv", "loss_by_time.csv", "report.html", "tcd-lora.safetensors"]
+FINISHED = ["checkpoints", "config.toml", "log.csv", "log.txt", "loss_by_time.csv", "report.html"]
+FINISHED += ["tcd-lora.safetensors"]
 
 
 def lora(values: Values) -> dict[str, torch.Tensor]:
@@ -126,13 +127,13 @@ def test_whatever_stops_a_run_it_says_what_to_do_and_the_same_command_goes_on(
     log_file = tmp_path / "out" / "log.csv"
     real, limits = distill_training.step_losses, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def stopped_by(trouble: Callable[[Tensor], object], after: int) -> tuple[int, str]:
-        """Run until `trouble` comes in the step after so many of this start."""
+    def stopped_by(trouble: Callable[[Tensor], object], after: int, times: int = 1) -> tuple[int, str]:
+        """Run until `trouble` comes in the step after so many of this start, and in as many as `times` says."""
         calls = itertools.count()
 
         def losses(*arguments: Any) -> object:
             loss = real(*arguments)
-            return trouble(loss) if next(calls) == after else loss
+            return trouble(loss) if after <= next(calls) < after + times else loss
 
         monkeypatch.setattr(distill_training, "step_losses", losses)
         code = main(["run", str(path)])
@@ -159,8 +160,11 @@ def test_whatever_stops_a_run_it_says_what_to_do_and_the_same_command_goes_on(
     try:
         code, said = stopped_by(control_c, 0)
         assert code == 130 and "stopped after step 1 of 6: saved; the same command resumes there" in said
-        code, said = stopped_by(lambda loss: loss * float("nan"), 1)
-        assert code == 1 and "error: step 3: loss nan" in said and "try a smaller training.lr" in said
+        shutil.copytree(tmp_path / "out", tmp_path / "before")
+        code, said = stopped_by(lambda loss: loss * float("nan"), 0, 5)
+        assert code == 1 and "error: step 6: loss nan" in said and "try a smaller training.lr" in said
+        shutil.rmtree(tmp_path / "out")  # its steps that were skipped count
+        shutil.move(tmp_path / "before", tmp_path / "out")
         code, said = stopped_by(no_memory, 1)
         assert code == 1 and "training.gradient_checkpointing=true, or a larger training.accumulate" in said
         code, said = stopped_by(full_log, 1)
@@ -192,7 +196,10 @@ def half_way(whole: Values, tmp_path: Path) -> Values:
 def test_a_run_goes_on_in_another_way_but_not_to_another_result(half_way: Values) -> None:
     config = from_mapping(half_way)
     check(from_mapping(elsewhere(half_way, config.output_folder, checkpoint_every=3, gradient_checkpointing=True)))
-    for changed in ({"steps": 20}, {"lr": 1e-4, "seed": 3}):
+    check(from_mapping(elsewhere(half_way, config.output_folder, steps=20)))
+    with pytest.raises(UserError, match="has done 2 steps, and training.steps is 1: use at least 2, or choose another"):
+        check(from_mapping(elsewhere(half_way, config.output_folder, steps=1)))
+    for changed in ({"batch": 3}, {"lr": 1e-4, "seed": 3}):
         with pytest.raises(UserError) as caught:
             check(from_mapping(elsewhere(half_way, config.output_folder, **changed)))
         assert all(f"training.{key} was {half_way['training'].get(key, 0)}" in str(caught.value) for key in changed)
