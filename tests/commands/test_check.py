@@ -31,7 +31,12 @@ from trajectory_consistency.trainer.models.seam import Checkpoint
 from trajectory_consistency.trainer.models.unet import families as bases
 from trajectory_consistency.trainer.preflight import check, check_inputs
 from trajectory_consistency.trainer.run import run
-from trajectory_consistency.trainer.training.memory import MemoryEstimate, MemorySettings, estimate_memory
+from trajectory_consistency.trainer.training.memory import (
+    MemoryEstimate,
+    MemorySettings,
+    choose_accumulate,
+    estimate_memory,
+)
 from trajectory_consistency.trainer.training.processes import Processes
 
 # A child that takes one step, and prints by how much its peak memory grew since before the model was loaded.
@@ -299,6 +304,33 @@ def test_on_a_gpu_the_estimate_of_caching_does_not_grow_without_bound(tmp_path: 
     assert estimate_memory(sd15, settings._replace(encode_batch=8)).caching > 20 * gib, (
         "what it was with eight pictures whatever the size"
     )
+
+
+def test_as_few_parts_as_the_free_memory_allows(
+    values: dict[str, dict[str, object]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    gpu, free = torch.device("cuda"), 0
+
+    def parts(batch: int, device: torch.device = gpu, processes: int = 1) -> int:
+        config = small_config(values, batch=batch, accumulate="auto", device="cpu")
+        return choose_accumulate(config, opened(values), device, torch.float32, processes)
+
+    def needed(batch: int, accumulate: int) -> int:
+        config = small_config(values, batch=batch, accumulate=accumulate)
+        return estimate_memory(opened(values), MemorySettings.from_config(config, torch.float32)).training
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
+    free = int(needed(6, 2) / 0.89)
+    assert parts(6) == 2 and "training.accumulate is auto: 2, for which training takes about" in caplog.text
+    assert parts(12, processes=2) == 2 and parts(3) == 1 and parts(9, processes=3) == 1
+    assert parts(9) == 3, "not 4, which would leave a rest"
+    free = int(needed(6, 2) / 0.91)
+    assert parts(6) == 3
+    free = 1000
+    assert parts(6) == 6, "one picture at a time, if nothing is enough"
+    assert parts(6, torch.device("cpu")) == 1
+    assert choose_accumulate(small_config(values, batch=6, accumulate=3), opened(values), gpu, torch.float32) == 3
 
 
 def test_what_takes_memory_is_seen_in_the_estimate(values: dict[str, dict[str, object]]) -> None:

@@ -98,7 +98,10 @@ def test_a_check_of_a_run_that_is_there_tells_all_and_that_it_is_there(
     assert "not free" not in said()
     assert main(["run", str(inputs), "training.steps=1"]) == 0
     before = files(inputs.parent)
-    for overrides, reason in (["training.steps=1"], "exists"), (["output.name=x"], "output.name was 'tcd-lora' and is 'x'"):
+    for overrides, reason in (
+        (["training.steps=1"], "exists"),
+        (["output.name=x"], "output.name was 'tcd-lora' and is 'x'"),
+    ):
         printed = said(*overrides)
         assert re.search(rf"not free for a new run: .*{reason}.*: choose another output.folder", printed), printed
         assert "6 captioned pictures" in printed and "lora_unet_" in printed and "memory    about" in printed

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tiny_base import drawn_by_hand, small_config, write_base, write_inputs
+from trajectory_consistency.tcd.distill import StepRecord
 from trajectory_consistency.trainer import run
 from trajectory_consistency.trainer.config.settings import Config, from_mapping
 from trajectory_consistency.trainer.files.metadata import lora_metadata
@@ -39,11 +40,35 @@ def previewed(folder: Path, **training: object) -> Config:
     return small_config(values, steps=3, **training)
 
 
+class Tracker:
+    """Notes what it is told and shown, in order."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int]] = []
+
+    def __call__(self, record: StepRecord) -> None:
+        self.seen.append(("step", record.step))
+
+    def show(self, step: int, grid: Path) -> None:
+        assert grid.is_file()
+        self.seen.append((grid.name, step))
+
+
+TRACKER = Tracker()
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Config:
     config = previewed(tmp_path_factory.mktemp("previewed"))
-    run.run(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "start_trackers", lambda config: [TRACKER])
+        run.run(config)
     return config
+
+
+def test_a_tracker_is_shown_the_grid_of_a_step_after_its_numbers(done: Config) -> None:
+    shown = [("step", 1), ("step", 2), ("step-000002.jpg", 2), ("step", 3), ("step-000003.jpg", 3)]
+    assert TRACKER.seen == shown
 
 
 def shown(config: Config, when: str, which: int, steps: int) -> torch.Tensor:
