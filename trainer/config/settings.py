@@ -277,7 +277,7 @@ class PreviewConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """Where each step's loss and other numbers and the grids of the previews are logged, besides the output folder."""
+    """Where the numbers of each step and the grids of the previews are logged, besides the output folder."""
 
     tensorboard: bool = False
     """Write event files into the folder `tensorboard` in the output folder; needs the package tensorboard."""
