@@ -39,6 +39,7 @@ def test_a_run_from_the_shell(inputs: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert files(inputs.parent / "out") == [
+        "checkpoints",
         "checkpoints/step-00000001.safetensors",
         "config.toml",
         "log.csv",
@@ -223,7 +224,7 @@ def test_a_run_that_diverges_says_so_with_code_1(
     real = distill_training.step_losses
     monkeypatch.setattr(distill_training, "step_losses", lambda *arguments: real(*arguments) * float("inf"))
     assert main(["run", str(inputs)]) == 1
-    assert "error: step 1: loss inf" in capsys.readouterr().err
+    assert "error: step 2: loss inf" in capsys.readouterr().err
     assert not (inputs.parent / "out" / "tcd-lora.safetensors").exists()
 
 
