@@ -165,7 +165,7 @@ def test_whatever_stops_a_run_it_says_what_to_do_and_the_same_command_goes_on(
         assert code == 1 and "error: step 6: loss nan" in said and "try a smaller training.lr" in said
         shutil.rmtree(tmp_path / "out")  # its steps that were skipped count
         shutil.move(tmp_path / "before", tmp_path / "out")
-        code, said = stopped_by(no_memory, 1)
+        code, said = stopped_by(no_memory, 2)
         assert code == 1 and "training.gradient_checkpointing=true, or a larger training.accumulate" in said
         code, said = stopped_by(full_log, 1)
         log_file.unlink()
