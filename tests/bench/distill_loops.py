@@ -32,6 +32,8 @@ from trajectory_consistency.trainer.models.seam import Autoencoder, Checkpoint, 
 from trajectory_consistency.trainer.run import load_student
 from trajectory_consistency.trainer.training.loop import Training
 
+# The script trains an LCM: it has no moving average, and the network does not get s.
+PLAIN = {"target_time": False, "weighting": "none", "diagonal": 0.0, "to_clean": 0.0, "ema_decay": 0.0}
 CAPTIONS = (
     "a lighthouse on a cliff above a calm sea",
     "a red fox in the snow",
@@ -150,6 +152,7 @@ def main() -> None:
         {
             "base": {"path": checkpoint},
             "data": {"folder": ".", "resolution": int(side)},
+            "method": PLAIN,
             "adapter": {"rank": int(rank), "alpha": float(rank)},
             "training": {"batch": int(batch), "device": device_name},
             "output": {"folder": "."},

@@ -190,7 +190,7 @@ class TrainingConfig:
     """Number of updates of the weights. With a larger number, a run is made longer, also one that is finished."""
     batch: int = _number(8, 1)
     """Number of pictures in a step, over all processes and accumulated parts."""
-    accumulate: int | Literal["auto"] = _number(1, 1, may_change=True)
+    accumulate: int | Literal["auto"] = _number("auto", 1, may_change=True)
     """Number of parts into which each process divides its pictures of a step. More parts need less memory and more
     time; the result is the same up to rounding. `auto` is the smallest number with which the estimated memory is free
     on a CUDA GPU, and 1 elsewhere."""

@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 from distill_loops import Pictures
-from measure import METHOD, Bench
+from measure import Bench
 from torch import Tensor
 
 from trajectory_consistency.trainer.config.base import BaseConfig
@@ -65,12 +65,12 @@ def random_base(family: families.Family, device: torch.device) -> Checkpoint:
 def config_of(
     side: int, batch: int, *, rank: int = 64, method: dict[str, Any] | None = None, **training: Any
 ) -> Config:
-    """Return the settings of a run, with the method of the recipes."""
+    """Return the settings of a run, by default with the recommended method."""
     return from_mapping(
         {
             "base": {"path": "random"},
             "data": {"folder": ".", "resolution": side},
-            "method": METHOD if method is None else method,
+            "method": method or {},
             "adapter": {"rank": rank, "alpha": float(rank)},
             "training": {"steps": 10000, "batch": batch, **training},
             "output": {"folder": "."},

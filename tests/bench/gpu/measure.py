@@ -17,16 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 MATRIX = 8192  # side of the matrices whose product is the yardstick
 
 
-# The method of the recipes (docs/quality.md).
-METHOD = {
-    "target_time": True,
-    "weighting": "x0",
-    "diagonal": 0.5,
-    "to_clean": 0.15,
-    "ema_decay": 0.95,
-}
-
-
 class Timed(NamedTuple):
     """Of each of some equal steps."""
 

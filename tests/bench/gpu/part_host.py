@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from distill_loops import Pictures
 from families import FAMILIES, Family
-from measure import METHOD, Bench, count_flops
+from measure import Bench, count_flops
 from safetensors.torch import save_file
 
 from trajectory_consistency.trainer.config.settings import Config, from_mapping
@@ -91,7 +91,6 @@ def _config(family: Family, path: Path, device: str) -> Config:
         {
             "base": family.base(path),
             "data": {"folder": ".", "resolution": 64},
-            "method": METHOD,
             "adapter": {"rank": 16, "alpha": 16.0},
             "training": {"steps": 10000, "batch": 1, "device": device},
             "output": {"folder": "."},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 
 from bases import config_of, random_base, sd15_of, side_of
-from distill_loops import Ours, Separate
+from distill_loops import PLAIN, Ours, Separate
 from measure import Bench, Timed
 
 BATCH, TURNS = 4, 5
@@ -20,7 +20,7 @@ def run(bench: Bench) -> None:
         times: dict[str, list[Timed]] = {"ours": [], "separate": []}
         for _ in range(1 if bench.dry else TURNS):
             for name, loop in {"ours": Ours, "separate": Separate}.items():
-                config = config_of(side, BATCH, method={}, device=str(bench.device))
+                config = config_of(side, BATCH, method=PLAIN, device=str(bench.device))
                 checkpoint = random_base(sd15_of(bench), bench.device)
                 step = loop(config, bench.device, bench.dtype, checkpoint).step
                 times[name].append(bench.time(step, 1 if bench.dry else 4))
