@@ -1,7 +1,8 @@
 """Metadata keys of a TCD LoRA file, and the defaults for absent keys.
 
-trainer/files/metadata.py writes these keys. nodes/lora_file.py and `tcd-train sample` (trainer/commands/sample.py) read
-them, and refuse a file with an invalid value. All values in the metadata of a safetensors file are strings.
+files/metadata.py and nodes/host/model_name.py write these keys. nodes/lora_file.py and `tcd-train sample`
+(trainer/commands/sample.py) read them, and refuse a file with an invalid value. All values in the metadata of a
+safetensors file are strings.
 """
 
 STEPS_KEY = "tcd.steps"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from trajectory_consistency.trainer.atomic import atomic_write, remove_unfinished
+from trajectory_consistency.tcd.files.atomic import atomic_write, remove_unfinished
 from trajectory_consistency.trainer.errors import UserError
 from trajectory_consistency.trainer.lock import locked
 

@@ -8,13 +8,13 @@ import torch
 from trajectory_consistency.tcd import AdapterWeights, TargetInput, timestep_grid
 from trajectory_consistency.tcd.adapter import FILE, STUDENT
 from trajectory_consistency.tcd.distill.order import Group
+from trajectory_consistency.tcd.distill.sampling import Guidance, initial_noise, sample_latents
 from trajectory_consistency.trainer.config import settings as config
 from trajectory_consistency.trainer.data.buckets import Size
 from trajectory_consistency.trainer.data.dataset import Dataset, Table, caption_of
 from trajectory_consistency.trainer.files.adapter_weights import load_weights
 from trajectory_consistency.trainer.models.conditioning import Conditioning
 from trajectory_consistency.trainer.models.framing import Framing
-from trajectory_consistency.trainer.models.sampling import Guidance, initial_noise, sample_latents
 from trajectory_consistency.trainer.models.unet import families
 from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint
 from trajectory_consistency.trainer.models.unet.model import UNetModel

@@ -19,10 +19,10 @@ from ..tcd import (
     split_target_time,
     to_kohya,
 )
+from ..tcd.files.safetensors_file import read_safetensors
 from ..tcd.lora_keys import ALPHA, DOWN, UP, is_text_encoder_name
 from ..tcd.lora_metadata import DEFAULT_TARGET_INPUT, TARGET_TIME_KEY
 from .errors import UserError
-from .safetensors_file import read_safetensors
 
 Layer = TypeVar("Layer")
 

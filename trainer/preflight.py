@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ..tcd.distill.step import check_weighting
+from ..tcd.files.safetensors_file import SafetensorsFile
 from .config.device import device_and_dtype
 from .config.settings import FILE_NAME, Config, MethodConfig, changes, load
 from .data.cache import input_fingerprints, open_cached
@@ -19,7 +20,6 @@ from .files.metadata import CONFIG_DIGEST_KEY, TRAIN_STEPS_KEY, config_digest
 from .models import open_checkpoint
 from .models.sampling import check_cfg
 from .models.seam import Checkpoint
-from .safetensors_file import SafetensorsFile
 from .training import sharding
 from .training.checkpoint import Checkpoints
 from .training.optimizer import optimizer_class

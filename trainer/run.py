@@ -11,7 +11,7 @@ import torch
 
 from ..tcd.adapter import STUDENT
 from ..tcd.distill import StepRecord
-from .atomic import atomic_write, remove_unfinished
+from ..tcd.files.atomic import atomic_write, remove_unfinished
 from .config.device import device_and_dtype
 from .config.memory_advice import loading_advice, memory_advice, preview_advice
 from .config.settings import FILE_NAME, Config, load

@@ -5,6 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from ...tcd.fingerprint import combined, hash_samples
+from ...tcd.lora_metadata import FAMILY_KEY, HOST_FAMILIES, SHIFT_KEY, TARGET_TIME_MODULE_KEY
+
+TRAINER_FAMILIES = {host: family for family, host in HOST_FAMILIES.items()}
+"""The trainer's names of families that its other engine knows too, by the host's."""
 
 
 def model_name(model: Any) -> str:
@@ -35,3 +39,17 @@ def file_fingerprint(path: Path) -> str:
 def _fingerprint(path: Path, modified_ns: int, size: int) -> str:
     with path.open("rb") as file:
         return combined([hash_samples(file, size)])
+
+
+def model_metadata(name: str, shift: float | None, time_layer: str) -> dict[str, str]:
+    """Return the metadata of a LoRA file about the model that it was trained on, from `model_name` and `model_shift`.
+
+    time_layer: the path of the layer whose output is the embedding of t.
+    """
+    return {
+        "modelspec.architecture": f"{TRAINER_FAMILIES.get(name, name)}/lora",
+        "modelspec.implementation": "comfyui",
+        FAMILY_KEY: name,
+        TARGET_TIME_MODULE_KEY: time_layer,
+        **({} if shift is None else {SHIFT_KEY: f"{shift:g}"}),
+    }

@@ -22,8 +22,8 @@ from ..randomness import generator
 class Group(NamedTuple):
     """The pictures of one source and bucket."""
 
-    bucket: tuple[int, int]
-    """Height and width."""
+    bucket: tuple[int, ...]
+    """Height and width; the node adds what else must be equal in a batch."""
     pictures: int
     """Number of pictures."""
     repeats: float | Fraction
@@ -64,10 +64,15 @@ class BatchOrder:
 
     def steps(self, epoch: int) -> int:
         """Return the number of steps of an epoch."""
-        shown: dict[tuple[int, int], int] = defaultdict(int)
+        shown: dict[tuple[int, ...], int] = defaultdict(int)
         for group in self.groups:
             shown[group.bucket] += group.shown(epoch + 1) - group.shown(epoch)
         return sum(-(-rows // self.size) for rows in shown.values())
+
+
+def dropped_captions(size: int, share: float, *, seed: int, step: int) -> Tensor:
+    """Return which rows of a step get the empty caption, bool [size]: on average this share of them."""
+    return torch.rand(size, generator=generator(seed, "caption dropout", step)) < share
 
 
 class _Epoch(NamedTuple):
@@ -79,7 +84,7 @@ class _Epoch(NamedTuple):
 
 @lru_cache(maxsize=2)
 def _epoch(groups: tuple[Group, ...], size: int, seed: int, number: int) -> _Epoch:
-    parts: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
+    parts: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
     for which, group in enumerate(groups):
         pictures = _epoch_pictures(group, which, seed, number)
         if len(pictures):

@@ -10,13 +10,13 @@ from safetensors.torch import load_file, save_file
 from tiny_base import context, model_of, with_adapter, write_base, write_inputs
 from trajectory_consistency.tcd import kohya_name
 from trajectory_consistency.tcd.adapter import FILE
+from trajectory_consistency.tcd.distill.sampling import initial_noise
 from trajectory_consistency.trainer import run
 from trajectory_consistency.trainer.cli import main
 from trajectory_consistency.trainer.config import recipes, settings
 from trajectory_consistency.trainer.errors import UserError
 from trajectory_consistency.trainer.files.adapter_weights import file_tensors, load_weights, using_file
 from trajectory_consistency.trainer.lora_file import read_lora
-from trajectory_consistency.trainer.models.sampling import initial_noise
 from trajectory_consistency.trainer.models.unet.model import UNetModel
 
 LINEAR, POINTWISE = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "up_blocks.0.resnets.0.conv_shortcut"

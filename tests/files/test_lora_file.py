@@ -10,17 +10,18 @@ from safetensors.torch import load_file, save_file
 from small_bases import random_parts, shrink, to_state, write
 from tiny_base import context, model_of, small_config, with_adapter, write_base, write_inputs
 from trajectory_consistency.tcd.adapter import FILE, layer_shapes
+from trajectory_consistency.tcd.distill.sampling import initial_noise
+from trajectory_consistency.tcd.files import verified_file
 from trajectory_consistency.trainer.cli import main
 from trajectory_consistency.trainer.config.base import BaseConfig, BaseLora
 from trajectory_consistency.trainer.errors import RunError, UserError
-from trajectory_consistency.trainer.files import layout, verified_file
+from trajectory_consistency.trainer.files import layout
 from trajectory_consistency.trainer.files.adapter_weights import file_tensors, load_weights
 from trajectory_consistency.trainer.files.convert import convert
 from trajectory_consistency.trainer.files.describe_file import describe_file
 from trajectory_consistency.trainer.files.merge import merge
 from trajectory_consistency.trainer.files.write_lora import write_lora
 from trajectory_consistency.trainer.models import lora_layouts
-from trajectory_consistency.trainer.models.sampling import initial_noise
 from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint
 
 COND = context(torch.randn((1, 77, 32), generator=torch.Generator().manual_seed(5)))

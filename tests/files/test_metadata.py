@@ -7,9 +7,9 @@ from typing import get_args
 
 import pytest
 
+from trajectory_consistency.tcd.files import metadata
 from trajectory_consistency.tcd.times import Law
 from trajectory_consistency.trainer.config.settings import from_mapping
-from trajectory_consistency.trainer.files import metadata
 from trajectory_consistency.trainer.files.metadata import lora_metadata
 from trajectory_consistency.trainer.models import open_checkpoint
 

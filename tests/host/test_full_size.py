@@ -22,11 +22,11 @@ from torch import nn
 
 from trajectory_consistency.tcd import TargetTime, timestep_grid
 from trajectory_consistency.tcd.adapter import FILE
+from trajectory_consistency.tcd.distill.sampling import initial_noise, sample_latents
 from trajectory_consistency.tcd.target_time import PREFIX
 from trajectory_consistency.trainer.config.base import BaseConfig
 from trajectory_consistency.trainer.demo.comfy_server import ComfyServer
 from trajectory_consistency.trainer.files.adapter_weights import load_weights
-from trajectory_consistency.trainer.models.sampling import initial_noise, sample_latents
 from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint
 from trajectory_consistency.trainer.tiny import world
 

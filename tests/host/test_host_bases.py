@@ -16,12 +16,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from small_bases import use_unet
 from trajectory_consistency.tcd.adapter import FILE
+from trajectory_consistency.tcd.distill.sampling import initial_noise, sample_latents
 from trajectory_consistency.trainer.config.base import BaseConfig
 from trajectory_consistency.trainer.config.settings import from_mapping
 from trajectory_consistency.trainer.demo.comfy_server import ComfyServer
 from trajectory_consistency.trainer.files.adapter_weights import load_weights
 from trajectory_consistency.trainer.models.conditioning import Conditioning
-from trajectory_consistency.trainer.models.sampling import initial_noise, sample_latents
 from trajectory_consistency.trainer.models.unet import families as bases
 from trajectory_consistency.trainer.models.unet import ldm
 from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint

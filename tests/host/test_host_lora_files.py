@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_spellings import SPELLINGS, Spelling, halves_on, sd15_unet, sdxl_unet, spelled
+from trajectory_consistency.tcd.unet_layers import TARGETS
 from trajectory_consistency.trainer.find_comfyui import Host
 from trajectory_consistency.trainer.models.unet.ldm import UNET_PREFIX, unet_to_ldm
-from trajectory_consistency.trainer.models.unet_layers import TARGETS
 
 pytestmark = pytest.mark.host
 

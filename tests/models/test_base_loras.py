@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from small_bases import random_parts, shrink, to_state, write
 from trajectory_consistency.tcd.adapter import layer_shapes
+from trajectory_consistency.tcd.distill.distilled import distilled_note
 from trajectory_consistency.trainer.config.settings import Config, from_mapping
 from trajectory_consistency.trainer.data.cache import cache_paths, input_fingerprints
 from trajectory_consistency.trainer.errors import UserError
 from trajectory_consistency.trainer.files.adapter_weights import load_weights
 from trajectory_consistency.trainer.files.metadata import lora_metadata
 from trajectory_consistency.trainer.models import open_checkpoint
-from trajectory_consistency.trainer.models.distilled import distilled_note
 from trajectory_consistency.trainer.models.unet import ldm
 from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint
 from trajectory_consistency.trainer.models.unet.families import Family

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from small_bases import Parts, random_parts, save_folder, shrink, to_state, write
 from trajectory_consistency.tcd import kohya_name
+from trajectory_consistency.tcd.unet_layers import TARGETS, chosen_layers
 from trajectory_consistency.trainer.config.base import BaseConfig
 from trajectory_consistency.trainer.errors import UserError
 from trajectory_consistency.trainer.models import lora_layouts, open_checkpoint
@@ -29,7 +30,6 @@ from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint
 from trajectory_consistency.trainer.models.unet.families import Family
 from trajectory_consistency.trainer.models.unet.prompt import clip_tokenizer
 from trajectory_consistency.trainer.models.unet.text import CLIPS
-from trajectory_consistency.trainer.models.unet_layers import TARGETS, chosen_layers
 
 CPU, FLOAT = torch.device("cpu"), torch.float32
 FAMILIES: list[Family] = ["sd15", "sd2", "sdxl"]

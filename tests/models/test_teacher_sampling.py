@@ -18,6 +18,7 @@ from trajectory_consistency.tcd import (
     vp_level,
     zero_terminal_snr,
 )
+from trajectory_consistency.tcd.distill.teacher_sampling import dpm_solver_sample
 from trajectory_consistency.tcd.randomness import generator
 from trajectory_consistency.trainer.config import settings as config
 from trajectory_consistency.trainer.data import encode
@@ -25,7 +26,6 @@ from trajectory_consistency.trainer.data.cache import open_cached
 from trajectory_consistency.trainer.data.dataset import Dataset
 from trajectory_consistency.trainer.data.store import digest
 from trajectory_consistency.trainer.models.seam import Model
-from trajectory_consistency.trainer.models.teacher_sampling import dpm_solver_sample
 from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint
 from trajectory_consistency.trainer.models.unet.model import UNetModel
 

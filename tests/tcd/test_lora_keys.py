@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora_spellings import SPELLINGS, halves_on, sd15_unet, sdxl_unet, spelled
 from trajectory_consistency.tcd import kohya_name, lora_modules, split_name, to_kohya
-from trajectory_consistency.trainer.models.unet_layers import TARGETS
+from trajectory_consistency.tcd.unet_layers import TARGETS
 
 LINEAR, CONV = "mid_block.attentions.0.proj_in", "down_blocks.0.resnets.1.conv1"
 SHAPES = {kohya_name(LINEAR): (6, 5), kohya_name(CONV): (8, 7, 3, 3)}

@@ -22,13 +22,13 @@ from trajectory_consistency.tcd import (
 )
 from trajectory_consistency.tcd.distill import examples as distill_examples
 from trajectory_consistency.tcd.distill import training as distill_training
+from trajectory_consistency.tcd.distill.sampling import Guidance, initial_noise, sample_latents
+from trajectory_consistency.tcd.distill.teacher_sampling import dpm_solver_sample
 from trajectory_consistency.tcd.times import Law
 from trajectory_consistency.trainer.config.settings import Config, from_mapping
 from trajectory_consistency.trainer.data.encode import load_or_encode
 from trajectory_consistency.trainer.models.conditioning import Conditioning
 from trajectory_consistency.trainer.models.fingerprint import fingerprint
-from trajectory_consistency.trainer.models.sampling import Guidance, initial_noise, sample_latents
-from trajectory_consistency.trainer.models.teacher_sampling import dpm_solver_sample
 from trajectory_consistency.trainer.models.unet.families import Family
 from trajectory_consistency.trainer.models.unet.model import UNetModel
 from trajectory_consistency.trainer.run import run

@@ -27,14 +27,14 @@ from trajectory_consistency.tcd.distill import examples as distill_examples
 from trajectory_consistency.tcd.distill import training as distill_training
 from trajectory_consistency.tcd.distill.loss_scale import GROWS_AFTER, LossScale
 from trajectory_consistency.tcd.distill.optimizer import lr_factor
+from trajectory_consistency.tcd.distill.sampling import initial_noise, sample_latents
 from trajectory_consistency.tcd.times import Times, sample_times
+from trajectory_consistency.tcd.unet_layers import TARGETS
 from trajectory_consistency.trainer.errors import UserError
 from trajectory_consistency.trainer.files import write_lora as files_write
 from trajectory_consistency.trainer.files.adapter_weights import load_weights
 from trajectory_consistency.trainer.files.write_lora import VerificationError, write_lora
-from trajectory_consistency.trainer.models.sampling import initial_noise, sample_latents
 from trajectory_consistency.trainer.models.unet.model import UNetModel
-from trajectory_consistency.trainer.models.unet_layers import TARGETS
 from trajectory_consistency.trainer.preflight import check
 from trajectory_consistency.trainer.run import run
 from trajectory_consistency.trainer.training import examples, loop
@@ -279,7 +279,7 @@ def test_a_failed_write_leaves_the_old_file_alone(
     def full_disk(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("trajectory_consistency.trainer.atomic.os.fsync", full_disk)
+    monkeypatch.setattr("trajectory_consistency.tcd.files.atomic.os.fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         write(net, values, path)
     assert [entry.read_bytes() for entry in path.parent.iterdir()] == [b"the old one"]

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..atomic import atomic_write
+from ...tcd.files.atomic import atomic_write
 from ..config.settings import Config
 from ..errors import UserError
 from ..models import open_checkpoint

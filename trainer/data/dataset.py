@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...tcd.distill.order import BatchOrder, Group
+from ...tcd.distill.order import BatchOrder, Group, dropped_captions
 from ...tcd.randomness import generator
 from ..models.conditioning import Conditioning
 from ..models.framing import Framing
@@ -73,7 +73,7 @@ class Dataset:
         (seed, step, row), and do not depend on how the rows of a step are divided among processes.
         """
         rows = _order_of(self.groups, size, seed).rows(step)[part].tolist()
-        dropped = torch.rand(size, generator=generator(seed, "caption dropout", step))[part] < caption_dropout
+        dropped = dropped_captions(size, caption_dropout, seed=seed, step=step)[part]
         chosen = torch.rand(size, generator=generator(seed, "caption variant", step))[part].tolist()
         numbers = range(size)[part]
         latents, framings, captions = [], [], []

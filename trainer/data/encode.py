@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ...tcd.distill.teacher_sampling import dpm_solver_sample
 from ...tcd.randomness import generator
 from ..config.memory_advice import caching_advice, memory_advice
 from ..config.settings import Config
@@ -22,7 +23,6 @@ from ..models import open_checkpoint
 from ..models.conditioning import Conditioning
 from ..models.framing import Framing
 from ..models.seam import Autoencoder, Checkpoint, Model, TextEncoder
-from ..models.teacher_sampling import dpm_solver_sample
 from .buckets import Size
 from .cache import CachedData, Index, IndexEntry, cache_paths, merge_parts, open_cached
 from .captions import caption_variants, with_prefix

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..atomic import atomic_write, remove_unfinished
+from ...tcd.files.atomic import atomic_write, remove_unfinished
 
 DIGESTS = "digest"
 """Name of the tensor in a shard that holds the digests of its rows, uint8 [n, 16]."""

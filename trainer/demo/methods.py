@@ -11,11 +11,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...tcd.adapter import OFF
+from ...tcd.distill.sampling import Guidance, initial_noise, sample_latents
 from ..config.base import BaseConfig
 from ..files.adapter_weights import load_weights
 from ..models import open_checkpoint
 from ..models.framing import Framing
-from ..models.sampling import Guidance, initial_noise, sample_latents
 from ..tiny.world import SIZE_PX
 from .distill import TEACHER_GUIDANCE
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from ...tcd import AdapterWeights, Lora, LoraModule, coverage, kohya_name
 from ...tcd.adapter import FILE, layer_shapes
 from ...tcd.lora_keys import ALPHA, DOWN, UP
-from ...tcd.target_time import PREFIX
+from ...tcd.lora_weights import copy_modules, lora_tensors
 from ..config.settings import Config
 from ..errors import UserError
-from ..lora_file import LoraFile, by_layer, check_plain_lora, read_lora
+from ..lora_file import by_layer, check_plain_lora, read_lora
 from ..models.seam import Model
 
 
@@ -87,31 +87,19 @@ def start_from(model: Model, weights: AdapterWeights, path: Path) -> None:
     Raises UserError if the file is not a LoRA, or differs from `weights` in modules, shapes, alpha or target input.
     """
     file = read_lora(path)
-    own = dict(weights.items())
-    layers = _layers_by_name(model, own)
+    layers = _layers_by_name(model, weights.paths)
     found = by_layer(file.modules, {name: layers.get(name, name) for name in file.modules}, path)
-    unmatched = sorted(found.keys() ^ own.keys())
-    if unmatched:
-        raise UserError(
-            f"adapter.start_from is {path}, with {len(file.modules)} modules, and the adapter has {len(own)}; not in "
-            f"both are {', '.join(unmatched[:3])} ...: use a LoRA for this base, and the adapter.targets that it was "
-            "trained with"
-        )
-    for layer, module in found.items():
-        _copy_module(path, module.path, own[layer], module)
-    _copy_embedding(path, weights, file)
+    for module in found.values():
+        check_plain_lora(f"adapter.start_from is {path}: {module.path}", module.tensors)
+    try:
+        copy_modules(found, file.target_time, weights)
+    except ValueError as error:
+        raise UserError(f"adapter.start_from is {path}, {error}") from error
 
 
 def file_tensors(model: Model, weights: AdapterWeights) -> dict[str, Tensor]:
     """Return adapter weights as the tensors of a LoRA file for `model`: down, up and alpha of each module."""
-    tensors: dict[str, Tensor] = {}
-    for layer, lora in weights.items():
-        name = model.lora_key(layer)
-        tensors |= {f"{name}.{DOWN}": lora.down.detach(), f"{name}.{UP}": lora.up.detach()}
-        tensors[f"{name}.{ALPHA}"] = torch.tensor(float(lora.alpha))
-    if weights.target_time is not None:
-        tensors |= {f"{PREFIX}{name}": tensor for name, tensor in weights.target_time.state_dict().items()}
-    return tensors
+    return lora_tensors(weights, model.lora_key)
 
 
 def _layers_by_name(model: Model, layers: Iterable[str]) -> dict[str, str]:
@@ -124,31 +112,3 @@ def _lora(module: LoraModule, shape: tuple[int, ...]) -> Lora:
     down = module.tensors[DOWN].reshape(module.rank, *shape[1:])
     up = module.tensors[UP].reshape(shape[0], module.rank, *[1] * (len(shape) - 2))
     return Lora(down, up, float(module.tensors[ALPHA]))
-
-
-def _copy_module(path: Path, name: str, lora: Lora, module: LoraModule) -> None:
-    check_plain_lora(f"adapter.start_from is {path}: {name}", module.tensors)
-    found = {part: tuple(module.tensors[part].shape) for part in module.tensors.keys() - {ALPHA}}
-    wanted = {DOWN: tuple(lora.down.shape), UP: tuple(lora.up.shape)}
-    file_alpha = float(module.tensors[ALPHA])
-    if found != wanted or file_alpha != lora.alpha:
-        raise UserError(
-            f"adapter.start_from is {path}, where {name} has {found} and alpha {file_alpha:g}, but the adapter has "
-            f"{wanted} and alpha {lora.alpha:g}: use its adapter.rank, {module.rank}, and adapter.alpha, {file_alpha:g}"
-        )
-    if not lora.down.is_meta:
-        lora.down.copy_(module.tensors[DOWN])
-        lora.up.copy_(module.tensors[UP])
-
-
-def _copy_embedding(path: Path, weights: AdapterWeights, file: LoraFile) -> None:
-    given, own = file.target_time, weights.target_time
-    if given is None:
-        return
-    if own is None or own.target_input != given.target_input:
-        raise UserError(
-            f"adapter.start_from is {path}, whose target-time embedding embeds {given.target_input}: use "
-            f'method.target_time = true and method.target_input = "{given.target_input}"'
-        )
-    if not next(own.parameters()).is_meta:
-        own.load_state_dict(given.state_dict())

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ...tcd import PEFT_CONFIG_KEY
+from ...tcd.files.verified_file import check_target, write_verified
 from ...tcd.lora_keys import ALPHA, DOWN, UP
 from ...tcd.lora_metadata import TARGET_TIME_KEY, TARGET_TIME_MODULE_KEY
 from ...tcd.target_time import PREFIX
 from ..lora_file import LoraFile, by_layer, check_plain_lora, module_scale, read_lora, refuse_target_time
 from .layout import check_layouts
-from .verified_file import check_target, write_verified
 
 Naming = Literal["kohya", "peft"]
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...tcd.files.safetensors_file import attached, read_safetensors
+from ...tcd.files.verified_file import check_target, write_verified
 from ..errors import UserError
 from ..lora_file import LoraFile, by_layer, check_plain_lora, module_update, read_lora, refuse_target_time
 from ..models.seam import LoraLayout, StoredWeight
-from ..safetensors_file import attached, read_safetensors
 from .layout import check_layouts, names_of
-from .verified_file import check_target, write_verified
 
 
 def merge(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...tcd import TimePoint
 from ...tcd.adapter import STUDENT
-from ..atomic import atomic_write
+from ...tcd.files.atomic import atomic_write
 from ..config.settings import Config
 from ..errors import RunError
 from ..models.conditioning import Conditioning

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..atomic import atomic_write
+from ...tcd.files.atomic import atomic_write
 from ..errors import UserError
 from .processes import ALONE, Processes
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...tcd.adapter import FILE
-from ..atomic import atomic_write
+from ...tcd.files.atomic import atomic_write
 from ..config.base import BaseConfig
 from ..config.device import resolve_dtype
 from ..config.settings import PreviewConfig

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...tcd.distill import StepRecord
-from ..atomic import atomic_write, write_advice
+from ...tcd.files.atomic import atomic_write, write_advice
 from ..errors import RunError
 
 LOG_NAME, BY_TIME_NAME = "log.csv", "loss_by_time.csv"

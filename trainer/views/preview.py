@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from ...tcd.distill import StepRecord
-from ..atomic import atomic_write
+from ...tcd.files.atomic import atomic_write
 from ..config.settings import Config
 from ..files.adapter_weights import using_file
 from ..files.write_lora import write_lora

@@ -15,11 +15,11 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from ..atomic import atomic_write
+from ...tcd.distill.sampling import Guidance, initial_noise, sample_latents
+from ...tcd.files.atomic import atomic_write
 from ..data.buckets import Size
 from ..models.conditioning import Conditioning
 from ..models.framing import Framing
-from ..models.sampling import Guidance, initial_noise, sample_latents
 from ..models.seam import Checkpoint, Model
 
 _MAX_CAPTION = 90  # characters of a prompt in a grid

@@ -12,7 +12,7 @@ from string import Template
 
 from PIL import Image
 
-from ..atomic import atomic_write
+from ...tcd.files.atomic import atomic_write
 from ..config import settings as config
 from ..config.settings import Config
 from ..errors import UserError

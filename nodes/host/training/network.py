@@ -19,6 +19,7 @@ from ..model_schedule import schedule_of
 from ..target_time import with_target_time
 from .conditions import Conditioning, ModelConds, equal_rows, model_conds
 from .kernels import differentiable_kernels
+from .layers import LayerNames
 from .recompute import recomputing
 
 
@@ -52,10 +53,17 @@ class HostNetwork:
         if self.device.type == "meta":  # only now, because the schedule is made from the tables' values
             self.model.model_sampling.to(self.device)
         self.adapter = Adapter(self.network, time_layer)
+        self.names = LayerNames(self.model)
         self.takes_guidance = takes_guidance(self.network)
         self.one_by_one = False
         """Whether each row is computed in a call of its own, so that the number of calls follows from that of rows."""
         self._undo = ExitStack()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the network computes."""
+        dtype: torch.dtype = self.model.get_dtype_inference()
+        return dtype
 
     def x0(self, x_t: Tensor, t: TimePoint, conds: Sequence[Conditioning], s: TimePoint | None = None) -> Tensor:
         """Predict x0, float32 [B, C, ...], from x_t [B, C, ...] at t, in the training scale; s: target time.

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ....tcd.distill.distilled import refuse_lcm
+from ....tcd.files.safetensors_file import SafetensorsFile
 from ...errors import UserError
-from ...safetensors_file import SafetensorsFile
-from ..distilled import refuse_lcm
 
 TEXT, VAE = "text encoder", "VAE"
 META = torch.device("meta")

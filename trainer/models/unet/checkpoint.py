@@ -12,13 +12,13 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from ....tcd import DiscreteSchedule, Prediction, scaled_linear_alpha_bar, zero_terminal_snr
+from ....tcd.distill.distilled import distilled_note
 from ....tcd.lora_metadata import BASE_FINGERPRINT_KEY, BASE_NAME_KEY, FAMILY_KEY, HOST_FAMILIES
 from ...config.base import BaseConfig
 from ...errors import UserError
 from .. import TINY_NAME
 from ..base_loras import fingerprints_with, lora_note
 from ..conditioning import Conditioning
-from ..distilled import distilled_note
 from ..fingerprint import fingerprint
 from ..framing import Framing
 from ..seam import Fingerprints, LatentFormat

@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from ....tcd import Prediction
+from ....tcd.distill.distilled import refuse_lcm
+from ....tcd.files.safetensors_file import attached
 from ...errors import UserError
-from ...safetensors_file import attached
-from ..distilled import refuse_lcm
 from . import families
 from .families import Family, UNetSignature
 from .text import CLIPS, TextEncoder

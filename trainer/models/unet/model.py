@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ....tcd import Adapter, AdapterWeights, Prediction, Schedule, TargetInput, TargetTime, TimePoint, kohya_name, to_x0
 from ....tcd.adapter import new_weights
+from ....tcd.unet_layers import chosen_layers, kind_of
 from ..conditioning import Conditioning
 from ..seam import LatentFormat
-from ..unet_layers import chosen_layers, kind_of
 from .conditioning import MASK, join
 from .ldm import unet_locations
 from .lora_layouts import unet_names

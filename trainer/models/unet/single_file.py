@@ -13,9 +13,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
 from ....tcd import Prediction
+from ....tcd.distill.distilled import refuse_lcm
+from ....tcd.files.safetensors_file import SafetensorsFile, attached
 from ...errors import UserError
-from ...safetensors_file import SafetensorsFile, attached
-from ..distilled import refuse_lcm
 from . import families, ldm
 from .families import Family, UNetSignature
 from .text import CLIPS, ClipEncoder, TextEncoder

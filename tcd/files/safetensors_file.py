@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .errors import UserError
+from ..errors import UserError
 
 
 class SafetensorsFile:
