@@ -51,11 +51,13 @@ class FileStamp(NamedTuple):
 class LoraFile:
     """The header of a LoRA file; name is its entry in the host's list, and the tensors are on the meta device.
 
+    A LoRA that is in memory, and in no file, has no stamp, and its tensors are the tensors themselves.
+
     Raises ValueError if the file is not a LoRA or is damaged.
     """
 
     name: str
-    stamp: FileStamp
+    stamp: FileStamp | None
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
 

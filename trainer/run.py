@@ -11,9 +11,10 @@ import torch
 
 from ..tcd.adapter import STUDENT
 from ..tcd.distill import StepRecord
+from ..tcd.distill.memory import memory_advice
 from ..tcd.files.atomic import atomic_write, remove_unfinished
 from .config.device import device_and_dtype
-from .config.memory_advice import loading_advice, memory_advice, preview_advice
+from .config.memory_advice import loading_advice, preview_advice
 from .config.settings import FILE_NAME, Config, load
 from .data.buckets import Size
 from .data.encode import load_or_encode

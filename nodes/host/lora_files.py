@@ -12,13 +12,14 @@ from ...tcd import split_name
 from ...tcd.target_time import PREFIX
 from ..lora_file import FileStamp, LoraFile
 
-_LORAS = "loras"
+LORAS = "loras"
+"""The host's name of the folders of LoRAs."""
 _SUFFIXES = (".safetensors", ".sft")
 
 
 def lora_names() -> list[str]:
     """Return the LoRA files that the host lists."""
-    return folder_paths.get_filename_list(_LORAS)
+    return folder_paths.get_filename_list(LORAS)
 
 
 def lora_stamp(name: str) -> FileStamp:
@@ -28,7 +29,7 @@ def lora_stamp(name: str) -> FileStamp:
     """
     if name not in lora_names():
         raise ValueError(f"there is no {name!r} in the loras folders: choose a file from the list, or copy it there")
-    return _stamp(Path(folder_paths.get_full_path_or_raise(_LORAS, name)))
+    return _stamp(Path(folder_paths.get_full_path_or_raise(LORAS, name)))
 
 
 def read_lora(name: str) -> LoraFile:
@@ -73,6 +74,8 @@ def read_tensors(lora: LoraFile) -> dict[str, Tensor]:
 
     Raises ValueError if a tensor contains NaN or infinity.
     """
+    if lora.stamp is None:
+        return dict(lora.tensors)
     try:
         return _read_cached(lora.stamp)
     except ValueError as error:

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ...tcd.distill.memory import memory_advice
 from ...tcd.distill.teacher_sampling import dpm_solver_sample
 from ...tcd.randomness import generator
-from ..config.memory_advice import caching_advice, memory_advice
+from ..config.memory_advice import caching_advice
 from ..config.settings import Config
 from ..errors import UserError
 from ..models import open_checkpoint

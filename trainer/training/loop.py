@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from ...tcd import distill
 from ...tcd.distill import NonFiniteError, StepRecord
-from ..config.memory_advice import memory_advice, training_advice
+from ...tcd.distill.memory import memory_advice
+from ..config.memory_advice import training_advice
 from ..config.settings import Config
 from ..data.dataset import Dataset
 from ..errors import RunError, UserError
