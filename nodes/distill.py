@@ -35,7 +35,7 @@ class TCDDistill(io.ComfyNode):
                     tooltip="The LoRA, for TCD LoRA Model Loader, TCD Save LoRA and ComfyUI's own nodes.",
                 ),
                 LossMap.Output(display_name="loss_map", tooltip="The loss of each step, for ComfyUI's loss graph."),
-                io.Int.Output(display_name="steps", tooltip="Number of training steps done."),
+                io.Int.Output(display_name="training_steps", tooltip="Number of training steps done."),
             ],
         )
 
@@ -57,7 +57,7 @@ class TCDDistill(io.ComfyNode):
         one = {name: value[0] for name, value in values.items()}
         settings = DistillSettings.from_preset(
             one["preset"],
-            steps=one["steps"],
+            steps=one["training_steps"],
             batch=one["batch"],
             accumulate=one["accumulate"],
             rank=one["rank"],
@@ -103,10 +103,10 @@ def _setting_inputs() -> list[Any]:
             "preset",
             options=list(PRESETS),
             default=GOOD,
-            tooltip="How long and how large: it sets steps, batch, accumulate, rank and learning rate where they are "
+            tooltip="How long and how large: it sets training_steps, batch, accumulate, rank and learning_rate where they are "
             "0. fast try is to see that it works.",
         ),
-        io.Int.Input("steps", default=0, min=0, max=100000, tooltip="Number of training steps; 0: by preset."),
+        io.Int.Input("training_steps", default=0, min=0, max=100000, tooltip="Number of training steps; 0: by preset."),
         io.Int.Input("batch", default=0, min=0, max=1024, tooltip="Number of pictures in a step; 0: by preset."),
         io.Int.Input(
             "accumulate",
@@ -135,7 +135,7 @@ def _setting_inputs() -> list[Any]:
             "seed",
             default=0,
             min=0,
-            max=0xFFFFFFFFFFFFFFFF,
+            max=2**53 - 1,  # the largest whole number of a browser
             tooltip="Seed of the initial weights, the order of the pictures, the times and the noise.",
         ),
         io.Boolean.Input(

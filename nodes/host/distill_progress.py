@@ -74,8 +74,10 @@ def _plain_previewer(latent_format: Any) -> Any:
     """Return the host's simplest previewer, for users who have turned off those of the sampler; None for no picture."""
     if latent_format.latent_rgb_factors is None:
         return None
-    bias = getattr(latent_format, "latent_rgb_factors_bias", None)
-    return latent_preview.Latent2RGBPreviewer(latent_format.latent_rgb_factors, bias)
+    names = ("latent_rgb_factors", "latent_rgb_factors_bias", "latent_rgb_factors_reshape")  # older hosts lack the last
+    return latent_preview.Latent2RGBPreviewer(
+        *(getattr(latent_format, each) for each in names if hasattr(latent_format, each))
+    )
 
 
 def _show(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from torch import Tensor
 from trajectory_consistency.nodes import host
 from trajectory_consistency.nodes.distill import TCDDistill
 from trajectory_consistency.nodes.distill_settings import DistillSettings
+from trajectory_consistency.nodes.host import distill_progress
 from trajectory_consistency.nodes.lora_model import TCDLoraModelLoader
+from trajectory_consistency.nodes.save_lora import TCDSaveLora
 from trajectory_consistency.tcd.distill.order import Group
 from trajectory_consistency.trainer.config.settings import from_mapping
 from trajectory_consistency.trainer.data.buckets import Size
@@ -54,7 +57,7 @@ def inputs_of(name: str, **changes: Any) -> dict[str, Any]:
         "negative": [family.conditioning(9)],
         "latents": latents_of(name),
         "preset": ["fast try"],
-        "steps": [STEPS],
+        "training_steps": [STEPS],
         "batch": [2],
         "accumulate": [2],
         "learning_rate": [1e-3],
@@ -109,7 +112,7 @@ def test_every_family_is_distilled_and_samples_as_before(name: str, folder: Path
     with torch.inference_mode():
         model = load(name, folder)
     before = sampled(model, name)
-    lora, losses, steps = distilled(model, name, steps=[2], preview_every=[1])
+    lora, losses, steps = distilled(model, name, training_steps=[2], preview_every=[1])
     assert steps == len(losses["loss"]) == 2 and all(loss > 0 for loss in losses["loss"])
     assert is_clean(model)
     assert torch.equal(sampled(model, name), before)
@@ -163,30 +166,23 @@ def test_the_lora_is_that_of_the_trainer(name: str, folder: Path, monkeypatch: p
     assert any(relative(lora[key], each) > 1e-3 for key, each in trainer_lora(name, folder, start, model).items())
 
 
-class Cancel:
-    """Cancels a run in the middle of its step number `step`, as the button in the browser does."""
+def cancelled(model: Any, name: str, step: int, **changes: Any) -> None:
+    """Run the node, and cancel it in the middle of a step, as the button in the browser does."""
+    report, calls = distill_progress.Progress.step, []
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-        self.calls, self.step = 0, step
-        self.real = distill_progress.Progress.step
-        monkeypatch.setattr(distill_progress.Progress, "step", self.observe)
-
-    def observe(self, progress: Any, *args: Any) -> None:
-        self.real(progress, *args)
-        self.calls += 1
-        if self.calls == self.step - 1:
+    def observe(progress: Any, *args: Any) -> None:
+        report(progress, *args)
+        calls.append(progress)
+        if len(calls) == step - 1:
             comfy.model_management.interrupt_current_processing()  # the next operation of the host sees it
 
-
-def cancelled(model: Any, name: str, step: int, **changes: Any) -> None:
-    """Run the node, and cancel it within a step."""
     with pytest.MonkeyPatch.context() as patch:
-        Cancel(patch, step)
+        patch.setattr(distill_progress.Progress, "step", observe)
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             distilled(model, name, **changes)
 
 
-@pytest.mark.parametrize("name", ["sd15", "flux"])
+@pytest.mark.parametrize("name", ["sd3", "flux"])
 def test_a_cancelled_run_leaves_the_model_as_it_was_and_resumes_exactly(
     name: str, folder: Path, folders: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -224,7 +220,9 @@ def test_another_graph_does_not_resume(folder: Path, folders: Path, caplog: pyte
         assert "resuming" not in caplog.text
         distilled(model, "sd3")
         assert "resuming" in caplog.text
-    cancelled(model, "sd3", step=1)
+    comfy.model_management.interrupt_current_processing()
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        distilled(model, "sd3")
     assert not list((folders / "output").rglob("*.safetensors")), "nothing was learned"
 
 
@@ -257,12 +255,13 @@ def test_a_lora_is_trained_further(folder: Path) -> None:
     lora, *_ = distilled(model, "sd3")
     (name,) = TCDSaveLora.execute(lora, "start").result
     again, *_ = distilled(model, "sd3", start_from=[name], learning_rate=[1e-9])
-    assert all(relative(again[key], lora[key]) < 2e-3 for key in lora if lora[key].any())
+    kept = [key for key in lora if key.startswith("diffusion_model.") and lora[key].any()]
+    assert kept and all(relative(again[key], lora[key]) < 2e-3 for key in kept), "rounded to float16"
     with pytest.raises(ValueError, match=r"start_from is start_00001_.safetensors, where .*alpha, 2"):
         distilled(model, "sd3", start_from=[name], rank=[4])
     fingerprint = TCDDistill.fingerprint_inputs(start_from=[name])
     assert fingerprint == host.lora_stamp(name)
-    assert TCDDistill.fingerprint_inputs(steps=[3]) == TCDDistill.fingerprint_inputs(steps=[4])
+    assert TCDDistill.fingerprint_inputs(rank=[3]) == TCDDistill.fingerprint_inputs(rank=[4])
 
 
 @pytest.mark.parametrize("name", ["sd15", "wan"])
@@ -273,8 +272,8 @@ def test_without_latents_the_teacher_draws_them(name: str, folder: Path, monkeyp
     model = load(name, folder)
     before = sampled(model, name)
     size = {"width": [64], "height": [128], "per_prompt": [2]}
-    first, *_ = distilled(model, name, latents=[], steps=[1], **size)
-    again, *_ = distilled(model, name, latents=[], steps=[1], **size)
+    first, *_ = distilled(model, name, latents=[], training_steps=[1], **size)
+    again, *_ = distilled(model, name, latents=[], training_steps=[1], **size)
     assert all(torch.equal(first[key], again[key]) for key in first)
     (pairs, _) = made
     channels, *frames, _, _ = FAMILIES[name].latent
@@ -344,12 +343,12 @@ def test_a_model_without_a_time_layer_is_refused(folder: Path) -> None:
 
 
 def test_a_distilled_model_is_warned_of(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    distilled(load("flux-schnell", folder), "flux-schnell", steps=[1])
+    distilled(load("flux-schnell", folder), "flux-schnell", training_steps=[1])
     assert "this base is distilled to few steps already (it is Flux schnell)" in caplog.text
     caplog.clear()
     model = load("sd3", folder)
     model.cached_patcher_init = (load, ("models/sd3-turbo.safetensors", {}))
-    distilled(model, "sd3", steps=[1])
+    distilled(model, "sd3", training_steps=[1])
     assert "sd3-turbo has turbo in its name" in caplog.text
 
 
@@ -357,7 +356,7 @@ def test_dynamic_vram_is_turned_off_or_refused(folder: Path, monkeypatch: pytest
     model, static = load("sd3", folder), load("sd3", folder)
     monkeypatch.setattr(model, "is_dynamic", lambda: True)
     clone = monkeypatch.setattr(model, "clone", lambda disable_dynamic: static if disable_dynamic else model)
-    assert clone is None and distilled(model, "sd3", steps=[1])[2] == 1
+    assert clone is None and distilled(model, "sd3", training_steps=[1])[2] == 1
 
     def fails(disable_dynamic: bool) -> Any:
         raise RuntimeError("cached_patcher_init is not initialized.")
@@ -373,9 +372,7 @@ def test_full_memory_says_which_inputs_to_change(folder: Path, monkeypatch: pyte
 
     model = load("sd3", folder)
     monkeypatch.setattr(distill_progress.Progress, "step", full)
-    with pytest.raises(
-        RuntimeError, match=r"out of memory with 1 pictures at a time. Use a larger accumulate \(now 2\)"
-    ):
+    with pytest.raises(RuntimeError, match=r"memory with 1 pictures at a time. Use a larger accumulate \(now 2\)"):
         distilled(model, "sd3")
     assert is_clean(model)
 
