@@ -35,7 +35,7 @@ class TCDDistill(io.ComfyNode):
                     tooltip="The LoRA, for TCD LoRA Model Loader, TCD Save LoRA and ComfyUI's own nodes.",
                 ),
                 LossMap.Output(display_name="loss_map", tooltip="The loss of each step, for ComfyUI's loss graph."),
-                io.Int.Output(display_name="training_steps", tooltip="Number of training steps done."),
+                io.Int.Output(display_name="steps_done", tooltip="Number of training steps done."),
             ],
         )
 
@@ -103,8 +103,8 @@ def _setting_inputs() -> list[Any]:
             "preset",
             options=list(PRESETS),
             default=GOOD,
-            tooltip="How long and how large: it sets training_steps, batch, accumulate, rank and learning_rate where they are "
-            "0. fast try is to see that it works.",
+            tooltip="How long and how large: it sets training_steps, batch, accumulate, rank and learning_rate where "
+            "they are 0. fast try is to see that it works.",
         ),
         io.Int.Input("training_steps", default=0, min=0, max=100000, tooltip="Number of training steps; 0: by preset."),
         io.Int.Input("batch", default=0, min=0, max=1024, tooltip="Number of pictures in a step; 0: by preset."),

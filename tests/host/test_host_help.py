@@ -46,7 +46,8 @@ def nodes(server: ComfyServer) -> dict[str, Any]:
 
 
 def _inputs(info: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {name: spec[1] for group in info["input"].values() for name, spec in group.items()}
+    groups = (info["input"].get(group, {}) for group in ("required", "optional"))
+    return {name: spec[1] for group in groups for name, spec in group.items()}
 
 
 def test_everything_is_explained(nodes: dict[str, Any]) -> None:

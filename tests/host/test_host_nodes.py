@@ -86,7 +86,7 @@ CONTRACT = {
             "per_prompt": ("INT", {"default": 1, "min": 1, "max": 10000}),
             "preview_every": ("INT", {"default": 50, "min": 0, "max": 100000}),
         },
-        "outputs": [("LORA_MODEL", "lora"), ("LOSS_MAP", "loss_map"), ("INT", "training_steps")],
+        "outputs": [("LORA_MODEL", "lora"), ("LOSS_MAP", "loss_map"), ("INT", "steps_done")],
         "category": "model/training",
     },
     "TCDSaveLora": {
