@@ -155,7 +155,7 @@ def _add_student(network: HostNetwork, settings: DistillSettings, start_from: Lo
         target_input = start_from.target_input
         target_time = TargetTime.from_state_dict(embedding, target_input) if target_input else None
         try:
-            copy_lora(to_kohya(lora, start_from.alpha_from_metadata), target_time, weights, network.names.lora_key)
+            copy_lora(to_kohya(lora, start_from.alpha), target_time, weights, network.names.lora_key)
         except ValueError as error:
             raise ValueError(f"start_from is {start_from.name}, {error}") from error
     network.adapter.add(STUDENT, weights)
