@@ -162,14 +162,14 @@ def _add_student(network: HostNetwork, settings: DistillSettings, start_from: Lo
 
 
 def _training(network: HostNetwork, data: GraphData, settings: DistillSettings) -> Training:
-    order, schedule = data.order(settings.batch, settings.seed), network.schedule.to(torch.device("cpu"))
+    order = data.order(settings.batch, settings.seed)
     dropout = 0.0 if data.empty is None or network.takes_guidance else settings.caption_dropout
 
     def read(step: int, index: int) -> Examples[Captions]:
         rows = settings.micro_batches[index]
         latents, captions, empty = data.batch(order, step, rows, dropout)
         return draw_examples(
-            latents, captions, empty, rows, method=settings, training=settings, schedule=schedule, step=step
+            latents, captions, empty, rows, method=settings, training=settings, schedule=network.schedule, step=step
         )
 
     return Training(network, read, settings.micro_batches, settings, settings)

@@ -12,7 +12,8 @@ import comfy.samplers
 import folder_paths
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, written
+from quantized_files import write_quantized
 from short_run import run as trainer_run
 from small_models import each_family, load, relative
 from test_checkpoint import base_of
@@ -124,6 +125,17 @@ def test_every_family_is_distilled_and_samples_as_before(name: str, folder: Path
     assert not torch.equal(sampled(with_lora, name), before)
 
 
+def test_a_quantised_model_is_distilled(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "scaled.safetensors"
+    write_quantized(written("flux", folder), path, "scaled float8", FAMILIES["flux"].prefix)
+    with torch.inference_mode():
+        model = FAMILIES["flux"].load(path)
+    before = sampled(model, "flux")
+    lora, *_ = distilled(model, "flux", training_steps=[2])
+    assert is_clean(model) and torch.equal(sampled(model, "flux"), before)
+    assert not torch.equal(sampled(TCDLoraModelLoader.execute(model, lora, 1.0).result[0], "flux"), before)
+
+
 def trainer_lora(name: str, folder: Path, settings: DistillSettings, model: Any) -> dict[str, Tensor]:
     """Return the LoRA that the trainer makes of the same data and settings."""
     given = inputs_of(name)
@@ -162,8 +174,7 @@ def test_the_lora_is_that_of_the_trainer(name: str, folder: Path, monkeypatch: p
     lora, *_ = distilled(model, name)
     assert lora.keys() == expected.keys()
     assert max(relative(lora[key], expected[key]) for key in lora if expected[key].any()) <= 1e-5
-    start = DistillSettings(steps=STEPS, batch=2, accumulate=2, rank=2, lr=1e-3, seed=6)
-    assert any(relative(lora[key], each) > 1e-3 for key, each in trainer_lora(name, folder, start, model).items())
+    assert all(each.any() for key, each in lora.items() if key.endswith("lora_up.weight")), "all layers were trained"
 
 
 def cancelled(model: Any, name: str, step: int, **changes: Any) -> None:
@@ -264,7 +275,7 @@ def test_a_lora_is_trained_further(folder: Path) -> None:
     assert TCDDistill.fingerprint_inputs(rank=[3]) == TCDDistill.fingerprint_inputs(rank=[4])
 
 
-@pytest.mark.parametrize("name", ["sd15", "wan"])
+@pytest.mark.parametrize("name", ["sd3", "wan"])
 def test_without_latents_the_teacher_draws_them(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
     real = host.distill.__globals__["drawn_pairs"]

@@ -30,6 +30,7 @@ def distill(graph: Graph, **changes: Any) -> Node:
         "target_time": True,
         "guidance_min": 2.0,
         "guidance_max": 8.0,
+        "start_from": "new LoRA",
         "width": 64,
         "height": 64,
         "per_prompt": 2,

@@ -37,7 +37,7 @@ class Captions:
         return Captions(tuple(self.rows[row] for row in rows.tolist()))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Captions:
-        """Return the captions with a function applied to each tensor."""
+        """Return the captions with a function applied to each tensor; the results are not of inference mode."""
         return Captions(tuple(_map(row, change) for row in self.rows))
 
 
@@ -85,8 +85,9 @@ class GraphData:
 
 
 def checked(conditioning: Conditioning) -> Conditioning:
-    """Return a CONDITIONING that training can use, without tensors of inference mode. Raises ValueError otherwise."""
-    return from_tensors(*to_tensors(conditioning))
+    """Return the CONDITIONING itself, and no copy. Raises ValueError if training cannot use it."""
+    to_tensors(conditioning)
+    return conditioning
 
 
 def pairs_of(model: Any, latents: Sequence[Mapping[str, Any]], captions: Sequence[Conditioning]) -> list[Pair]:
