@@ -28,7 +28,7 @@ class TCDDistill(io.ComfyNode):
                 "resume."
             ),
             is_input_list=True,
-            inputs=[*_data_inputs(), *_setting_inputs(), *_optional_inputs()],
+            inputs=[*_data_inputs(), *_training_inputs(), *_method_inputs(), *_optional_inputs()],
             outputs=[
                 LoraModel.Output(
                     display_name="lora",
@@ -97,7 +97,7 @@ def _data_inputs() -> list[Any]:
     ]
 
 
-def _setting_inputs() -> list[Any]:
+def _training_inputs() -> list[Any]:
     return [
         io.Combo.Input(
             "preset",
@@ -138,6 +138,11 @@ def _setting_inputs() -> list[Any]:
             max=2**53 - 1,  # the largest whole number of a browser
             tooltip="Seed of the initial weights, the order of the pictures, the times and the noise.",
         ),
+    ]
+
+
+def _method_inputs() -> list[Any]:
+    return [
         io.Boolean.Input(
             "target_time",
             default=True,

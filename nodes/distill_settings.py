@@ -49,7 +49,7 @@ class DistillSettings:
     origin_steps: int = 50
     skip: int = 20
     distance: DistanceName = "huber"
-    huber_c: float = 1e-3
+    huber_c: float = 0.03
 
     def __post_init__(self) -> None:
         """Raise ValueError for a number out of range, or a batch that cannot be divided into equal parts."""

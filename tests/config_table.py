@@ -5,7 +5,7 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from trajectory_consistency.trainer.config import base
+from trajectory_consistency.trainer.config import base, data
 from trajectory_consistency.trainer.config import settings as config
 
 ROOT = Path(__file__).parents[1]
@@ -68,9 +68,9 @@ def _values(hint: Any, entry: "Field[Any]") -> str:
 
 
 def _comments() -> dict[tuple[str, str], str]:
-    """The text that stands below each field in settings.py and base.py, in one line."""
+    """The text that stands below each field in settings.py, base.py and data.py, in one line."""
     found: dict[tuple[str, str], str] = {}
-    trees = [ast.parse(Path(module.__file__).read_text(encoding="utf-8")) for module in (config, base)]
+    trees = [ast.parse(Path(module.__file__).read_text(encoding="utf-8")) for module in (config, base, data)]
     for kind in (node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)):
         for statement, following in zip(kind.body, kind.body[1:], strict=False):
             if (

@@ -19,7 +19,8 @@ from tiny_base import small_config, write_inputs
 from trajectory_consistency.trainer import preflight
 from trajectory_consistency.trainer.cli import main
 from trajectory_consistency.trainer.config.base import BaseConfig
-from trajectory_consistency.trainer.config.settings import AdapterConfig, DataConfig
+from trajectory_consistency.trainer.config.data import DataConfig
+from trajectory_consistency.trainer.config.settings import AdapterConfig
 from trajectory_consistency.trainer.data.buckets import Size
 from trajectory_consistency.trainer.data.captions import long_captions
 from trajectory_consistency.trainer.data.encode import load_or_encode

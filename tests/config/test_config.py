@@ -35,7 +35,7 @@ def test_what_is_written_is_read_back_equal(tmp_path: Path) -> None:
         ("training", "steps", 0, "training.steps is 0, but must be at least 1"),
         ("training", "accumulate", 0, "training.accumulate is 0, but must be at least 1"),
         ("training", "accumulate", "many", "training.accumulate is 'many', but must be one of 'auto'"),
-        ("training", "warmup_steps", 1000, "training.warmup_steps is 1000, and training.steps 1000: the learning rate"),
+        ("training", "warmup_steps", 3000, "training.warmup_steps is 3000, and training.steps 3000: the learning rate"),
         ("training", "lr", float("nan"), "training.lr is nan, but must be at least 0"),
         ("training", "lr", float("inf"), "training.lr is inf, but must be at least 0"),
         ("output", "eta", 1.5, "output.eta is 1.5, but must be at least 0 and at most 1"),

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from ...tcd.randomness import generator
-from ..config.settings import DataConfig
+from ..config.data import DataConfig
 from ..models.seam import Checkpoint
 from .sources import PromptFile, Source, open_sources
 

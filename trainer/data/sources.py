@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
-from ..config.settings import DataConfig
+from ..config.data import DataConfig
 from ..errors import UserError
 from .listing import HIDDEN, OTHER, UNREAD, Entry, kind_of, sort_files
 from .metadata_files import METADATA_NAMES, listed_captions

@@ -14,7 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...tcd.distill.order import BatchOrder, Group
-from ..config.settings import Config, DataConfig
+from ..config.data import DataConfig
+from ..config.settings import Config
 from ..errors import UserError
 from ..models.seam import LatentFormat
 from . import pictures
