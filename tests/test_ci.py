@@ -3,6 +3,7 @@
 And the extras and constraints by which all of it is installed.
 """
 
+import importlib.metadata
 import re
 import tomllib
 from collections.abc import Iterator
@@ -195,6 +196,37 @@ def test_the_extras_are_sorted_and_ask_for_nothing_twice() -> None:
         for each in map(Requirement, texts):
             bounds.setdefault(canonicalize_name(each.name), set()).add(str(each.specifier))
     assert not {name: found for name, found in bounds.items() if len(found) > 1}, "one bound, wherever it is asked for"
+
+
+def licence_rows() -> list[tuple[str, str, str]]:
+    """Return (extra, package, licence) of each row of the table in CONTRIBUTING.md."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("| extra | package | licence | why |\n")[1]
+    rows, extra = [], ""
+    for line in text.split("\n\n")[0].splitlines()[1:]:
+        named, package, licence, _ = (cell.strip() for cell in line.strip("|").split("|"))
+        extra = named.strip("`") or extra
+        rows.append((extra, package, licence))
+    return rows
+
+
+def test_every_package_that_an_extra_asks_for_is_listed() -> None:
+    asked = {(extra, Requirement(text).name) for extra, texts in EXTRAS.items() for text in texts}
+    listed = [(extra, package) for extra, package, _ in licence_rows()]
+    assert len(listed) == len(set(listed)) and set(listed) == asked
+
+
+@pytest.mark.parametrize(("package", "licence"), sorted({row[1:] for row in licence_rows()}))
+def test_the_licence_of_each_package_is_the_one_that_it_states(package: str, licence: str) -> None:
+    """Older metadata have no SPDX expression but words, such as "Apache 2.0 License"."""
+    try:
+        metadata = importlib.metadata.metadata(package)
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip(f"{package} is not installed")
+    expression = metadata.get_all("License-Expression", [])
+    words = [word for word in metadata.get_all("Classifier", []) if word.startswith("License ::")]
+    stated = " ".join(expression or metadata.get_all("License", []) + words)
+    for part in re.split(" and | or ", licence):
+        assert (part if expression else part.split("-")[0]) in stated
 
 
 def test_the_versions_that_are_tested_together_are_of_all_that_the_extras_ask_for() -> None:
