@@ -1,10 +1,11 @@
-"""The page about training says what the code does: every key, every command, every recipe."""
+"""The pages about training say what the code does: every key, every command, every recipe, every replaced node."""
 
 import re
+from pathlib import Path
 
 import config_table
 from trajectory_consistency.trainer.commands import COMMANDS
-from trajectory_consistency.trainer.config import recipes
+from trajectory_consistency.trainer.config import recipes, settings
 
 
 def page() -> str:
@@ -25,3 +26,30 @@ def test_every_command_and_recipe_is_described_and_no_other() -> None:
     said = re.findall(r"tcd-train (\w+)", page())
     assert set(said) == set(COMMANDS)
     assert set(re.findall(r"`(\w+-\w+)` +\|", page())) == set(recipes.names())
+
+
+MIGRATING = config_table.DOCS.with_name("migrating.md").read_text(encoding="utf-8")
+
+
+def test_the_keys_that_take_the_place_of_others_exist() -> None:
+    """In each table they are in the last column."""
+    keys = set(re.findall(r"^\| `([\w.\[\]]+)`", config_table.table(), re.MULTILINE))
+    sections = "|".join({key.split(".")[0] for key in keys})
+    columns = [line.strip("|").split(" | ")[-1] for line in MIGRATING.splitlines() if line.startswith("|")]
+    named = {name for column in columns for name in re.findall(rf"`((?:{sections})\.[\w.\[\]]+)", column)}
+    assert len(named) > 40 and named <= keys
+
+
+def test_the_example_is_a_configuration() -> None:
+    (command,) = re.findall(r"^    tcd-train run (.+(?:\\\n.+)*)", MIGRATING, re.MULTILINE)
+    name, *overrides = command.replace("\\\n", " ").split()
+    config = settings.load(recipes.find(Path(name)), overrides)
+    assert (config.training.batch, config.training.accumulate) == (2 * 4, 4), "batch is their product"
+
+
+def test_every_replaced_node_is_described() -> None:
+    """The nodes are not imported here, as they need ComfyUI."""
+    source = (config_table.ROOT / "nodes" / "replacements.py").read_text(encoding="utf-8")
+    for old in {*re.findall(r'"old_node_id": "(.+)"', source), *re.findall(r'_replace_sampler\("(.+)"\)', source)}:
+        (row, *_) = re.findall(rf"^\|[^|]*\| `{old}` \| (TCD\w+)", MIGRATING, re.MULTILINE)
+        assert row in source
