@@ -41,7 +41,7 @@ def test_the_keys_that_take_the_place_of_others_exist() -> None:
 
 
 def test_the_example_is_a_configuration() -> None:
-    (command,) = re.findall(r"^    tcd-train run (.+(?:\\\n.+)*)", MIGRATING, re.MULTILINE)
+    (command,) = re.findall(r"^    tcd-train run ((?:.+\\\n)*.+)", MIGRATING, re.MULTILINE)
     name, *overrides = command.replace("\\\n", " ").split()
     config = settings.load(recipes.find(Path(name)), overrides)
     assert (config.training.batch, config.training.accumulate) == (2 * 4, 4), "batch is their product"
