@@ -1,4 +1,4 @@
-"""The pages about training say what the code does: every key, every command, every recipe, every replaced node."""
+"""The pages about training say what the code does: every key, every command, every recipe."""
 
 import re
 from pathlib import Path
@@ -45,11 +45,3 @@ def test_the_example_is_a_configuration() -> None:
     name, *overrides = command.replace("\\\n", " ").split()
     config = settings.load(recipes.find(Path(name)), overrides)
     assert (config.training.batch, config.training.accumulate) == (2 * 4, 4), "batch is their product"
-
-
-def test_every_replaced_node_is_described() -> None:
-    """The nodes are not imported here, as they need ComfyUI."""
-    source = (config_table.ROOT / "nodes" / "replacements.py").read_text(encoding="utf-8")
-    for old in {*re.findall(r'"old_node_id": "(.+)"', source), *re.findall(r'_replace_sampler\("(.+)"\)', source)}:
-        (row, *_) = re.findall(rf"^\|[^|]*\| `{old}` \| (TCD\w+)", MIGRATING, re.MULTILINE)
-        assert row in source
