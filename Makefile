@@ -15,8 +15,8 @@ INSTALLED := .venv/.installed
 demo: $(INSTALLED)
 	$(BIN)/python -m trajectory_consistency.trainer.demo --out demo-out
 
-# Two processes of one thread each: most tests keep one core busy. The demo's begin first in the second group, because one
-# of them takes longest; each process of that group starts its own ComfyUI. tests/engine has its own environment.
+# Two processes of one thread each, as most tests keep one core busy. In the second group each process starts its own
+# ComfyUI, and the demo comes first, because it takes longest. tests/engine has its own environment.
 test: export OMP_NUM_THREADS = 1
 test: lint
 	$(BIN)/pytest -n 2 --dist loadfile --ignore tests/host --ignore tests/demo/test_demo.py
