@@ -10,7 +10,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint bench bench-quality teacher
+.PHONY: demo test lint bench bench-gpu bench-quality teacher
 
 demo: $(INSTALLED)
 	$(BIN)/python -m trajectory_consistency.trainer.demo --out demo-out
@@ -36,6 +36,12 @@ bench: $(INSTALLED)
 	$(BIN)/python tests/bench/peers.py --out bench-out/peers.md $(PEERS)
 	$(BIN)/python tests/bench/training_step.py --out bench-out/training.md
 	$(BIN)/python tests/bench/host_step.py --out bench-out/host_training.md
+
+# Takes eight minutes on one GPU. The parts that train ComfyUI's models need its packages: for these, run the script by the
+# interpreter in .venv-comfyui, or by ComfyUI's own with the trainer installed.
+bench-gpu: $(INSTALLED)
+	mkdir -p bench-out
+	$(BIN)/python tests/bench/gpu --out bench-out/gpu.json
 
 # Takes two to three hours on two cores. Results are kept in bench-out/quality; a second call computes only missing ones.
 bench-quality: $(INSTALLED)

@@ -3,11 +3,14 @@
 from comfy_api.latest import ComfyExtension, io
 
 from . import host
+from .distill import TCDDistill
 from .lora import TCDLoraLoader
+from .lora_model import TCDLoraModelLoader
 from .model_settings import TCDModelSettings
 from .replacements import register_replacements
 from .sampler import TCDSampler
 from .sampling_setup import TCDSamplingSetup
+from .save_lora import TCDSaveLora
 from .sigmas import TCDSigmas
 
 
@@ -20,5 +23,17 @@ class TCDExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Return the nodes, and add TCD to the host's lists; not in on_load, because older hosts never call that."""
+        from .host.node_ids import accept_others_inputs, warn_of_taken_ids
+
         host.register()
-        return [TCDSampler, TCDSigmas, TCDLoraLoader, TCDModelSettings, TCDSamplingSetup]
+        sampling: list[type[io.ComfyNode]] = [
+            TCDSampler,
+            TCDSigmas,
+            TCDLoraLoader,
+            TCDModelSettings,
+            TCDSamplingSetup,
+        ]
+        nodes = [*sampling, TCDDistill, TCDSaveLora, TCDLoraModelLoader]
+        warn_of_taken_ids(nodes)
+        accept_others_inputs()
+        return nodes

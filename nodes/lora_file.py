@@ -1,14 +1,14 @@
 """The header of a LoRA file: its tensors' names and shapes, its base model, and the settings that it recommends."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 from torch import Tensor
 
-from ..tcd import PEFT_CONFIG_KEY, TargetInput, lora_modules, parse_peft_config, peft_alpha, split_target_time
+from ..tcd import TargetInput, alpha_by_metadata, lora_modules, split_name, split_target_time
 from ..tcd.lora_metadata import (
     CFG_KEY,
     DEFAULT_CFG,
@@ -51,21 +51,23 @@ class FileStamp(NamedTuple):
 class LoraFile:
     """The header of a LoRA file; name is its entry in the host's list, and the tensors are on the meta device.
 
+    A LoRA that is in memory, and in no file, has no stamp, and its tensors are the tensors themselves.
+
     Raises ValueError if the file is not a LoRA or is damaged.
     """
 
     name: str
-    stamp: FileStamp
+    stamp: FileStamp | None
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
 
     def __post_init__(self) -> None:
         """Raise ValueError if the file is not a LoRA or is damaged."""
-        if any(name.startswith(_CHECKPOINT_PREFIXES) and "lora" not in name for name in self.tensors):
+        if any(name.startswith(_CHECKPOINT_PREFIXES) and not _is_of_lora(name) for name in self.tensors):
             raise ValueError(f"{self.name} is a checkpoint, not a LoRA: put it in models/checkpoints")
         try:
             modules, others = lora_modules(self.lora_tensors)
-            _ = self.target_input
+            _ = self.target_input, self.alpha
         except ValueError as error:
             raise ValueError(f"{self.name} was not applied: {error}") from None
         if not modules:
@@ -81,7 +83,7 @@ class LoraFile:
             for mark, base in _BASE_BY_NAME.items():
                 if mark in name:
                     return base
-            if name.endswith("attn2_to_k"):
+            if name.endswith("attn2_to_k") and module.rank:
                 width = module.shape[1]
                 return _BASE_BY_CONTEXT_WIDTH.get(width, f"a model with cross-attention to {width} channels")
         return "a model of unknown kind"
@@ -130,19 +132,10 @@ class LoraFile:
             )
         return found
 
-    def alpha_from_metadata(self, path: str, rank: int) -> float | None:
-        """Return the alpha of a module from the PEFT config in the metadata, or None if there is no such config.
-
-        path: the module's diffusers path. Raises ValueError if the config cannot be read.
-        """
-        text = self.metadata.get(PEFT_CONFIG_KEY)
-        if text is None:
-            return None
-        try:
-            config = parse_peft_config(text)
-            return None if config is None else peft_alpha(config, path, rank)
-        except ValueError as error:
-            raise ValueError(f"{PEFT_CONFIG_KEY} of {self.name} is damaged: {error}") from None
+    @cached_property
+    def alpha(self) -> Callable[[str, int], float | None]:
+        """The alpha of a module without one, by (path, rank), from the metadata. Raises ValueError if it is damaged."""
+        return alpha_by_metadata(self.metadata)
 
     def recommended_settings(self) -> RecommendedSettings:
         """Return the metadata tcd.steps, tcd.eta and tcd.cfg; keys that the file does not have get their defaults.
@@ -167,3 +160,7 @@ class LoraFile:
             raise ValueError(f"{label} is {text!r}, but must be {number}") from None
         check_range(label, value, low, high)
         return value
+
+
+def _is_of_lora(name: str) -> bool:
+    return "lora" in name or split_name(name) is not None

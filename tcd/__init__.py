@@ -7,7 +7,7 @@ functions of this package, so the sampler follows the equations that the student
 from .adapter import Adapter, AdapterWeights, Lora
 from .continuous_schedules import ContinuousSchedule, FlowSchedule
 from .levels import alpha_bar_to_sigma, scaled_linear_alpha_bar, sigma_to_alpha_bar, vp_level, zero_terminal_snr
-from .lora_alpha import PEFT_CONFIG_KEY, parse_peft_config, peft_alpha
+from .lora_alpha import PEFT_CONFIG_KEY, alpha_by_metadata, peft_alpha
 from .lora_coverage import Coverage, ShapeMismatch, coverage
 from .lora_keys import LoraModule, kohya_name, lora_modules, split_name, to_kohya
 from .prediction import Prediction, from_x0, to_x0
@@ -39,6 +39,7 @@ __all__ = [
     "TargetTime",
     "TimePoint",
     "add_noise",
+    "alpha_by_metadata",
     "alpha_bar_to_sigma",
     "coverage",
     "from_x0",
@@ -46,7 +47,6 @@ __all__ = [
     "kohya_name",
     "lora_modules",
     "parse_flow_times",
-    "parse_peft_config",
     "parse_timesteps",
     "peft_alpha",
     "refined_origin_steps",

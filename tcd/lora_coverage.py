@@ -1,21 +1,19 @@
 """Compare the names and shapes of a LoRA with a model, before anything is applied."""
 
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
-from .lora_keys import DORA, format_shape, lora_modules
+from .lora_keys import DIFF, DIFF_BIAS, DORA, LoraModule, format_shape, is_text_encoder_name, lora_modules
 
 _MAX_LISTED = 3  # number of names that a description lists for each kind of misfit
-_TEXT_ENCODER = re.compile(r"lora_te\d?_.*|(base_model\.model\.)?text_encoders?(_\d)?\..*")
 
 
 class ShapeMismatch(NamedTuple):
-    """A LoRA module, or its DoRA scale, whose shape differs from the shape of the model's weight."""
+    """A LoRA module, its DoRA scale or its difference of the bias, whose shape differs from the model's."""
 
     module: str
     found: tuple[int, ...]
@@ -48,19 +46,18 @@ class Coverage:
         if others:
             parts.append(f"not in the model: {_first_few(others)}")
         if text:
-            parts.append(f"for a text encoder, which is left alone: {_first_few(text)}")
+            parts.append(f"for a text encoder, not in the model: {_first_few(text)}")
         if self.mismatched:
             parts.append(f"wrong shape: {_first_few([mismatch.describe() for mismatch in self.mismatched])}")
         return "; ".join(parts)
 
 
-def is_text_encoder_name(name: str) -> bool:
-    """Return whether a tensor or module of a LoRA is for a text encoder, by its name in the file."""
-    return _TEXT_ENCODER.fullmatch(name) is not None
-
-
-def coverage(state_dict: Mapping[str, Tensor], module_shapes: Mapping[str, tuple[int, ...]]) -> Coverage:
+def coverage(
+    state_dict: Mapping[str, Tensor], module_shapes: Mapping[str, tuple[int, ...]], biases: Collection[str] = ()
+) -> Coverage:
     """Compare a LoRA in any spelling with a model, given the model's weight shapes [out, in, ...] by kohya name.
+
+    biases: the kohya names of the modules that have a bias. A module fits with all its tensors or not at all.
 
     Raises ValueError if lora_modules does: for a damaged file, or for other kinds of adapters, such as LoHa.
     """
@@ -69,18 +66,32 @@ def coverage(state_dict: Mapping[str, Tensor], module_shapes: Mapping[str, tuple
     missing: list[str] = []
     mismatched: list[ShapeMismatch] = []
     for name, module in modules.items():
+        misfit = _misfit(module, tuple(module_shapes[name])) if name in module_shapes else None
         if name not in module_shapes:
             missing.append(module.path)
-            continue
-        expected = tuple(module_shapes[name])
-        scale = tuple(module.tensors[DORA].shape) if DORA in module.tensors else None
-        if _flattened(module.shape) != _flattened(expected):
-            mismatched.append(ShapeMismatch(module.path, module.shape, expected))
-        elif scale is not None and not _is_dora_scale(scale, expected):
-            mismatched.append(ShapeMismatch(f"{module.path}.{DORA}", scale, expected))
+        elif DIFF_BIAS in module.tensors and name not in biases:
+            missing.append(f"{module.path}.{DIFF_BIAS}")
+        elif misfit is not None:
+            mismatched.append(misfit)
         else:
             matched.append(name)
     return Coverage(tuple(matched), (*missing, *others), tuple(mismatched))
+
+
+def _misfit(module: LoraModule, expected: tuple[int, ...]) -> ShapeMismatch | None:
+    """Return in what a module does not fit a weight of the shape `expected`, [out, in, ...]; None if it fits."""
+    parts = {part: tuple(tensor.shape) for part, tensor in module.tensors.items()}
+    if DIFF in parts:
+        fits = parts[DIFF] == expected
+    else:
+        fits = not module.rank or _flattened(module.shape) == _flattened(expected)
+    if not fits:
+        return ShapeMismatch(module.path, module.shape, expected)
+    if DORA in parts and not _is_dora_scale(parts[DORA], expected):
+        return ShapeMismatch(f"{module.path}.{DORA}", parts[DORA], expected)
+    if DIFF_BIAS in parts and parts[DIFF_BIAS] != expected[:1]:
+        return ShapeMismatch(f"{module.path}.{DIFF_BIAS}", parts[DIFF_BIAS], expected[:1])
+    return None
 
 
 def _flattened(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -1,12 +1,14 @@
 """Convert the names of LoRA tensors from every spelling in use to kohya's spelling.
 
 kohya names are the only spelling that both ComfyUI and diffusers map completely for SD1.5 and SDXL. A module is named
-lora_unet_<path with _>, and its tensors are named
+lora_unet_<path with _>, or lora_te_, lora_te1_, lora_te2_ for a text encoder's, and its tensors are named
   .lora_down.weight  [r, in, ...]
   .lora_up.weight    [out, r, ...]
   .alpha             []
   .lora_mid.weight   [r, r, ...], the core of a convolution in Tucker form (LyCORIS)
   .dora_scale        [out, 1, ...] or [1, in, 1, ...] (DoRA, arXiv 2402.09353)
+  .diff              what is added to the weight, in full and without alpha, in place of down and up
+  .diff_b            [out], what is added to the bias
 """
 
 import math
@@ -20,24 +22,30 @@ from torch import Tensor
 
 DOWN, UP, MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
 ALPHA, DORA = "alpha", "dora_scale"
+DIFF, DIFF_BIAS = "diff", "diff_b"
 
 Alpha = float | Callable[[str, int], float | None] | None
 """The alpha for modules that have none in the file: a number, a function of (diffusers path, rank), or None."""
 
-# Prefixes before the network's module paths, in the spellings of diffusers, PEFT, ComfyUI, checkpoints, kohya,
-# OneTrainer and LyCORIS.
+# Prefixes before the network's module paths, in the spellings of PyTorch's wrappers, diffusers, PEFT, ComfyUI,
+# checkpoints, kohya, OneTrainer and LyCORIS.
 _PREFIX = re.compile(
-    r"\A(?:(?:unet|transformer|base_model\.model|model\.diffusion_model|diffusion_model)\.)*"
+    r"\A(?:(?:module|_orig_mod|unet|transformer|base_model\.model|model\.diffusion_model|diffusion_model)\.)*"
     r"(?:lora_unet_|lora_transformer_|lycoris_)?"
 )
+_TEXT_ENCODER = re.compile(r"(?:lora_te(\d?)_|text_encoder(?:_(\d))?\.)(.+)")
+_HOST_TEXT_ENCODER = "text_encoders."  # ComfyUI's own names, which depend on the model
+_ADAPTER = r"(\.(?!(weight|bias)(\.|$))[^.]+)?"  # a name that PEFT gives an adapter, such as default
 _PARTS = {
     part: re.compile(f"(?P<path>.+)(?:{pattern})")
     for part, pattern in {
-        DOWN: r"\.lora_A(\.default)?(\.weight)?|(\.lora_|[._]lora\.|\.lora_linear_layer\.)down\.weight",
-        UP: r"\.lora_B(\.default)?(\.weight)?|(\.lora_|[._]lora\.|\.lora_linear_layer\.)up\.weight",
+        DOWN: rf"\.lora_A{_ADAPTER}(\.weight)?|(\.lora_|[._]lora\.|\.lora_linear_layer\.)down\.weight",
+        UP: rf"\.lora_B{_ADAPTER}(\.weight)?|(\.lora_|[._]lora\.|\.lora_linear_layer\.)up\.weight",
         MID: r"\.lora_mid\.weight",
         ALPHA: r"\.alpha",
-        DORA: r"\.dora_scale|\.lora_magnitude_vector(\.default)?(\.weight)?",
+        DORA: rf"\.dora_scale|\.lora_magnitude_vector{_ADAPTER}(\.weight)?",
+        DIFF: r"\.diff|\.w_norm",
+        DIFF_BIAS: r"\.diff_b|\.b_norm",
     }.items()
 }
 _OTHER_KINDS = {
@@ -45,7 +53,7 @@ _OTHER_KINDS = {
     "LoKr": re.compile(r".+\.lokr_[wt]\d\w*"),
     "OFT": re.compile(r".+\.oft_(blocks|diag)"),
     "GLoRA": re.compile(r".+\.[ab][12]\.weight"),
-    "difference": re.compile(r".+\.(diff|diff_b|set_weight|reshape_weight|[wb]_norm)"),
+    "replaced weight": re.compile(r".+\.(set_weight|reshape_weight)"),
 }
 
 
@@ -58,19 +66,24 @@ class LoraName(NamedTuple):
 
 @dataclass(frozen=True)
 class LoraModule:
-    """One module of a LoRA: its path as spelled in the file, and its tensors by kohya part name."""
+    """One module of a LoRA: its path as spelled in the file, and its tensors by kohya part name.
+
+    It has down and up, or a difference of the weight, or only one of the bias.
+    """
 
     path: str
     tensors: Mapping[str, Tensor]
 
     @property
     def rank(self) -> int:
-        """The rank r of the product up @ down."""
-        return self.tensors[DOWN].shape[0]
+        """The rank r of the product up @ down; 0 without one."""
+        return self.tensors[DOWN].shape[0] if DOWN in self.tensors else 0
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape [out, in, ...] of the product up @ down."""
+        """The shape [out, in, ...] of the product up @ down, or of the difference; () if only the bias has one."""
+        if DOWN not in self.tensors:
+            return tuple(self.tensors[DIFF].shape) if DIFF in self.tensors else ()
         kernel = self.tensors.get(MID, self.tensors[DOWN]).shape[2:]
         return (self.tensors[UP].shape[0], self.tensors[DOWN].shape[1], *kernel)
 
@@ -85,8 +98,29 @@ def split_name(name: str) -> LoraName | None:
 
 
 def kohya_name(path: str) -> str:
-    """Return the kohya name of a module from its path in any spelling: "mid_block.x" gives "lora_unet_mid_block_x"."""
-    return "lora_unet_" + _network_path(path).replace(".", "_")
+    """Return the kohya name of a module from its path in any spelling: "mid_block.x" gives "lora_unet_mid_block_x".
+
+    Text encoders keep their kohya names, and "text_encoder_2.x" gives "lora_te2_x". ComfyUI's own names of text
+    encoders are left as they are, because kohya has none for some of these.
+    """
+    path = network_path(path)
+    if path.startswith(_HOST_TEXT_ENCODER):
+        return path
+    text = _TEXT_ENCODER.fullmatch(path)
+    if text is not None:
+        return f"lora_te{text[1] or text[2] or ''}_{text[3].replace('.', '_')}"
+    return "lora_unet_" + path.replace(".", "_")
+
+
+def text_encoder_number(path: str) -> int | None:
+    """Return 1, 2 or 3 if a module's path, in any spelling, is in the text encoder of that number; None otherwise."""
+    text = _TEXT_ENCODER.fullmatch(network_path(path))
+    return None if text is None else int(text[1] or text[2] or 1)
+
+
+def is_text_encoder_name(name: str) -> bool:
+    """Return whether a tensor or module of a LoRA is for a text encoder, by its name in the file."""
+    return text_encoder_number(name) is not None or network_path(name).startswith(_HOST_TEXT_ENCODER)
 
 
 def to_kohya(state_dict: Mapping[str, Tensor], alpha: Alpha = None) -> dict[str, Tensor]:
@@ -102,7 +136,9 @@ def to_kohya(state_dict: Mapping[str, Tensor], alpha: Alpha = None) -> dict[str,
     renamed: dict[str, Tensor] = {}
     for name, module in modules.items():
         renamed |= {f"{name}.{part}": tensor for part, tensor in module.tensors.items()}
-        known = alpha(_network_path(module.path), module.rank) if callable(alpha) else alpha
+        if not module.rank:
+            continue
+        known = alpha(network_path(module.path), module.rank) if callable(alpha) else alpha
         if known is not None:
             renamed.setdefault(f"{name}.{ALPHA}", torch.tensor(_checked_alpha(known)))
     return renamed
@@ -132,8 +168,11 @@ def lora_modules(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, LoraModule
     return modules, tuple(others)
 
 
-def _network_path(path: str) -> str:
-    """Return a module's path within the network: in diffusers' current spelling, or in kohya's form without dots."""
+def network_path(path: str) -> str:
+    """Return a module's path within the network: in diffusers' current spelling, or in kohya's form without dots.
+
+    The path of a text encoder's module keeps its prefix.
+    """
     path = re.sub(r"\.processor\.to_out$", ".to_out.0", _PREFIX.sub("", path))
     return path.replace(".processor.", ".")
 
@@ -152,10 +191,14 @@ def _refuse_other_kinds(name: str) -> None:
 
 def _module(path: str, names: Mapping[str, str], state_dict: Mapping[str, Tensor]) -> LoraModule:
     """Build one module from its tensors, given their names by part. Raises ValueError if it is damaged."""
+    tensors = {part: state_dict[name] for part, name in names.items()}
+    if tensors.keys() <= {DIFF, DIFF_BIAS}:
+        return LoraModule(path, tensors)
     absent = [part for part in (DOWN, UP) if part not in names]
     if absent:
         raise ValueError(f"{path} has no {' and no '.join(absent)}: the LoRA is damaged")
-    tensors = {part: state_dict[name] for part, name in names.items()}
+    if DIFF in tensors:
+        raise ValueError(f"{path} has both a LoRA and a difference of its weight, of which ComfyUI applies only one")
     down, up, mid = tensors[DOWN], tensors[UP], tensors.get(MID)
     multiplies = down.ndim > 1 and up.ndim > 1 and up.numel() == up.shape[0] * down.shape[0] > 0
     if mid is not None:

@@ -1,7 +1,8 @@
 """Metadata keys of a TCD LoRA file, and the defaults for absent keys.
 
-trainer/files/metadata.py writes these keys. nodes/lora_file.py and `tcd-train sample` (trainer/commands/sample.py) read
-them, and refuse a file with an invalid value. All values in the metadata of a safetensors file are strings.
+files/metadata.py and nodes/host/model_name.py write these keys. nodes/lora_file.py and `tcd-train sample`
+(trainer/commands/sample.py) read them, and refuse a file with an invalid value. All values in the metadata of a
+safetensors file are strings.
 """
 
 STEPS_KEY = "tcd.steps"
@@ -16,6 +17,8 @@ BASE_LORAS_KEY = "tcd.base_loras"
 
 A file without this key was trained on the base alone."""
 STRENGTH_KEY = "tcd.strength"
+RESOLUTION_KEY = "tcd.resolution"
+"""The side, in pixels, of a square with the area of the pictures in training."""
 FAMILY_KEY = "tcd.family"
 """ComfyUI's name of the architecture that the file was trained on, such as Flux."""
 HOST_FAMILIES = {"sd15": "SD15", "sd2": "SD20", "sdxl": "SDXL"}
@@ -23,7 +26,9 @@ HOST_FAMILIES = {"sd15": "SD15", "sd2": "SD20", "sdxl": "SDXL"}
 SHIFT_KEY = "tcd.shift"
 """The shift of the base's noise schedule, if it has one."""
 BASE_FINGERPRINT_KEY = "tcd.base_fingerprint"
-"""A hash of the base's file."""
+"""A hash of the base's file (fingerprint.py)."""
+BASE_NAME_KEY = "ss_sd_model_name"
+"""The name of the base's file, by kohya's key, which other tools read too."""
 
 DEFAULT_STEPS = 4
 DEFAULT_ETA = 0.3

@@ -21,6 +21,9 @@ Report = Callable[[int, Tensor, Tensor, Tensor], None]
 # 2^64 / golden ratio, as in Fibonacci hashing. Multiplying by it spreads neighboring levels over all seeds. It is odd,
 # so different levels give different seeds.
 _LEVEL_MULTIPLIER = 0x9E3779B97F4A7C15
+# The same for items, from another number, so that item k of one seed has not the noise of item k - 1 of the next seed:
+# the first bits of sqrt(2) behind the point, made odd.
+_ITEM_MULTIPLIER = 0x6A09E667F3BCC909
 
 
 def sample_tcd(
@@ -77,8 +80,8 @@ def seeded_noise(seed: int, *, items: Sequence[int] | None = None) -> Noise:
     items: the item number k of each image; by default its place in the batch. An image therefore gets the same noise on
     every device, in every batch, and in a split schedule. Noise is drawn in float32 on the CPU.
 
-    Known collisions: item k of seed n equals item 0 of seed n + k; a level visited twice repeats its noise; seeds 2^32
-    apart are equal, because torch's CPU generator keeps the low 32 bits (true of the host's initial noise as well).
+    Known collisions: a level visited twice repeats its noise; seeds 2^32 apart are equal, because torch's CPU generator
+    keeps the low 32 bits (true of the host's initial noise as well).
 
     Raises ValueError unless seed is in 0 .. 2^64 - 1. Drawing raises ValueError if items and images differ in number.
     """
@@ -90,7 +93,7 @@ def seeded_noise(seed: int, *, items: Sequence[int] | None = None) -> Noise:
         drawn = torch.empty(like.shape, dtype=torch.float32)
         for k, image in zip(range(len(drawn)) if items is None else items, drawn, strict=True):
             # + 1, as in ComfyUI's own noise sampler, because ComfyUI draws the initial noise from `seed` itself.
-            image.normal_(generator=_cpu_generator(seed + 1 + k + level))
+            image.normal_(generator=_cpu_generator(seed + 1 + k * _ITEM_MULTIPLIER + level))
         return drawn.to(like)
 
     return noise

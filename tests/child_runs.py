@@ -16,21 +16,28 @@ from torch.distributed.tensor import DTensor
 from trajectory_consistency.tcd.distill import training as distill_training
 from trajectory_consistency.trainer import preflight, run
 from trajectory_consistency.trainer.config.settings import from_mapping
+from trajectory_consistency.trainer.errors import UserError
 from trajectory_consistency.trainer.files import write_lora
-from trajectory_consistency.trainer.training import checkpoint
+from trajectory_consistency.trainer.training import checkpoint, peers
 
 _CONTEXT = get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["trajectory_consistency.trainer.run", "child_runs"])
 
 
 def start(
-    values: dict[str, Any], death: str = "", *, place: tuple[int, int, int] | None = None, fsdp: bool = False
+    values: dict[str, Any],
+    death: str = "",
+    *,
+    place: tuple[int, int, int] | None = None,
+    fsdp: bool = False,
+    dead_seconds: float = peers.DEAD_SECONDS,
 ) -> BaseProcess:
     """Start a run that at `death`, a point of `POINTS`, dies by SIGKILL, or that is "asked to stop" in its first step.
 
     place: its rank, the number of processes and the port at which they meet, when it is one of several.
+    dead_seconds: as peers.DEAD_SECONDS.
     """
-    process = _CONTEXT.Process(target=_child, args=(values, death, place, fsdp))
+    process = _CONTEXT.Process(target=_child, args=(values, death, place, fsdp, dead_seconds))
     process.start()
     return process
 
@@ -43,12 +50,25 @@ def finish(values: dict[str, Any], death: str = "") -> int:
     return process.exitcode
 
 
-def finish_together(values: dict[str, Any], death: str = "", *, dying: int = 0, fsdp: bool = False) -> list[int | None]:
-    """Run in two processes, of which one dies at `death`; return their exit codes."""
+def finish_together(
+    values: dict[str, Any],
+    death: str = "",
+    *,
+    dying: int = 0,
+    second: dict[str, Any] | None = None,
+    **options: Any,
+) -> list[int | None]:
+    """Run in two processes, of which one dies at `death`; return their exit codes.
+
+    second: the values of the second process, if it has others. options: as in `start`.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [start(values, death if rank == dying else "", place=(rank, 2, port), fsdp=fsdp) for rank in (0, 1)]
+    processes = [
+        start(each, death if rank == dying else "", place=(rank, 2, port), **options)
+        for rank, each in enumerate((values, second or values))
+    ]
     processes[0].join()
     for process in processes[1:]:
         process.join(10)
@@ -69,12 +89,21 @@ def shares_of(values: dict[str, Any]) -> list[tuple[int, int]]:
     return [tuple(json.loads(path.read_text())) for path in folder.parent.glob(f"{folder.name}.*.share.json")]
 
 
+def errors_of(values: dict[str, Any]) -> list[str]:
+    """What stopped each process of the last run with these values, if it was a UserError."""
+    folder = Path(values["output"]["folder"])
+    return [path.read_text() for path in sorted(folder.parent.glob(f"{folder.name}.*.error"))]
+
+
 def _losses_path(values: dict[str, Any]) -> Path:
     return Path(values["output"]["folder"]).with_suffix(".losses.json")
 
 
-def _child(values: dict[str, Any], death: str, place: tuple[int, int, int] | None, fsdp: bool) -> None:
+def _child(
+    values: dict[str, Any], death: str, place: tuple[int, int, int] | None, fsdp: bool, dead_seconds: float
+) -> None:
     torch.set_num_threads(1)
+    peers.BEAT_SECONDS, peers.DEAD_SECONDS = dead_seconds / 24, dead_seconds
     if fsdp:
         os.environ["ACCELERATE_USE_FSDP"] = "true"  # as `accelerate launch` sets it
         _tell_share(values)
@@ -85,6 +114,7 @@ def _child(values: dict[str, Any], death: str, place: tuple[int, int, int] | Non
         if place[0] > 0:
             run.atomic_write = checkpoint.atomic_write = write_lora.atomic_write = _refused
             preflight.survey = preflight.open_checkpoint = _not_asked
+            checkpoint.Checkpoints.steps = lambda self: [1]  # as a file system may tell that is late
     train = run.train
 
     def train_and_tell(*arguments: Any, **options: Any) -> list[float]:
@@ -98,7 +128,11 @@ def _child(values: dict[str, Any], death: str, place: tuple[int, int, int] | Non
         _asked_to_stop()
     elif death in POINTS:
         POINTS[death]()
-    run.run(from_mapping(values))
+    try:
+        run.run(from_mapping(values))
+    except UserError as error:
+        Path(values["output"]["folder"]).with_suffix(f".{place and place[0]}.error").write_text(str(error))
+        raise
 
 
 def _tell_share(values: dict[str, Any]) -> None:
@@ -161,6 +195,7 @@ def _asked_to_stop() -> None:
 
 
 POINTS: dict[str, Callable[[], None]] = {
+    "in a step": lambda: setattr(distill_training, "step_losses", die),
     "half a configuration": lambda: _at("write_text", ".config*", after=True),
     "half a checkpoint": lambda: _half_written(checkpoint),
     "a checkpoint without its name": lambda: _at("replace", ".step-*", after=False),

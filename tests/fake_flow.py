@@ -19,6 +19,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint as recompute
 
 import oracles
+from tiny_base import PLAIN
 from trajectory_consistency.tcd import (
     Adapter,
     AdapterWeights,
@@ -162,8 +163,14 @@ class FlowModel:
         """Return a name that is not made of the path: another implementation calls the blocks layers."""
         return "lora_transformer_" + layer.replace("blocks", "layers").replace(".", "_")
 
+    def lora_names(self, layer: str) -> Sequence[str]:
+        return (self.lora_key(layer),)
+
     def unloaded_keys(self, tensors: Mapping[str, Tensor]) -> list[str]:
         return []
+
+    def x0_as_loaded(self, path: Path, x_t: Tensor, t: TimePoint, cond: Conditioning, s: TimePoint) -> None:
+        """Return None: there is no program that loads its files."""
 
     def blocks(self) -> list[nn.Module]:
         return list(self.network.blocks)
@@ -183,6 +190,9 @@ class Words:
         numbers = [[1 + crc32(word.encode()) % (VOCABULARY - 1) for word in text.split()] + [0] for text in captions]
         device = self.embedding.weight.device
         return [Conditioning.of(words=self.embedding(torch.tensor([each], device=device)).float()) for each in numbers]
+
+    def chunks(self, caption: str) -> int:
+        return 1
 
     def to(self, device: torch.device) -> "Words":
         self.embedding.to(device)
@@ -234,8 +244,8 @@ class FlowCheckpoint:
         network = self._loaded(FlowNetwork, "network.", dtype, device)
         return FlowModel(network.requires_grad_(False).eval(), self.schedule.to(device))
 
-    def load_text_encoder(self, dtype: torch.dtype, device: torch.device) -> Words:
-        return Words(self._loaded(partial(nn.Embedding, VOCABULARY, TEXT), "words.", dtype, device))
+    def load_text_encoder(self, device: torch.device) -> Words:
+        return Words(self._loaded(partial(nn.Embedding, VOCABULARY, TEXT), "words.", torch.float32, device))
 
     def load_autoencoder(self, device: torch.device) -> Stills:
         return Stills()
@@ -317,7 +327,7 @@ def flow_inputs(folder: Path, pictures: int = 6) -> dict[str, dict[str, Any]]:
     return {
         "base": {"path": str(write_flow_base(folder / "base.flow"))},
         "data": {"folder": str(folder / "data"), "resolution": 64, "cache": str(folder / "cache")},
-        "method": {"target_time": True},
+        "method": {**PLAIN, "target_time": True},
         "adapter": {"rank": 4, "alpha": 4.0},
         "training": {"steps": 4, "batch": 4, "lr": 1e-2, "device": "cpu"},
         "output": {"folder": str(folder / "out")},

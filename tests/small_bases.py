@@ -1,6 +1,7 @@
 """The families of full-size models in small: their layout, block for block, at a fraction of the width."""
 
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,8 @@ from torch import Tensor
 from trajectory_consistency.trainer.models.unet import families as bases
 from trajectory_consistency.trainer.models.unet import ldm
 from trajectory_consistency.trainer.models.unet.families import Family, UNetSignature
-from trajectory_consistency.trainer.models.unet.text import CLIPS, TextEncoder, clip_tokenizer
+from trajectory_consistency.trainer.models.unet.prompt import clip_tokenizer
+from trajectory_consistency.trainer.models.unet.text import CLIPS, TextEncoder
 
 UNET = {
     "sd15": {"block_out_channels": [16, 32, 32, 32], "cross_attention_dim": 8, "attention_head_dim": 2},
@@ -52,9 +54,23 @@ def shrink(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
             (folder / family / part).mkdir(parents=True)
             text = json.dumps(bases.config(family, part) | changes)
             (folder / family / part / "config.json").write_text(text, encoding="utf-8")
-    monkeypatch.setattr(bases, "ROOT", folder)
     monkeypatch.setattr(bases, "_FAMILIES", SIGNATURES)
-    monkeypatch.setattr(bases, "layer_shapes", cache(bases.layer_shapes.__wrapped__))  # without what it has seen
+    _read_from(folder, monkeypatch)
+
+
+def use_unet(monkeypatch: pytest.MonkeyPatch, family: Family, unet: UNet2DConditionModel, folder: Path) -> None:
+    """Let the UNet of a family be built like this one from now on; folder: a new one for the settings of all."""
+    clip_tokenizer()  # reads its file from where the real ones are
+    settings = {**unet.config, "sample_size": bases.config(family, "unet")["sample_size"]}
+    shutil.copytree(bases.ROOT, folder)
+    (folder / family / "unet" / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    _read_from(folder, monkeypatch)
+
+
+def _read_from(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bases, "ROOT", folder)
+    for name in ("layer_shapes", "tensor_shapes"):  # without what they have seen
+        monkeypatch.setattr(bases, name, cache(getattr(bases, name).__wrapped__))
 
 
 class Parts(NamedTuple):

@@ -107,7 +107,7 @@ def test_the_wheel_is_used_as_its_own_test_uses_it() -> None:
     *_, use, look = (step["run"] for step in jobs("test")["wheel"]["steps"] if "run" in step)
     assert "clean/bin/tcd-train --help\n" in use
     assert f"clean/bin/python -m trajectory_consistency.trainer.demo {' '.join(SHORT_DEMO)}\n" in use
-    assert "clean/bin/tcd-train run sd15-12gb base.path=tiny data.folder=pictures " in use
+    assert "clean/bin/tcd-train run sd15 base.path=tiny data.folder=pictures " in use
     assert f"for name in {' '.join(STAYS_OUTSIDE)}; do\n" in look
 
 

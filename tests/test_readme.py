@@ -73,7 +73,7 @@ def test_the_commands_make_a_lora_from_the_configuration_that_stands_below_them(
     assert main(check) == 0
     assert "6 captioned pictures in pictures" in capsys.readouterr().out and not Path("runs").exists()
     assert main(cache) == 0
-    assert "the data are cached in runs/first/cache" in capsys.readouterr().out
+    assert f"the data are cached in {tmp_path.resolve() / '.tcd-cache'}" in capsys.readouterr().out
     killed = subprocess.run([sys.executable, "-c", KILLED, *run], capture_output=True, text=True)
     assert killed.returncode == -9, killed.stderr
     first = Path("runs/first")

@@ -8,13 +8,13 @@ import torch
 from trajectory_consistency.tcd import AdapterWeights, TargetInput, timestep_grid
 from trajectory_consistency.tcd.adapter import FILE, STUDENT
 from trajectory_consistency.tcd.distill.order import Group
+from trajectory_consistency.tcd.distill.sampling import Guidance, initial_noise, sample_latents
 from trajectory_consistency.trainer.config import settings as config
 from trajectory_consistency.trainer.data.buckets import Size
 from trajectory_consistency.trainer.data.dataset import Dataset, Table, caption_of
 from trajectory_consistency.trainer.files.adapter_weights import load_weights
 from trajectory_consistency.trainer.models.conditioning import Conditioning
 from trajectory_consistency.trainer.models.framing import Framing
-from trajectory_consistency.trainer.models.sampling import Guidance, initial_noise, sample_latents
 from trajectory_consistency.trainer.models.unet import families
 from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint
 from trajectory_consistency.trainer.models.unet.model import UNetModel
@@ -36,6 +36,7 @@ def write_inputs(folder: Path, pictures: int = 6) -> dict[str, dict[str, object]
     return {
         "base": {"path": str(write_base(folder / "base.safetensors"))},
         "data": {"folder": str(folder / "data"), "resolution": 64, "cache": str(folder / "cache")},
+        "method": dict(PLAIN),
         "adapter": {"rank": 4, "alpha": 2.0},
         "training": {"steps": 2, "batch": 3, "lr": 1e-3},
         "output": {"folder": str(folder / "out")},
@@ -78,7 +79,7 @@ def drawn_by_hand(
 ) -> torch.Tensor:
     """The picture, uint8 [3, side, side], that a person gets who loads a base, and perhaps a LoRA file, and samples."""
     checkpoint, cpu = UNetCheckpoint(base), torch.device("cpu")
-    model, text_encoder = checkpoint.load(torch.float32, cpu), checkpoint.load_text_encoder(torch.float32, cpu)
+    model, text_encoder = checkpoint.load(torch.float32, cpu), checkpoint.load_text_encoder(cpu)
     if lora:
         model.adapter.add(FILE, load_weights(model, lora))
     (cond,), (uncond,) = (text_encoder.encode([text]) for text in (prompt, ""))
@@ -99,9 +100,21 @@ def context(tensor: torch.Tensor) -> Conditioning:
     return Conditioning.of(context=tensor)
 
 
+PLAIN: dict[str, object] = {
+    "target_time": False,
+    "weighting": "none",
+    "diagonal": 0.0,
+    "to_clean": 0.0,
+    "ema_decay": 0.0,
+    "huber_c": 0.001,
+}
+"""TCD without any addition, for tests that add one at a time; the default is the recommended method."""
+
+
 def small_config(values: dict[str, dict[str, object]], **training: object) -> config.Config:
-    """A validated configuration of `values` with some of the training settings changed."""
-    return config.from_mapping({**values, "training": {**values["training"], **training}})
+    """A validated configuration of `values` with some of the training settings changed; its method begins as PLAIN."""
+    method = {**PLAIN, **values.get("method", {})}
+    return config.from_mapping({**values, "method": method, "training": {**values["training"], **training}})
 
 
 def join_captions(captions: Sequence[Conditioning], framing: Framing) -> Conditioning:

@@ -1,9 +1,5 @@
 """Errors for which the command line prints a message instead of a traceback."""
 
+from ..tcd.errors import RunError, UserError
 
-class UserError(ValueError):
-    """The input is invalid; the command exits with code 2."""
-
-
-class RunError(RuntimeError):
-    """The input was valid, but the run failed; the command exits with code 1."""
+__all__ = ["RunError", "UserError"]

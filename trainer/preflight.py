@@ -9,17 +9,17 @@ from typing import NamedTuple
 import torch
 
 from ..tcd.distill.step import check_weighting
+from ..tcd.files.safetensors_file import SafetensorsFile
 from .config.device import device_and_dtype
 from .config.settings import FILE_NAME, Config, MethodConfig, changes, load
 from .data.cache import input_fingerprints, open_cached
 from .data.survey import Survey, check_bucket_sizes, survey
 from .errors import UserError
 from .files.adapter_weights import initial_weights
-from .files.metadata import CONFIG_DIGEST_KEY, config_digest
+from .files.metadata import CONFIG_DIGEST_KEY, TRAIN_STEPS_KEY, config_digest
 from .models import open_checkpoint
 from .models.sampling import check_cfg
 from .models.seam import Checkpoint
-from .safetensors_file import SafetensorsFile
 from .training import sharding
 from .training.checkpoint import Checkpoints
 from .training.optimizer import optimizer_class
@@ -64,7 +64,7 @@ def plan(config: Config, inputs: Inputs) -> str:
             f"base      {config.base.file} ({inputs.checkpoint.describe()}), in {dtype} on {device}",
             *(f"          {note}" for note in inputs.checkpoint.notes),
             f"data      {data.pictures} captioned pictures in {config.data.summary}, at {config.data.resolution} px",
-            *([f"          left out: {data.complaints()}"] if data.problems else []),
+            *(f"          {line}" for line in data.report_lines()),
             f"method    law {method.law}, solver step {method.skip}, "
             f"guidance {method.guidance_min:g} to {method.guidance_max:g}",
             *_guidance_note(method, inputs.checkpoint),
@@ -92,32 +92,45 @@ def output_conflict(config: Config) -> str:
     folder = config.output_folder
     if folder.exists() and not folder.is_dir():
         return f"output.folder is {folder}, which is a file: choose another"
-    if config.lora_path.exists():
+    saved = next(iter(saved_steps(config)), 0)
+    own = _steps_of_lora(config)
+    if config.lora_path.exists() and not (0 < own <= saved and own != config.training.steps):
         return f"{config.lora_path} exists: choose another output.folder or output.name, or remove it"
     existing = folder / FILE_NAME
     if not existing.exists():
-        orphaned = saved_steps(config)
-        return f"{folder} has checkpoints but no {FILE_NAME}: choose another output.folder" if orphaned else ""
+        return f"{folder} has checkpoints but no {FILE_NAME}: choose another output.folder" if saved else ""
     try:
         changed = changes(load(existing), config)
     except UserError:
         changed = [f"{existing} is not a configuration that this version can read"]
-    if not changed:
-        return ""
-    return f"{folder} is of a run with other settings, {'; '.join(changed)}: choose another output.folder"
+    if changed:
+        return f"{folder} is of a run with other settings, {'; '.join(changed)}: choose another output.folder"
+    if saved > config.training.steps:
+        return (
+            f"{folder} is of a run that has done {saved} steps, and training.steps is {config.training.steps}: use at "
+            f"least {saved}, or choose another output.folder"
+        )
+    return ""
 
 
 def is_finished(config: Config) -> bool:
-    """Return whether the LoRA exists and was written by the run in this output folder, with the same settings."""
-    saved = saved_steps(config)
-    if not config.lora_path.is_file() or (saved and saved[0] < config.training.steps):
-        return False
+    """Return whether the run in this output folder has written its LoRA, with these settings and training.steps.
+
+    Its last checkpoint may be there or not.
+    """
+    steps = config.training.steps
+    known = (config.output_folder / FILE_NAME).is_file()
+    return known and _steps_of_lora(config) == steps and saved_steps(config)[:1] in ([], [steps])
+
+
+def _steps_of_lora(config: Config) -> int:
+    """Return after how many steps a run with these settings wrote the LoRA; 0 if there is none, or it is another's."""
     try:
-        finished = load(config.output_folder / FILE_NAME)
         metadata = SafetensorsFile(config.lora_path).metadata
     except UserError:
-        return False
-    return not changes(finished, config) and metadata.get(CONFIG_DIGEST_KEY) == config_digest(finished)
+        return 0
+    own = metadata.get(CONFIG_DIGEST_KEY) == config_digest(config)
+    return int(metadata.get(TRAIN_STEPS_KEY, 0)) if own else 0
 
 
 def checkpoints_of(config: Config, dtype: torch.dtype) -> Checkpoints:
@@ -136,7 +149,7 @@ def _check_settings(config: Config, processes: Processes) -> Checkpoint:
     _check_writable("output.folder", config.output_folder)
     optimizer_class(config.training)
     _check_learning_rates(config)
-    processes.micro_batches(config.training.batch, config.training.accumulate)
+    processes.micro_batches(config.training.batch, config.training.parts)
     if sharding.fsdp_requested() and config.preview.prompts:
         raise UserError(
             "preview.prompts are drawn by one process, and FSDP leaves none with the whole base: "
@@ -151,8 +164,19 @@ def _check_settings(config: Config, processes: Processes) -> Checkpoint:
     checkpoint.latents.check_size("preview.height", config.preview.height)
     if config.preview.prompts:
         check_cfg("preview.cfg", config.preview.cfg, checkpoint)
+    if config.method.negative_prompt and checkpoint.guidance is not None:
+        raise UserError(
+            f"method.negative_prompt is {config.method.negative_prompt!r}, but the network of this base takes the "
+            "guidance scale as an input, without a negative prompt: leave it out"
+        )
     _check_weighting(config, checkpoint)
-    initial_weights(checkpoint.load(torch.float32, torch.device("meta")), config)  # raises if adapter.* is invalid
+    model = checkpoint.load(torch.float32, torch.device("meta"))
+    if config.training.compile and model.always_recomputes:
+        raise UserError(
+            "training.compile is set, but the engine comfyui recomputes activations in a way that torch.compile cannot "
+            "follow: set training.compile=false"
+        )
+    initial_weights(model, config)  # raises if adapter.* is invalid
     return checkpoint
 
 
@@ -173,7 +197,7 @@ def _find_data(config: Config, dtype: torch.dtype) -> Survey:
         _check_writable("data.cache", config.cache_folder)
     found = cached.survey if cached else survey(config)
     if not found.pictures:
-        raise UserError(f"no picture is left to train on: {found.complaints()}")
+        raise UserError(found.refusal())
     return found
 
 

@@ -6,7 +6,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-_MAX_NUMBERS = 2**26  # search limit, about half a second: up to index 1023 at 1024 x 1024, or 255 for SD3's 16 channels
+# Two limits of the search, about half a second each: for large latents the first (up to index 1023 at 1024 x 1024, or
+# 255 for SD3's 16 channels), for small ones the second.
+_MAX_NUMBERS, _MAX_INDICES = 2**26, 4096
 _COMPARED = 64  # the first numbers of each image are compared: enough that different noises never look equal
 _log = logging.getLogger("trajectory-consistency")
 
@@ -28,7 +30,7 @@ def batch_indices(noise: Tensor | None, seed: int) -> list[int] | None:
         return None
     generator.manual_seed(seed)
     indices = torch.full((len(noise),), -1)
-    for index in range(max(_MAX_NUMBERS // noise[0].numel(), 1)):
+    for index in range(min(max(_MAX_NUMBERS // noise[0].numel(), 1), _MAX_INDICES)):
         indices[_matches(_draw(noise[:1], generator), noise)] = index
         if (indices >= 0).all():
             return indices.tolist()

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import comfy.model_management
 import torch
 from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
@@ -39,9 +40,15 @@ def is_quantized(weight: Tensor) -> bool:
 
 
 def add_beside(
-    model: Any, file: str, patches: Mapping[Any, Any], weights: Mapping[str, Tensor], strength: float
+    model: Any,
+    file: str,
+    patches: Mapping[Any, Any],
+    weights: Mapping[str, Tensor],
+    strength: float,
+    *,
+    everywhere: bool = False,
 ) -> dict[Any, Any]:
-    """Add the LoRA of quantised weights beside them, and return the other patches.
+    """Add the LoRA of quantised weights, or everywhere that of all weights, beside them, and return the other patches.
 
     model: a clone, changed in place. file: the LoRA's name. patches: by the patcher's key, as the host's load_lora
     returns them. weights: the model's, by name. A LoRA that depends on the weight (DoRA), or whose layer the host may
@@ -53,9 +60,9 @@ def add_beside(
     for key, patch in patches.items():
         name, *more = (key,) if isinstance(key, str) else key
         path = name.removeprefix(f"{NETWORK}.").removesuffix(".weight")
-        if not is_quantized(weights[name]):
+        if not (everywhere or is_quantized(weights[name])):
             left[key] = patch
-        elif not _can_stand_beside(patch, getattr(model.model, NETWORK).get_submodule(path), more):
+        elif not (_is_plain(patch) and _can_stand_beside(getattr(model.model, NETWORK).get_submodule(path), more)):
             left[key] = patch
             rounded.append(path)
         else:
@@ -74,20 +81,26 @@ def _free(terms: Iterable[_LoraTerm]) -> None:
         term.free()
 
 
-def _can_stand_beside(patch: Any, layer: Any, more: list[Any]) -> bool:
+def _is_plain(patch: Any) -> bool:
+    """Whether a patch is a plain LoRA: no DoRA, no core, and no difference of a weight or a bias."""
+    return getattr(patch, "name", None) == "lora" and not any(part is not None for part in patch.weights[3:])
+
+
+def _can_stand_beside(layer: Any, more: list[Any]) -> bool:
     """more: what the patcher's key has besides the name: nothing, a slice, or a slice and a function of the weight."""
-    is_plain = getattr(patch, "name", None) == "lora" and not any(part is not None for part in patch.weights[3:])
     is_rows = len(more) == 1 and more[0][0] == 0
     fits = (is_rows and is_linear(layer)) if more else layer_shape(layer) is not None
-    return is_plain and fits and not _may_be_read_directly(layer)
+    return fits and not _may_be_read_directly(layer)
 
 
 def _may_be_read_directly(layer: Any) -> bool:
     """Return whether the host may compute with the weight without calling the layer.
 
-    comfy.ops.linear_input_act does so with 8-bit integers, for an MLP's second Linear in Wan, LTX and others.
+    comfy.ops.linear_input_act does so with 8-bit integers, for an MLP's second Linear in Wan, LTX and others, but not
+    while a model is trained.
     """
-    return getattr(layer.weight, "_layout_cls", None) == "TensorWiseINT8Layout"
+    in_training = getattr(comfy.model_management, "in_training", False)
+    return not in_training and getattr(layer.weight, "_layout_cls", None) == "TensorWiseINT8Layout"
 
 
 class _LoraTerm:

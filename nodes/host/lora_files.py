@@ -12,13 +12,14 @@ from ...tcd import split_name
 from ...tcd.target_time import PREFIX
 from ..lora_file import FileStamp, LoraFile
 
-_LORAS = "loras"
+LORAS = "loras"
+"""The host's name of the folders of LoRAs."""
 _SUFFIXES = (".safetensors", ".sft")
 
 
 def lora_names() -> list[str]:
     """Return the LoRA files that the host lists."""
-    return folder_paths.get_filename_list(_LORAS)
+    return folder_paths.get_filename_list(LORAS)
 
 
 def lora_stamp(name: str) -> FileStamp:
@@ -28,9 +29,7 @@ def lora_stamp(name: str) -> FileStamp:
     """
     if name not in lora_names():
         raise ValueError(f"there is no {name!r} in the loras folders: choose a file from the list, or copy it there")
-    path = Path(folder_paths.get_full_path_or_raise(_LORAS, name))
-    stat = path.stat()
-    return FileStamp(str(path), stat.st_mtime_ns, stat.st_size)
+    return _stamp(Path(folder_paths.get_full_path_or_raise(LORAS, name)))
 
 
 def read_lora(name: str) -> LoraFile:
@@ -39,12 +38,25 @@ def read_lora(name: str) -> LoraFile:
     Raises ValueError if the file is not in the host's list, not a safetensors file, damaged, or not a LoRA. A pickle is
     never opened, because reading it could run code.
     """
-    stamp = lora_stamp(name)
-    suffix = Path(name).suffix
+    stamp, suffix = lora_stamp(name), Path(name).suffix
     if suffix.lower() not in _SUFFIXES:
         raise ValueError(
             f"{name} is not opened: a {suffix} file can run code when it is read. Convert it to .safetensors"
         )
+    return _read_header(name, stamp)
+
+
+def read_lora_at(path: Path) -> LoraFile:
+    """Read the header of a safetensors file that the trainer has written, wherever it is, as `read_lora` does."""
+    return _read_header(path.name, _stamp(path))
+
+
+def _stamp(path: Path) -> FileStamp:
+    stat = path.stat()
+    return FileStamp(str(path), stat.st_mtime_ns, stat.st_size)
+
+
+def _read_header(name: str, stamp: FileStamp) -> LoraFile:
     try:
         with safe_open(stamp.path, framework="pt") as file:
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118, file is not a dict
@@ -62,6 +74,8 @@ def read_tensors(lora: LoraFile) -> dict[str, Tensor]:
 
     Raises ValueError if a tensor contains NaN or infinity.
     """
+    if lora.stamp is None:
+        return dict(lora.tensors)
     try:
         return _read_cached(lora.stamp)
     except ValueError as error:

@@ -41,7 +41,7 @@ class Examples(Generic[C]):
     cond: C
     """The captions' conditioning, b rows."""
     uncond: C
-    """The empty caption's conditioning, b rows."""
+    """The negative prompt's conditioning, b rows."""
     times: Times
     """Training times of the schedule, int64 [b] each."""
     target_rows: Tensor

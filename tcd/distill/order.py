@@ -8,6 +8,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import defaultdict
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import lru_cache
 from math import floor
 from typing import NamedTuple
@@ -21,16 +22,18 @@ from ..randomness import generator
 class Group(NamedTuple):
     """The pictures of one source and bucket."""
 
-    bucket: tuple[int, int]
-    """Height and width."""
+    bucket: tuple[int, ...]
+    """Height and width; the node adds what else must be equal in a batch."""
     pictures: int
     """Number of pictures."""
-    repeats: float
+    repeats: float | Fraction
     """How often an epoch shows each picture, on average if it is a fraction."""
+    phase: float | Fraction = 0
+    """Fraction of a picture, below 1, that is added before the number of pictures is rounded down."""
 
     def shown(self, epochs: int) -> int:
         """Return how many pictures of the group the first `epochs` epochs show in total."""
-        return floor(self.pictures * self.repeats * epochs)
+        return floor(self.pictures * self.repeats * epochs + self.phase)
 
 
 @dataclass
@@ -61,10 +64,15 @@ class BatchOrder:
 
     def steps(self, epoch: int) -> int:
         """Return the number of steps of an epoch."""
-        shown: dict[tuple[int, int], int] = defaultdict(int)
+        shown: dict[tuple[int, ...], int] = defaultdict(int)
         for group in self.groups:
             shown[group.bucket] += group.shown(epoch + 1) - group.shown(epoch)
         return sum(-(-rows // self.size) for rows in shown.values())
+
+
+def dropped_captions(size: int, share: float, *, seed: int, step: int) -> Tensor:
+    """Return which rows of a step get the empty caption, bool [size]: on average this share of them."""
+    return torch.rand(size, generator=generator(seed, "caption dropout", step)) < share
 
 
 class _Epoch(NamedTuple):
@@ -76,7 +84,7 @@ class _Epoch(NamedTuple):
 
 @lru_cache(maxsize=2)
 def _epoch(groups: tuple[Group, ...], size: int, seed: int, number: int) -> _Epoch:
-    parts: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
+    parts: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
     for which, group in enumerate(groups):
         pictures = _epoch_pictures(group, which, seed, number)
         if len(pictures):

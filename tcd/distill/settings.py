@@ -110,6 +110,8 @@ class Distillable(Protocol):
         """Predict x0, float32 [B, C, ...], from x_t [B, C, ...] at t; s: target time, for an adapter that embeds it."""
         ...
 
-    def guided_x0(self, x_t: Tensor, t: TimePoint, cond: Any, uncond: Any, guidance: Tensor) -> Tensor:
+    def guided_x0(
+        self, x_t: Tensor, t: TimePoint, cond: Any, uncond: Any, guidance: Tensor, s: TimePoint | None = None
+    ) -> Tensor:
         """Predict x0 as `x0` does, with guidance scales w [B]; w = 1 is no guidance."""
         ...

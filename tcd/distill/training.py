@@ -13,18 +13,19 @@ from torch import Tensor, nn
 
 from ..adapter import AVERAGE, STUDENT
 from .examples import Examples, draw_times_and_guidance
+from .loss_scale import LossScale
 from .optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_learning_rates
 from .settings import Distillable, Method, Optimization
 from .step import step_losses
 
-FLOAT16_SCALE = 1024.0  # loss scale for a float16 network, so that small gradients are not rounded to zero
+MAX_SKIPPED = 5  # steps in a row; so a float16 network has time to halve its loss scale
 
 Read = Callable[[int, int], Examples[Any]]
 """(step, index) -> the examples of a micro-batch, on the CPU; both are counted from 0."""
 
 
 class NonFiniteError(ArithmeticError):
-    """The loss or its gradient became NaN or infinite; training stopped before the weights were changed."""
+    """The loss or its gradient was NaN or infinite in several steps in a row, none of which changed the weights."""
 
 
 class StepRecord(NamedTuple):
@@ -51,6 +52,11 @@ class StepRecord(NamedTuple):
     seconds: float
     """Wall-clock time of the step."""
 
+    @property
+    def skipped(self) -> bool:
+        """Whether the step changed no weights, because its loss or gradient was not finite."""
+        return not (math.isfinite(self.loss) and math.isfinite(self.norm))
+
 
 class Training:
     """The state of training and its step."""
@@ -74,11 +80,12 @@ class Training:
         self.model, self.read, self.micro_batches = model, read, micro_batches
         self.method, self.training, self.all_reduce = method, training, all_reduce
         self.losses: list[float] = []
+        """The loss of each step; NaN for a step that was skipped."""
         student = model.adapter.weights[STUDENT]
         self.parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
         embedding = [] if student.target_time is None else list(student.target_time.parameters())
         self.optimizer = make_optimizer(optimizer, self.parameters, training, embedding)
-        self.scale = FLOAT16_SCALE if model.dtype == torch.float16 else 1.0
+        self.scale = LossScale(model.dtype)
         if method.ema_decay:
             model.adapter.add(AVERAGE, deepcopy(student).requires_grad_(False))
         model.adapter.state = STUDENT
@@ -91,40 +98,55 @@ class Training:
     def train_step(self, stop_requested: Callable[[], bool] = bool) -> tuple[StepRecord, bool]:
         """Do one step; return its record, and whether any process was asked to stop.
 
-        stop_requested: returns whether this process was asked to stop. Raises NonFiniteError before a non-finite
-        gradient is applied.
+        A step with a loss or gradient that is not finite counts, but changes no weights. Whether it is finite is known
+        from sums over all processes, so all skip the same steps.
+        stop_requested: returns whether this process was asked to stop. Raises NonFiniteError after MAX_SKIPPED such
+        steps in a row, or if all steps of a shorter training were such.
         """
         started, training = time.perf_counter(), self.training
         losses = self.parameters[0].new_zeros(training.batch)
         for index, rows in enumerate(self.micro_batches):
             examples = self.read(self.step, index).to(self.model.device)
             weighted = step_losses(self.model, examples, self.method)
-            (weighted.sum() * (self.scale / training.batch)).backward()
+            (weighted.sum() * (self.scale.value / training.batch)).backward()
             losses[rows] = weighted.detach()
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         stops = losses.new_full((1,), float(stop_requested()))
         self.all_reduce([*gradients, losses, stops])
-        if self.scale != 1:
-            torch._foreach_div_(gradients, self.scale)
+        if self.scale.value != 1:
+            torch._foreach_div_(gradients, self.scale.value)
         grad_norm = nn.utils.clip_grad_norm_(self.parameters, training.clip)
         # The only synchronization with a GPU in a step: one copy of everything that is read here.
         results = torch.cat([losses, grad_norm.view(1), stops]).cpu()
         loss, norm = results[:-2].mean().item(), results[-2].item()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise NonFiniteError(f"step {self.step + 1}: loss {loss}, gradient norm {norm}")
         lr = set_learning_rates(self.optimizer, self.step, training)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.method.ema_decay:
-            self._update_average()
+        self._update(loss, norm)
         schedule = self.model.schedule
-        times = draw_times_and_guidance(self.method, training, schedule, self.step).times
-        self.losses.append(loss)
+        times = draw_times_and_guidance(self.method, training, schedule, self.step - 1).times
         seconds = time.perf_counter() - started
         record = StepRecord(
             self.step, loss, lr, norm, times.t, times.s, schedule.num_times, results[:-2], training.batch, seconds
         )
         return record, bool(results[-1])
+
+    def _update(self, loss: float, norm: float) -> None:
+        """Update the weights and their average, unless the loss or the gradient's norm is not finite; count the step.
+
+        Raises NonFiniteError after MAX_SKIPPED steps in a row without an update.
+        """
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:
+            self.optimizer.step()
+            if self.method.ema_decay:
+                self._update_average()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scale.update(finite)
+        self.losses.append(loss if finite else math.nan)
+        most = min(MAX_SKIPPED, self.training.steps)
+        if len(self.losses) >= most and all(map(math.isnan, self.losses[-most:])):
+            raise NonFiniteError(
+                f"step {self.step}: loss {loss}, gradient norm {norm}; no step was finite in {most} in a row"
+            )
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what a checkpoint holds: student and average, the optimizer's state, and the losses so far."""
@@ -144,6 +166,7 @@ class Training:
             tensor.copy_(saved[name])
         load_optimizer_state(self.optimizer, _with_prefix("optimizer.", tensors))
         self.losses = tensors["losses"].tolist()
+        self.scale = LossScale(self.model.dtype, map(math.isfinite, self.losses))
 
     def _weights(self) -> dict[str, Tensor]:
         """Return the tensors (not copies) of the student and of its average as `STATE.NAME`."""

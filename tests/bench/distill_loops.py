@@ -32,6 +32,8 @@ from trajectory_consistency.trainer.models.seam import Autoencoder, Checkpoint, 
 from trajectory_consistency.trainer.run import load_student
 from trajectory_consistency.trainer.training.loop import Training
 
+# The script trains an LCM: it has no moving average, and the network does not get s.
+PLAIN = {"target_time": False, "weighting": "none", "diagonal": 0.0, "to_clean": 0.0, "ema_decay": 0.0}
 CAPTIONS = (
     "a lighthouse on a cliff above a calm sea",
     "a red fox in the snow",
@@ -57,10 +59,12 @@ class Pictures:
 class Ours:
     """The trainer's own loop, after the VAE and the text encoder were let go."""
 
-    def __init__(self, config: configuration.Config, device: torch.device, dtype: torch.dtype) -> None:
-        checkpoint, size = open_checkpoint(config.base), config.training.batch
+    def __init__(
+        self, config: configuration.Config, device: torch.device, dtype: torch.dtype, checkpoint: Checkpoint
+    ) -> None:
+        size = config.training.batch
         latents = latents_of(checkpoint.load_autoencoder(device), config)
-        text_encoder = checkpoint.load_text_encoder(dtype, device)
+        text_encoder = checkpoint.load_text_encoder(device)
         cond, uncond = (encode(checkpoint, text_encoder, texts, config) for texts in (captions(size), [""] * size))
         data = Pictures(latents.cpu(), cond.to("cpu"), uncond.to("cpu"))
         del text_encoder
@@ -73,11 +77,12 @@ class Ours:
 class Separate:
     """Everything in every step, with a UNet for the teacher and another one for the student."""
 
-    def __init__(self, config: configuration.Config, device: torch.device, dtype: torch.dtype) -> None:
-        self.config, self.device = config, device
-        self.checkpoint = open_checkpoint(config.base)
+    def __init__(
+        self, config: configuration.Config, device: torch.device, dtype: torch.dtype, checkpoint: Checkpoint
+    ) -> None:
+        self.config, self.device, self.checkpoint = config, device, checkpoint
         self.autoencoder = self.checkpoint.load_autoencoder(device)
-        self.text_encoder = self.checkpoint.load_text_encoder(dtype, device)
+        self.text_encoder = self.checkpoint.load_text_encoder(device)
         self.student = load_student(config, self.checkpoint, device, dtype)
         self.teacher = self.checkpoint.load(dtype, device)
         self.parameters = list(self.student.adapter.weights[STUDENT].parameters())
@@ -147,13 +152,16 @@ def main() -> None:
         {
             "base": {"path": checkpoint},
             "data": {"folder": ".", "resolution": int(side)},
+            "method": PLAIN,
             "adapter": {"rank": int(rank), "alpha": float(rank)},
             "training": {"batch": int(batch), "device": device_name},
             "output": {"folder": "."},
         }
     )
     device = torch.device(device_name)
-    loop = {"ours": Ours, "separate": Separate}[kind](config, device, getattr(torch, dtype))
+    loop = {"ours": Ours, "separate": Separate}[kind](
+        config, device, getattr(torch, dtype), open_checkpoint(config.base)
+    )
     forget_peak(device)
 
     def step() -> float:

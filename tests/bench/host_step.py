@@ -25,7 +25,7 @@ from families import FAMILIES  # noqa: E402
 from turns import Loop, in_turns  # noqa: E402
 
 TIMED = "ours", "node", "blocks"
-SMALL = [name for name, family in FAMILIES.items() if not family.is_large]
+SMALL = [name for name, family in FAMILIES.items() if not family.is_lent]
 
 
 class Figures(NamedTuple):

@@ -10,6 +10,7 @@ in memory, each in a process of its own; they take turns, a step at a time, and 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import sys
 import time
@@ -23,6 +24,8 @@ import torch
 from torch import Tensor
 from turns import Loop, in_turns, serve
 
+# Without what later versions do by default.
+PLAIN = {"target_time": False, "weighting": "none", "diagonal": 0.0, "to_clean": 0.0, "ema_decay": 0.0}
 HERE = Path(__file__).resolve().parent
 PICTURES = 64
 
@@ -101,7 +104,10 @@ def training_here(base: str) -> Any:
     def join(captions: Any, _: Tensor) -> Any:
         return conditioning.cat(captions)
 
-    data = dataset_of(module("trainer.data.dataset"), module("trainer.data.order"), model.network.config, "sizes", base)
+    order, sizes = module("trainer.data.dataset"), module("trainer.data.buckets")
+    data = dataset_of(
+        order, argparse.Namespace(Group=order.Group, Size=sizes.Size), model.network.config, "sizes", base
+    )
     return module("trainer.training.loop").Training(model, data(join), settings)
 
 
@@ -121,7 +127,9 @@ def training_before(base: str) -> Any:
 
 def config_of(configuration: Any, base: str) -> Any:
     side, batch, rank = SIZES[base]
+    known = {field.name for field in dataclasses.fields(configuration.MethodConfig)}  # earlier versions know fewer
     values: Mapping[str, Any] = {
+        "method": {name: value for name, value in PLAIN.items() if name in known},
         "data": {"folder": ".", "resolution": side},
         "adapter": {"rank": rank, "alpha": float(rank)},
         "training": {"batch": batch, "device": "cpu"},

@@ -19,8 +19,9 @@ from tiny_base import small_config, write_inputs
 from trajectory_consistency.trainer import preflight
 from trajectory_consistency.trainer.cli import main
 from trajectory_consistency.trainer.config.base import BaseConfig
-from trajectory_consistency.trainer.config.settings import AdapterConfig
+from trajectory_consistency.trainer.config.settings import AdapterConfig, DataConfig
 from trajectory_consistency.trainer.data.buckets import Size
+from trajectory_consistency.trainer.data.captions import long_captions
 from trajectory_consistency.trainer.data.encode import load_or_encode
 from trajectory_consistency.trainer.errors import UserError
 from trajectory_consistency.trainer.files.describe_keys import describe_keys
@@ -30,7 +31,12 @@ from trajectory_consistency.trainer.models.seam import Checkpoint
 from trajectory_consistency.trainer.models.unet import families as bases
 from trajectory_consistency.trainer.preflight import check, check_inputs
 from trajectory_consistency.trainer.run import run
-from trajectory_consistency.trainer.training.memory import MemoryEstimate, MemorySettings, estimate_memory
+from trajectory_consistency.trainer.training.memory import (
+    MemoryEstimate,
+    MemorySettings,
+    choose_accumulate,
+    estimate_memory,
+)
 from trajectory_consistency.trainer.training.processes import Processes
 
 # A child that takes one step, and prints by how much its peak memory grew since before the model was loaded.
@@ -43,6 +49,7 @@ from trajectory_consistency.trainer.run import load_student
 from trajectory_consistency.trainer.data.dataset import Dataset, Table, caption_of
 from trajectory_consistency.trainer.data.buckets import Size
 from trajectory_consistency.tcd.distill.order import Group
+from trajectory_consistency.trainer.data.captions import long_captions
 torch.set_num_threads(1)
 config = load(pathlib.Path(sys.argv[1]))
 checkpoint = open_checkpoint(config.base)
@@ -115,6 +122,25 @@ def test_it_tells_all_and_writes_nothing(
     assert "lora_unet_" in said and re.search(r"memory +about \d+\.\d MiB", said)
     assert sorted(tmp_path.rglob("*")) == before
     assert main(["check", str(path), "data.folder=/none"]) == 2
+
+
+def test_long_captions_are_counted_and_textual_inversions_refused(
+    values: dict[str, dict[str, object]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, texts = tmp_path / "config.toml", sorted(Path(str(values["data"]["folder"])).glob("*.txt"))
+    path.write_text(tomli_w.dumps(values), encoding="utf-8")
+    for text, count in zip(texts, (76, 75, 200), strict=False):
+        text.write_text("word " * count, encoding="utf-8")
+    assert main(["check", str(path)]) == 0
+    assert re.search(r"\n +2 captions +longer than the text encoder takes", capsys.readouterr().out)
+    config = small_config(values)
+    assert long_captions(config.data, opened(values)) == 2
+    texts[0].write_text("a fox, embedding:nice", encoding="utf-8")
+    with pytest.raises(UserError, match="textual inversion, embedding:nice"):
+        long_captions(config.data, opened(values))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a fox\n" + "word " * 76 + "\n", encoding="utf-8")
+    assert long_captions(DataConfig(prompts=str(prompts)), opened(values)) == 1
 
 
 def test_the_keys_that_are_listed_are_those_of_the_file(values: dict[str, dict[str, object]]) -> None:
@@ -260,6 +286,10 @@ def test_all_phases_are_listed_and_the_one_that_takes_most(values: dict[str, dic
     large = memory(preview={"prompts": ["a"], "width": 512, "height": 1024})
     assert large.total == large.preview > large.training == plain.training
     assert f"{format_bytes(large.preview)} with a preview" in str(large)
+    config = small_config(values)
+    for dtype in (torch.float32, torch.bfloat16):  # the encoders are float32 whatever the network is
+        encoding = estimate_memory(opened(values), MemorySettings.from_config(config, dtype)).caching
+        assert encoding == plain.caching
     assert memory(data={**values["data"], "resolution": 256}).caching > 2 * plain.caching - plain.weights
     (Path(str(values["base"]["path"])).parent / "prompts.txt").write_text("a red circle\n", encoding="utf-8")
     drawn = memory(data={**values["data"], "folder": str(Path(str(values["base"]["path"])).parent / "prompts.txt")})
@@ -274,6 +304,33 @@ def test_on_a_gpu_the_estimate_of_caching_does_not_grow_without_bound(tmp_path: 
     assert estimate_memory(sd15, settings._replace(encode_batch=8)).caching > 20 * gib, (
         "what it was with eight pictures whatever the size"
     )
+
+
+def test_as_few_parts_as_the_free_memory_allows(
+    values: dict[str, dict[str, object]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    gpu, free = torch.device("cuda"), 0
+
+    def parts(batch: int, device: torch.device = gpu, processes: int = 1) -> int:
+        config = small_config(values, batch=batch, accumulate="auto", device="cpu")
+        return choose_accumulate(config, opened(values), device, torch.float32, processes)
+
+    def needed(batch: int, accumulate: int) -> int:
+        config = small_config(values, batch=batch, accumulate=accumulate)
+        return estimate_memory(opened(values), MemorySettings.from_config(config, torch.float32)).training
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
+    free = int(needed(6, 2) / 0.89)
+    assert parts(6) == 2 and "training.accumulate is auto: 2, for which training takes about" in caplog.text
+    assert parts(12, processes=2) == 2 and parts(3) == 1 and parts(9, processes=3) == 1
+    assert parts(9) == 3, "not 4, which would leave a rest"
+    free = int(needed(6, 2) / 0.91)
+    assert parts(6) == 3
+    free = 1000
+    assert parts(6) == 6, "one picture at a time, if nothing is enough"
+    assert parts(6, torch.device("cpu")) == 1
+    assert choose_accumulate(small_config(values, batch=6, accumulate=3), opened(values), gpu, torch.float32) == 3
 
 
 def test_what_takes_memory_is_seen_in_the_estimate(values: dict[str, dict[str, object]]) -> None:

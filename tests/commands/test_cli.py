@@ -39,8 +39,11 @@ def test_a_run_from_the_shell(inputs: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert files(inputs.parent / "out") == [
+        "checkpoints",
+        "checkpoints/step-00000001.safetensors",
         "config.toml",
         "log.csv",
+        "log.txt",
         "loss_by_time.csv",
         "report.html",
         "tcd-lora.safetensors",
@@ -96,7 +99,10 @@ def test_a_check_of_a_run_that_is_there_tells_all_and_that_it_is_there(
     assert "not free" not in said()
     assert main(["run", str(inputs), "training.steps=1"]) == 0
     before = files(inputs.parent)
-    for overrides, reason in (["training.steps=1"], "exists"), (["output.name=x"], "training.steps was 1 and is 2"):
+    for overrides, reason in (
+        (["training.steps=1"], "exists"),
+        (["output.name=x"], "output.name was 'tcd-lora' and is 'x'"),
+    ):
         printed = said(*overrides)
         assert re.search(rf"not free for a new run: .*{reason}.*: choose another output.folder", printed), printed
         assert "6 captioned pictures" in printed and "lora_unet_" in printed and "memory    about" in printed
@@ -218,7 +224,7 @@ def test_a_run_that_diverges_says_so_with_code_1(
     real = distill_training.step_losses
     monkeypatch.setattr(distill_training, "step_losses", lambda *arguments: real(*arguments) * float("inf"))
     assert main(["run", str(inputs)]) == 1
-    assert "error: step 1: loss inf" in capsys.readouterr().err
+    assert "error: step 2: loss inf" in capsys.readouterr().err
     assert not (inputs.parent / "out" / "tcd-lora.safetensors").exists()
 
 

@@ -33,6 +33,9 @@ def test_what_is_written_is_read_back_equal(tmp_path: Path) -> None:
         ("training", "steps", 2.5, "training.steps is 2.5, but must be a whole number"),
         ("training", "steps", True, "training.steps is True, but must be a whole number"),
         ("training", "steps", 0, "training.steps is 0, but must be at least 1"),
+        ("training", "accumulate", 0, "training.accumulate is 0, but must be at least 1"),
+        ("training", "accumulate", "many", "training.accumulate is 'many', but must be one of 'auto'"),
+        ("training", "warmup_steps", 1000, "training.warmup_steps is 1000, and training.steps 1000: the learning rate"),
         ("training", "lr", float("nan"), "training.lr is nan, but must be at least 0"),
         ("training", "lr", float("inf"), "training.lr is inf, but must be at least 0"),
         ("output", "eta", 1.5, "output.eta is 1.5, but must be at least 0 and at most 1"),
@@ -48,6 +51,11 @@ def test_what_is_written_is_read_back_equal(tmp_path: Path) -> None:
         ("data", "sources", {"path": "x"}, "but must be a list: write [[data.sources]] above the keys of each"),
         ("method", "phases", ["x"], "method.phases[0] is 'x', but must be a whole number"),
         ("output", "name", "a/b", "use a plain file name"),
+        ("base", "path", "C:\new", r"base.path is 'C:\new', with a character that no path has"),
+        ("base", "text_encoders", ["C:\text"], r"base.text_encoders[0] is 'C:\text', with a character"),
+        ("data", "cache", "D:\base", r"data.cache is 'D:\x08ase', with a character"),
+        ("data", "sources", [{"path": "D:\food"}], r"data.sources[0].path is 'D:\x0cood', with a character"),
+        ("output", "folder", "runs\revised", r"so write / for it, or the path in single quotes"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(section: str, key: str, value: object, message: str) -> None:
@@ -70,8 +78,17 @@ def test_a_section_that_is_no_section() -> None:
 @pytest.mark.parametrize("phases", [[], [0], [4, 51]])
 def test_phases_must_be_steps_of_a_sampler_where_the_law_has_them(phases: list[int]) -> None:
     with pytest.raises(UserError, match=r"use numbers from 1 to method\.origin_steps, 50, such as \[8, 4, 2, 1\]"):
-        config.from_mapping({**RIGHT, "method": {"law": "phase", "phases": phases}})
+        config.from_mapping({**RIGHT, "method": {"law": "phase", "phases": phases, "diagonal": 0.0, "to_clean": 0.0}})
     config.from_mapping({**RIGHT, "method": {"law": "uniform", "phases": phases}})
+
+
+def test_a_word_in_place_of_a_number(tmp_path: Path) -> None:
+    original = config.from_mapping(with_value("training", "accumulate", "auto"))
+    path = tmp_path / "config.toml"
+    path.write_text(original.to_toml(), encoding="utf-8")
+    assert config.load(path) == original and original.training.parts == 1
+    assert config.load(path, ["training.accumulate=4"]).training.parts == 4
+    assert not config.changes(original, config.load(path, ["training.accumulate=4", "training.steps=2000"]))
 
 
 def test_a_whole_number_is_a_number() -> None:
@@ -97,6 +114,26 @@ def test_an_override_that_is_none(written: Path, override: str) -> None:
         config.load(written, [override])
 
 
+def test_a_base_is_the_same_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.safetensors", "vae.safetensors", "lora.safetensors", "tiny"):
+        (tmp_path / name).touch()
+    loras = [{"path": "lora.safetensors"}, {"path": "in-comfyui.safetensors"}]
+    values = {**RIGHT, "base": {"path": "./a.safetensors", "vae": "x/../vae.safetensors", "loras": loras}}
+    (tmp_path / "x").mkdir()
+    original = config.from_mapping(values)
+    assert original == config.from_mapping({**values, "base": {**values["base"], "path": "a.safetensors"}})
+    (tmp_path / "config.toml").write_text(original.to_toml(), encoding="utf-8")
+    monkeypatch.chdir(tmp_path / "x")
+    base = config.load(tmp_path / "config.toml").base
+    assert base == original.base and [base.path, base.vae] == [
+        str(tmp_path / name) for name in ("a.safetensors", "vae.safetensors")
+    ]
+    assert [lora.path for lora in base.loras] == [str(tmp_path / "lora.safetensors"), "in-comfyui.safetensors"]
+    monkeypatch.chdir(tmp_path)
+    assert config.from_mapping(RIGHT).base.path == "tiny"  # the embedded model, whatever else has this name
+
+
 def test_an_override_is_validated_too(written: Path) -> None:
     with pytest.raises(UserError, match=r"did you mean training\.batch"):
         config.load(written, ["training.batches=5"])
@@ -107,6 +144,9 @@ def test_no_file_and_no_toml(tmp_path: Path) -> None:
         config.load(tmp_path / "none.toml")
     (tmp_path / "bad.toml").write_text("steps = = 5", encoding="utf-8")
     with pytest.raises(UserError, match="is not a TOML file"):
+        config.load(tmp_path / "bad.toml")
+    (tmp_path / "bad.toml").write_text('[base]\npath = "C:\\models"', encoding="utf-8")
+    with pytest.raises(UserError, match="is not a TOML file.*a path with backslashes needs single quotes"):
         config.load(tmp_path / "bad.toml")
 
 
@@ -125,3 +165,13 @@ def test_no_file_and_no_toml(tmp_path: Path) -> None:
 def test_keys_of_the_base_that_do_not_fit_each_other_are_refused(base: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         config.from_mapping({**RIGHT, "base": base})
+
+
+def test_a_file_of_a_windows_editor_is_read(written: Path) -> None:
+    written.write_bytes(b"\xef\xbb\xbf" + written.read_bytes().replace(b"\n", b"\r\n"))
+    assert config.load(written) == config.from_mapping(RIGHT)
+    loaded = config.load(
+        written, [r"base.path='C:\new\base.safetensors'", r"data.folder=D:\tiny", r'preview.prompts=["a\nb"]']
+    )
+    assert (loaded.base.path, loaded.data.folder) == (r"C:\new\base.safetensors", r"D:\tiny")
+    assert loaded.preview.prompts == ("a\nb",), "a line break in a prompt is none of a path"

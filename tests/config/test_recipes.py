@@ -28,7 +28,7 @@ def test_a_recipe_needs_the_arguments_of_its_command_and_nothing_else(name: str)
     path = recipes.find(Path(name))
     text = path.read_text(encoding="utf-8")
     loaded = config.load(path, needed(name))
-    assert loaded.preview.prompts and loaded.training.batch % loaded.training.accumulate == 0
+    assert loaded.preview.prompts and loaded.training.accumulate == "auto"
     (command,) = re.findall(rf"^#   tcd-train run {name} (.+)$", text, re.MULTILINE)
     keys = [argument.partition("=")[0] for argument in needed(name)]
     assert [argument.partition("=")[0] for argument in command.split()] == keys, "it says how to run it"
@@ -41,7 +41,7 @@ def test_a_recipe_needs_the_arguments_of_its_command_and_nothing_else(name: str)
 
 def test_what_the_recipes_are_named_for() -> None:
     loaded = {name: config.load(recipes.find(Path(name)), needed(name)) for name in recipes.names()}
-    unets = {"fine-tune", "lcm-baseline", "prompts-only", "sd15-12gb", "sdxl-16gb", "sdxl-24gb"}
+    unets = {"fine-tune", "lcm-baseline", "prompts-only", "sd15", "sdxl-8bit", "sdxl"}
     assert loaded.keys() == unets | OWN_MODEL
     assert loaded["lcm-baseline"].method.law == "zero" and loaded["lcm-baseline"].output.eta == 1
     with_target_time = {name for name, each in loaded.items() if each.method.target_time}
@@ -52,7 +52,7 @@ def test_what_the_recipes_are_named_for() -> None:
     shared = {name for name, each in loaded.items() if each.method.diagonal and each.method.to_clean}
     assert shared == with_target_time, "the shares need a network that gets s"
     assert {name for name, each in loaded.items() if each.output.eta == each.preview.eta == 0} == shared
-    assert {loaded[name].data.resolution for name in ("sdxl-16gb", "sdxl-24gb", "fine-tune")} == {1024}
+    assert {loaded[name].data.resolution for name in ("sdxl-8bit", "sdxl", "fine-tune")} == {1024}
 
 
 def test_recipes_for_models_of_comfyui() -> None:
@@ -80,10 +80,10 @@ def test_a_recipe_runs_by_its_name_and_a_file_of_that_name_comes_first(
     values = write_inputs(tmp_path, pictures=2)
     monkeypatch.chdir(tmp_path)
     given = [f"base.path={values['base']['path']}", "data.folder=data", "output.folder=out", "data.resolution=64"]
-    assert main(["run", "sd15-12gb", *given, "--dry-run"]) == 0
+    assert main(["run", "sd15", *given, "--dry-run"]) == 0
     assert "4000 steps of 16 pictures" in capsys.readouterr().out
-    (tmp_path / "sd15-12gb").write_text("[training]\nsteps = 7\n", encoding="utf-8")
-    assert main(["run", "sd15-12gb", *given, "--dry-run"]) == 0
+    (tmp_path / "sd15").write_text("[training]\nsteps = 7\n", encoding="utf-8")
+    assert main(["run", "sd15", *given, "--dry-run"]) == 0
     assert "7 steps of 8 pictures" in capsys.readouterr().out
     assert main(["run", "sd15-13gb", *given]) == 2
     assert "there is no configuration file at sd15-13gb, nor a recipe of that name" in capsys.readouterr().err

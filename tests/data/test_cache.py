@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,12 @@ from PIL import Image
 from safetensors import safe_open
 
 from tiny_base import write_base
-from trajectory_consistency.trainer.atomic import atomic_write
 from trajectory_consistency.trainer.cli import main
 from trajectory_consistency.trainer.config import settings as config
 from trajectory_consistency.trainer.data import encode, store
 from trajectory_consistency.trainer.data.buckets import Buckets, Size
 from trajectory_consistency.trainer.data.cache import cache_paths, input_fingerprints, merge_parts, open_cached
+from trajectory_consistency.trainer.data.captions import caption_variants
 from trajectory_consistency.trainer.data.dataset import Dataset
 from trajectory_consistency.trainer.data.pictures import decode, pixels, size_of
 from trajectory_consistency.trainer.errors import UserError
@@ -74,7 +75,7 @@ def rows(dataset: Dataset) -> list[tuple[torch.Tensor, ...]]:
     """Mean, std, sizes and context of every picture, in the order of the data."""
     found = []
     for table in dataset.tables:
-        for shard, row, captions, caption in table.index.tolist():
+        for shard, row, captions, caption, *_ in table.index.tolist():
             latent = table.latents[shard]
             std = latent["std"][row] if "std" in latent else torch.zeros(())
             found.append((latent["mean"][row], std, latent["sizes"][row], table.captions[captions]["context"][caption]))
@@ -119,7 +120,7 @@ def signal(images: torch.Tensor) -> torch.Tensor:
 def test_what_is_cached_is_what_is_computed(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
     dataset = filled(configured(checkpoint, tmp_path, folder=str(pictures)))
     base, scale = base_of(checkpoint), 0.18215
-    vae, text_encoder = base.load_autoencoder(CPU).vae, base.load_text_encoder(FLOAT, CPU)
+    vae, text_encoder = base.load_autoencoder(CPU).vae, base.load_text_encoder(CPU)
     assert len({tuple(row[2].tolist()) for row in rows(dataset)}) == 4
     expected = []
     for path in sorted(pictures.glob("*.png")):
@@ -165,7 +166,7 @@ def test_float16_rounds_the_cache_eight_times_finer_than_bfloat16(checkpoint: Pa
     with torch.no_grad():
         mean = base.load_autoencoder(CPU).vae.encode(signal(images)).latent_dist.mean * 0.18215
     captions = [scene.caption for scene in world.random_scenes(8, 0)]
-    context = Conditioning.cat(base.load_text_encoder(FLOAT, CPU).encode(captions)).tensors["context"]
+    context = Conditioning.cat(base.load_text_encoder(CPU).encode(captions)).tensors["context"]
     for exact in (mean, context):
         half, brain = (
             (exact.to(dtype).float() - exact).norm() / exact.norm() for dtype in (torch.half, torch.bfloat16)
@@ -217,7 +218,7 @@ def test_an_embedding_above_the_range_of_float16_is_cached_in_float32(
         (4, torch.float16, 3.0),
     }
     path.write_text("nothing", encoding="utf-8")
-    with pytest.raises(UserError, match="the caption 'nothing' has an encoding that is not finite: use base.dtype"):
+    with pytest.raises(UserError, match="the caption 'nothing' has an encoding that is not finite: change its weights"):
         filled(configured(checkpoint, tmp_path, folder=str(pictures)))
 
 
@@ -233,21 +234,55 @@ def test_captions_of_different_lengths_are_cached_side_by_side_and_joined_by_the
     assert sorted(name.rpartition("-")[0] for name in files) == [f"captions{1 + words}x8" for words in range(4)]
     assert all((row[3] == len(row[3]) - 1).all() for row in rows(dataset))
     assert Counter(len(row[3]) - 1 for row in rows(dataset)) == {1: 2, 2: 2, 3: 4}
-    with pytest.raises(ValueError, match="rows of context have different shapes, .*: join them by their model"):
-        for step in range(5):
-            dataset.batch(step, 5, seed=0, caption_dropout=0.5)
-
-    def pad(captions: Sequence[Conditioning], _: torch.Tensor) -> Conditioning:
-        longest = max(caption.tensors["context"].shape[1] for caption in captions)
-        short = [caption.tensors["context"] for caption in captions]
-        padded = [torch.nn.functional.pad(each, (0, 0, 0, longest - each.shape[1]), value=-1) for each in short]
-        return Conditioning.of(context=torch.cat(padded))
-
-    batch = replace(dataset, join=pad).batch(0, 5, seed=0, caption_dropout=0.5)
-    for row in batch.cond.tensors["context"]:
-        words = int(row[0, 0])
-        assert (row[: 1 + words] == words).all() and (row[1 + words :] == -1).all()
+    batch = dataset.batch(0, 5, seed=0, caption_dropout=0.5)
+    context, mask = batch.cond.tensors["context"], batch.cond.tensors["mask"]
+    words = context[:, 0, 0]
+    assert len(set(words.tolist())) > 1 and torch.equal(mask.sum(1), 1 + words)
+    assert torch.equal(context, (words[:, None] * mask)[..., None].expand_as(context))
     assert (batch.uncond.tensors["context"] == 0).all() and len(batch.uncond) == 5
+
+
+def test_the_negative_prompt_guides_the_teacher_and_dropped_captions_are_empty(
+    checkpoint: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a red circle\n", encoding="utf-8")
+    plain = values(checkpoint, tmp_path, sources=[{"path": str(pictures)}, {"path": str(tmp_path / "prompts.txt")}])
+    plain["data"]["draw"] = {"steps": 1}
+    drawn_with: list[torch.Tensor] = []
+
+    def draw(_: object, __: object, uncond: Conditioning, noise: torch.Tensor, **options: object) -> torch.Tensor:
+        drawn_with.append(uncond.tensors["context"][0])
+        return noise
+
+    monkeypatch.setattr(encode, "dpm_solver_sample", draw)
+    loads, found = Loads(monkeypatch), {}
+    for negative in ("", "blurry, (ugly:1.2)", "a blue square"):
+        dataset = filled(config.from_mapping({**plain, "method": {"negative_prompt": negative}}))
+        batch = dataset.batch(0, 4, seed=0, caption_dropout=1.0)
+        found[negative] = batch.uncond.tensors["context"]
+        encoded = base_of(checkpoint).load_text_encoder(CPU).encode([negative, ""])
+        for row, expected in zip((found[negative], batch.cond.tensors["context"]), encoded, strict=True):
+            torch.testing.assert_close(row, expected.tensors["context"].expand_as(row), rtol=1e-3, atol=1e-3)
+        assert torch.equal(drawn_with.pop(), found[negative][0]) and not drawn_with
+    assert len(found) == 3 and not torch.allclose(found[""], found["a blue square"], atol=0.1)
+    assert loads.count["autoencoder"] == 1, "the pictures are encoded once"
+
+
+def test_captions_do_not_depend_on_the_networks_dtype_but_on_clip_skip(
+    checkpoint: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = values(checkpoint, tmp_path, folder=str(pictures))
+    wanted = [
+        cache_paths(config.from_mapping({**settings, "base": {**settings["base"], "clip_skip": skip}}), base, dtype)
+        for base in [base_of(checkpoint)]
+        for skip, dtype in ((0, FLOAT), (0, torch.bfloat16), (2, FLOAT))
+    ]
+    for kind, same_at in (("captions", [0, 0, 2]), ("latents", [0, 0, 0]), ("drawn", [0, 1, 2])):
+        folders = [paths.rows_folder(kind) for paths in wanted]
+        assert [folders.index(folder) for folder in folders] == same_at, kind
+    expected = filled(config.from_mapping(settings))
+    loads = Loads(monkeypatch)
+    assert same(encode.load_or_encode(config.from_mapping(settings), CPU, torch.bfloat16), expected) and not loads.count
 
 
 def test_a_complete_cache_needs_no_encoders_and_a_change_only_what_changed(
@@ -364,7 +399,10 @@ def test_parts_of_several_processes_are_the_whole(checkpoint: Path, pictures: Pa
 def test_data_that_cannot_be_used_is_reported_or_skipped(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
     (pictures / "broken.png").write_bytes(b"no picture")
     (pictures / "wide0.txt").unlink()
-    with pytest.raises(UserError, match=r"1 of 9 pictures do not decode: broken\.png; 2 of 9 pictures have no caption"):
+    with pytest.raises(
+        UserError,
+        match=r"1 of 9 pictures do not decode: broken\.png \(not a picture of .*\); 2 of 9 pictures have no caption",
+    ):
         encode.fill_cache(configured(checkpoint, tmp_path, folder=str(pictures)), CPU, FLOAT)
     settings = configured(checkpoint, tmp_path, folder=str(pictures), skip_bad=True)
     assert len(filled(settings)) == 7
@@ -375,6 +413,79 @@ def test_data_that_cannot_be_used_is_reported_or_skipped(checkpoint: Path, pictu
         path.unlink()
     with pytest.raises(UserError, match="no picture is left to train on: 1 of 9 pictures do not decode"):
         filled(settings)
+
+
+def test_a_prefix_is_before_every_caption_and_each_step_takes_an_order_of_its_tags(
+    checkpoint: Path, pictures: Path, tmp_path: Path
+) -> None:
+    (wide, *others), text_encoder = sorted(pictures.glob("*.txt")), base_of(checkpoint).load_text_encoder(CPU)
+    wide.write_text("one girl, red, green, blue", encoding="utf-8")
+    settings = configured(
+        checkpoint, tmp_path, folder=str(pictures), caption_prefix="sks ", shuffle_tags=9, keep_tags=1
+    )
+    dataset = filled(settings)
+    texts = [f"sks one girl, {', '.join(tags)}" for tags in permutations(("red", "green", "blue"))]
+    texts += [f"sks {' '.join(path.read_text(encoding='utf-8').split())}" for path in others]
+    expected = torch.stack([each.tensors["context"][0] for each in text_encoder.encode(texts)])
+    drawn: Counter[str] = Counter()
+    for step in range(40):
+        batch = dataset.batch(step, 4, seed=0, caption_dropout=0.0)
+        again = dataset.batch(step, 4, slice(2, 4), seed=0, caption_dropout=0.0)
+        assert torch.equal(batch.cond.tensors["context"][2:], again.cond.tensors["context"])
+        for context in batch.cond.tensors["context"]:
+            distance = (expected - context).abs().amax((1, 2))
+            assert distance.min() < 1e-2
+            drawn[texts[int(distance.argmin())]] += 1
+    assert set(texts[6:]) <= set(drawn) and len(set(texts[:6]) & set(drawn)) >= 4
+    one = configured(checkpoint, tmp_path, folder=str(pictures), caption_prefix="sks ", shuffle_tags=1, keep_tags=1)
+    assert open_cached(one, FLOAT) is None
+    assert {table.index.shape[1] for table in filled(one).tables} == {4}
+
+
+def test_an_order_of_tags_keeps_all_tags_and_the_first_where_they_are() -> None:
+    data = config.from_mapping(
+        {
+            "base": {"path": "tiny"},
+            "data": {"folder": "x", "shuffle_tags": 50, "keep_tags": 2},
+            "output": {"folder": "out"},
+        }
+    ).data
+    orders = caption_variants(" a b,c ,, d, e, f,", data)
+    assert {tuple(sorted(order.split(", "))) for order in orders} == {("a b", "c", "d", "e", "f")}
+    assert all(order.startswith("a b, c, ") for order in orders) and len(set(orders)) == 6
+    assert caption_variants("no tags", data) == ["no tags"] * 50
+    assert caption_variants("a, b", replace(data, shuffle_tags=0, caption_prefix="")) == ["a, b"]
+
+
+def test_prompts_are_drawn_with_their_prefix_and_trained_in_all_orders(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("d, c, b, a", encoding="utf-8")
+    settings = {"prompts": str(tmp_path / "p.txt"), "draw": {"steps": 2}}
+    plain, prefixed, shuffled = (
+        rows(filled(configured(checkpoint, tmp_path / str(len(more)), **settings, **more)))[0]
+        for more in ({}, {"caption_prefix": "sks"}, {"caption_prefix": "sks", "shuffle_tags": 3})
+    )
+    assert not torch.equal(plain[0], prefixed[0]) and torch.equal(prefixed[0], shuffled[0])
+    assert not torch.equal(plain[3], prefixed[3])
+
+
+def test_the_cache_knows_the_folders_repeats_its_notes_and_a_broken_link(
+    checkpoint: Path, pictures: Path, tmp_path: Path
+) -> None:
+    pictures.rename(tmp_path / "3_all")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (tmp_path / "3_all").rename(folder / "3_all")
+    (folder / ".hidden.png").touch()
+    (folder / "broken.png").symlink_to(tmp_path / "gone")
+    settings = configured(checkpoint, tmp_path, folder=str(folder), skip_bad=True)
+    dataset = filled(settings)
+    assert len(dataset) == 3 * 8 and {group.repeats for group in dataset.groups} == {3}
+    cached = open_cached(settings, FLOAT)
+    assert cached is not None and cached.survey.remarks() == "hidden: 1 (.hidden.png)" and cached.survey.seen == 9
+    for spelling in (folder / ".." / "data", Path(os.path.relpath(folder))):
+        assert open_cached(configured(checkpoint, tmp_path, folder=str(spelling), skip_bad=True), FLOAT) is not None
+    (folder / "broken.png").unlink()
+    assert open_cached(settings, FLOAT) is None
 
 
 def test_a_full_store_writes_its_largest_kind_and_memory_stays_bounded(
@@ -469,9 +580,71 @@ def test_the_cache_command_says_what_there_is_and_a_run_then_encodes_nothing(
         assert "write K/N" in capsys.readouterr().err
 
 
-def test_two_processes_may_write_the_same_rows_at_the_same_time(tmp_path: Path) -> None:
-    path = tmp_path / "rows.safetensors"
-    with atomic_write(path, shared=True) as first, atomic_write(path, shared=True) as second:
-        for temporary in (first, second):
-            temporary.write_bytes(b"rows")
-    assert [each.name for each in tmp_path.iterdir()] == ["rows.safetensors"]
+FILLED_TOGETHER = """
+import os, sys, time, torch
+from pathlib import Path
+from trajectory_consistency.trainer.config import settings as config
+from trajectory_consistency.trainer.data import cache, encode, store
+from trajectory_consistency.trainer.models import open_checkpoint
+def slowly(*arguments, save=store.save_file, **options):
+    save(*arguments, **options)
+    time.sleep(0.02)  # so that the others write meanwhile
+store.save_file = cache.save_file = slowly
+store.SHARD_BYTES = 10_000  # many shards, so that many moments are between two
+cpu, path = torch.device("cpu"), Path(sys.argv[1])
+base = open_checkpoint(config.load(path).base)  # loaded here, so that no child has to import what that needs
+base.load_autoencoder(cpu), base.load_text_encoder(torch.float32, cpu)
+def fill(folder):
+    encode.load_or_encode(config.load(path, [f"data.cache={folder}"]), cpu, torch.float32)
+    os._exit(0)
+for folder in sys.argv[2:]:
+    children = [os.fork() or fill(folder) for _ in range(3)]
+    print(*[os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked")
+def test_any_number_of_runs_may_fill_one_cache_at_once(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
+    path, caches = tmp_path / "config.toml", [tmp_path / f"cache{number}" for number in range(3)]
+    path.write_text(tomli_w.dumps(values(checkpoint, tmp_path, folder=str(pictures))), encoding="utf-8")
+    command = [sys.executable, "-c", FILLED_TOGETHER, str(path), *map(str, caches)]
+    filled_together = subprocess.run(command, capture_output=True, text=True)
+    assert filled_together.stdout.split() == ["0"] * 9, filled_together.stderr
+    expected = filled(configured(checkpoint, tmp_path / "alone", folder=str(pictures)))
+    for cache in caches:
+        cached = open_cached(configured(checkpoint, tmp_path, folder=str(pictures), cache=str(cache)), FLOAT)
+        assert cached is not None and same(cached.dataset, expected)
+        assert not [file for file in cache.rglob("*") if file.name.startswith(".")]
+
+
+def test_the_cache_lies_beside_the_data_where_that_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cache_of(**data: object) -> Path:
+        return config.from_mapping({"base": {"path": "tiny"}, "data": data, "output": {"folder": "out"}}).cache_folder
+
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "prompts.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    beside = tmp_path.resolve() / ".tcd-cache"
+    assert cache_of(folder="pictures") == cache_of(folder="./shards/../pictures/") == beside
+    assert cache_of(prompts="prompts.txt") == cache_of(sources=[{"path": "shards"}, {"path": "/x"}]) == beside
+    assert cache_of(folder="shards/train-*.tar") == tmp_path.resolve() / "shards" / ".tcd-cache"
+    assert cache_of(folder="pictures", cache="elsewhere") == Path("elsewhere")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
+    if sys.platform == "linux":
+        assert cache_of(folder="pictures") == tmp_path / "own" / "trajectory-consistency"
+    beside.mkdir()
+    assert cache_of(folder="pictures") == beside, "what is cached there is used, though nothing can be added"
+
+
+def test_a_changed_learning_rate_encodes_nothing(
+    checkpoint: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = values(checkpoint, tmp_path, folder=str(pictures), cache="")
+    encode.load_or_encode(config.from_mapping(first), CPU, FLOAT)
+    loads = Loads(monkeypatch)
+    other = {**first, "training": {"lr": 1e-5}, "output": {"folder": str(tmp_path / "other")}}
+    encode.load_or_encode(config.from_mapping(other), CPU, FLOAT)
+    assert not loads.count

@@ -6,10 +6,12 @@ import random
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import BmpImagePlugin, Image, features
 
 from trajectory_consistency.trainer.data.buckets import Buckets, Size
 from trajectory_consistency.trainer.data.pictures import BrokenPictureError, decode, pixels, size_of
+
+AVIF = pytest.param("AVIF", marks=pytest.mark.skipif(not features.check("avif"), reason="Pillow has no AVIF"))
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -98,7 +100,7 @@ def test_floating_point_pixels_are_refused() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow warns of much that it then reads
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", AVIF])
 def test_damage_of_any_sort_is_one_error_or_none(kind: str) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8)
     whole, rng = encoded(Image.fromarray(noise), kind), random.Random(0)
@@ -120,6 +122,31 @@ def test_a_picture_that_ends_early_is_broken() -> None:
     for data in (whole[: len(whole) // 2], b"", b"no picture at all"):
         with pytest.raises(BrokenPictureError):
             decode(data)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a decoder"), AttributeError("of its own"), MemoryError(), Exception()])
+def test_whatever_a_decoder_raises_the_picture_is_broken_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def load(_: Image.Image) -> None:
+        raise error
+
+    data = encoded(plain("red"), "BMP")
+    monkeypatch.setattr(BmpImagePlugin.BmpImageFile, "load", load)
+    with pytest.raises(BrokenPictureError, match=f"^{str(error) or type(error).__name__}$"):
+        decode(data)
+
+
+def test_a_picture_of_too_many_pixels_or_none_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    with pytest.raises(BrokenPictureError, match="could be decompression bomb"):
+        decode(encoded(plain("red"), "PNG"))
+    with pytest.raises(BrokenPictureError, match="the file is empty"):
+        decode(b"")
+    flat = bytearray(encoded(plain("red"), "BMP"))
+    flat[18:22] = bytes(4)  # the width
+    with pytest.raises(BrokenPictureError, match="not a picture of a known format"):
+        decode(bytes(flat))
 
 
 @pytest.mark.parametrize("size", [(700, 1500), (1500, 700), (512, 512), (513, 700), (641, 515)])

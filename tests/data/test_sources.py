@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import re
 import tarfile
 from pathlib import Path
 
@@ -10,16 +12,15 @@ from PIL import Image
 
 from trajectory_consistency.trainer.config import settings as config
 from trajectory_consistency.trainer.data.buckets import Size
+from trajectory_consistency.trainer.data.samples import Sample
 from trajectory_consistency.trainer.data.sources import (
-    CaptionedFolder,
-    MetadataFolder,
+    PictureFolder,
     PromptFile,
-    Sample,
     Source,
     TarShards,
     open_sources,
 )
-from trajectory_consistency.trainer.data.survey import bucket_table, data_report, make_groups, survey
+from trajectory_consistency.trainer.data.survey import GroupKey, bucket_table, data_report, make_groups, survey
 from trajectory_consistency.trainer.errors import UserError
 
 
@@ -56,7 +57,13 @@ def opened(**data: object) -> list[Source]:
 
 
 def named(samples: list[Sample]) -> list[tuple[str, str, str]]:
-    return [(sample.name, sample.caption, sample.problem) for sample in samples]
+    """Name, caption, and problem or note of each sample."""
+    return [(sample.name, sample.caption, sample.problem or sample.note) for sample in samples]
+
+
+def everything(source: Source) -> list[tuple[str, str, str]]:
+    assert not isinstance(source, PromptFile)
+    return named(list(source.samples()))
 
 
 def test_a_folder_is_read_with_those_within_it_and_hidden_files_are_not(tmp_path: Path) -> None:
@@ -66,14 +73,17 @@ def test_a_folder_is_read_with_those_within_it_and_hidden_files_are_not(tmp_path
     write(tmp_path, "c.png", None)
     write(tmp_path, "notes.pdf", None)
     (source,) = opened(folder=str(tmp_path))
-    assert isinstance(source, CaptionedFolder)
+    assert isinstance(source, PictureFolder)
     samples = list(source.samples())
     assert named(samples) == [
+        ("._b.png", "", "hidden"),
+        ("._b.txt", "", "hidden"),
         ("b.png", "of b", ""),
         ("c.png", "", "have no caption"),
+        ("notes.pdf", "", "neither pictures nor captions"),
         ("within/deep/a.JPG", "of a", ""),
     ]
-    assert samples[0].read() == png()
+    assert samples[2].read() == png() and [each.left_out for each in samples] == [True, True, False, False, True, False]
 
 
 def test_a_folder_with_metadata_is_read_by_it(tmp_path: Path) -> None:
@@ -82,10 +92,10 @@ def test_a_folder_with_metadata_is_read_by_it(tmp_path: Path) -> None:
     lines = [{"file_name": "more/b.png", "text": "of b", "score": 5}, {"file_name": "a.png"}, {"file_name": "no.png"}]
     (tmp_path / "metadata.jsonl").write_text("\n\n".join(map(json.dumps, lines)), encoding="utf-8")
     (source,) = opened(folder=str(tmp_path))
-    assert isinstance(source, MetadataFolder)
+    assert isinstance(source, PictureFolder)
     assert named(list(source.samples())) == [
-        ("more/b.png", "of b", ""),
         ("a.png", "", "have no caption"),
+        ("more/b.png", "of b", ""),
         ("no.png", "", "have no caption"),
         ("unlisted.png", "", "have no caption"),
     ]
@@ -117,13 +127,15 @@ def test_shards_are_read_in_their_order_by_the_names_of_webdataset(tmp_path: Pat
     assert isinstance(source, TarShards)
     samples = list(source.samples())
     assert named(samples) == [
+        ("s-0.tar/2.Seg.png", "", "further pictures of a sample, such as 1.mask.png beside 1.png"),
+        ("s-0.tar/x/1.json", "", "neither pictures nor captions"),
         ("s-0.tar/x/1.jpg", "of one", ""),
-        ("s-0.tar/2.png", "two", ""),
+        ("s-0.tar/2.PNG", "two", ""),
+        ("s-1.tar/4.txt", "", "captions without a picture"),
         ("s-1.tar/3.webp", "", "have no caption"),
-        ("s-1.tar/4.txt", "", "have a caption but no picture"),
         ("s-1.tar/5.png", "", "have a caption that is not UTF-8"),
     ]
-    assert [sample.read() for sample in samples[:3]] == [b"one", b"2", b"three"]
+    assert [samples[k].read() for k in (2, 3, 5)] == [b"one", b"2", b"three"]
 
 
 @pytest.mark.parametrize("keep", [100, 700, 1700, 2500])
@@ -196,12 +208,14 @@ def test_everything_that_is_wrong_is_said_together_with_counts_and_names(tmp_pat
     sources = [{"path": str(tmp_path / "f")}, {"path": str(tmp_path / "t.tar")}]
     with pytest.raises(UserError) as error:
         survey(configured(tmp_path, sources=sources))
-    assert str(error.value).startswith(
+    assert re.match(
         "1 of 6 pictures are smaller than every bucket: small.png; "
-        "2 of 6 pictures do not decode: cut.png, t.tar/2.png; 1 of 6 pictures have no caption: bare.png. Repair them"
+        r"2 of 6 pictures do not decode: cut.png \(image file is truncated.*\), t.tar/2.png \(not a picture of a known "
+        r"format\); 1 of 6 pictures have no caption: bare.png. Repair them",
+        str(error.value),
     )
     found = survey(configured(tmp_path, sources=sources, skip_bad=True))
-    assert found.groups == {(0, Size(64, 64)): 1, (1, Size(64, 64)): 1} and found.pictures == 2
+    assert found.groups == {(0, 1, Size(64, 64)): 1, (1, 1, Size(64, 64)): 1} and found.pictures == 2
     report = data_report(found, configured(tmp_path, sources=sources))
     assert "left out: 1 of 6 pictures are smaller" in report and "1 pictures" in report
 
@@ -262,3 +276,236 @@ def test_weights_are_shares_of_an_epoch(tmp_path: Path) -> None:
     assert lines[1].split() == ["64x64", "12", "12", "12", "0"]
     groups = make_groups(settings.data, survey(settings).groups.items())
     assert [group.shown(1) for group in groups] == [3, 9]
+
+
+def test_files_of_a_folder_and_members_of_a_shard_are_read_by_one_rule(tmp_path: Path) -> None:
+    files = {
+        **{"A.PNG": png(), "A.TXT": b"suffixes in capitals", "b.jfif": png(), "b.caption": b"of b", "b.heic": b""},
+        **{"photo.v1.2.png": png(), "photo.v1.2.txt": b"dots", "00000.input.png": png(), "00000.txt": b"webdataset"},
+        **{"2.png": png(), "2.txt": b"two", "2.seg.png": png(), "2.caption": b"another"},
+        **{"alone.txt": b"x", "only.jxl": b"", "only.txt": b"x", "bare.heic": b"", "x.json": b"{}"},
+        **{".trash/t.png": png(), "sub/.ipynb_checkpoints/i.png": png(), "__MACOSX/._2.png": b"", "Thumbs.db": b""},
+        **{"e\u0301.png": png(), "\u00e9.txt": b"one letter, spelled in two ways"},
+    }
+    for name, data in files.items():
+        (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folder" / name).write_bytes(data)
+    write_tar(tmp_path / "s.tar", {f"./{name}": data for name, data in files.items()})
+    with tarfile.open(tmp_path / "s.tar.gz", "w:gz") as tar:
+        tar.add(tmp_path / "folder", ".")
+    sources = opened(sources=[{"path": str(tmp_path / name)} for name in ("folder", "s.tar", "s.tar.gz")])
+    folder, shard, compressed = (sorted(everything(source)) for source in sources)
+    assert sorted((f"s.tar/{name}", *rest) for name, *rest in folder) == shard
+    assert sorted((f"s.tar.gz/{name}", *rest) for name, *rest in folder) == compressed
+    further, second = "further pictures of a sample, such as 1.mask.png beside 1.png", "captions of a picture that has"
+    copy = "in a format that is not read, beside a picture of the same name"
+    assert folder == [
+        *((f"{name}", "", "hidden") for name in (".trash/t.png",)),
+        ("00000.input.png", "webdataset", ""),
+        ("2.caption", "", f"{second} another caption"),
+        ("2.png", "two", ""),
+        ("2.seg.png", "", further),
+        ("A.PNG", "suffixes in capitals", ""),
+        ("Thumbs.db", "", "neither pictures nor captions"),
+        ("__MACOSX/._2.png", "", "hidden"),
+        ("alone.txt", "", "captions without a picture"),
+        ("b.heic", "", copy),
+        ("b.jfif", "of b", ""),
+        ("bare.heic", "", "are in a format that is not read"),
+        ("e\u0301.png", "one letter, spelled in two ways", ""),
+        ("only.jxl", "", "are in a format that is not read"),
+        ("photo.v1.2.png", "dots", ""),
+        ("sub/.ipynb_checkpoints/i.png", "", "hidden"),
+        ("x.json", "", "neither pictures nor captions"),
+    ]
+
+
+def test_what_is_left_out_is_counted_and_named_in_every_report(tmp_path: Path) -> None:
+    write(tmp_path / "f", "a.png", "two\n\nlines")
+    write(tmp_path / "f", ".trash/b.png")
+    write(tmp_path / "f", "a.psd", None)
+    write_tar(tmp_path / "s.tar", {"1.png": png(), "1.txt": b"x", "__MACOSX/1.png": b""})
+    settings = configured(tmp_path, sources=[{"path": str(tmp_path / "f")}, {"path": str(tmp_path / "s.tar")}])
+    found = survey(settings)
+    assert found.seen == found.pictures == 2 and not found.problems
+    halves = survey(settings, 0, 2)
+    halves.merge(survey(settings, 1, 2))
+    assert halves.notes == found.notes and halves.groups == found.groups
+    assert data_report(found, settings).splitlines()[-1] == (
+        "noted: captions of several lines, joined into one line: 1 (a.png); hidden: 3 (.trash/b.png, .trash/b.txt, "
+        "s.tar/__MACOSX/1.png); in a format that is not read, beside a picture of the same name: 1 (a.psd)"
+    )
+
+
+def test_lines_of_a_caption_are_joined(tmp_path: Path) -> None:
+    write(tmp_path, "a.png", "\ufeff a red square \r\n\r\n  on a wall\n")
+    assert everything(*opened(folder=str(tmp_path))) == [
+        ("a.png", "a red square on a wall", "captions of several lines, joined into one line")
+    ]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="links and pipes are not for everybody on Windows")
+def test_links_are_followed_once_and_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere", "a.png")
+    write(tmp_path / "data", "z/c.png")
+    write(tmp_path / "data", "b.png", "x")
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "z" / "loop").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "another").symlink_to(tmp_path / "data" / "z")
+    for name in ("broken.png", "nowhere", "b.caption"):
+        (tmp_path / "data" / name).symlink_to(tmp_path / "gone")
+    os.mkfifo(tmp_path / "data" / "pipe.png")
+    (tmp_path / "data" / "pipe.txt").write_text("of a pipe", encoding="utf-8")
+    found = survey(configured(tmp_path, folder=str(tmp_path / "data"), skip_bad=True))
+    assert found.pictures == 3 and found.seen == 6
+    assert found.complaints() == (
+        "3 of 6 pictures cannot be read: broken.png (No such file or directory), nowhere (No such file or directory), "
+        "pipe.png (not a regular file); 1 of 6 pictures have no caption: broken.png"
+    )
+    assert found.remarks() == (
+        "captions of a picture that has another caption: 1 (b.caption); "
+        "folders that are read under another name, because of links: 2 (another, z/loop)"
+    )
+    (tmp_path / "data" / "b.txt").unlink()
+    with pytest.raises(UserError, match=r"1 of 6 pictures have a caption that cannot be read: b\.png"):
+        survey(configured(tmp_path, folder=str(tmp_path / "data")))
+
+
+def test_links_in_a_shard_are_named_and_the_rest_is_read(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name, kind in (("1.png", b""), ("2.png", tarfile.SYMTYPE), ("3.png", tarfile.LNKTYPE), ("1.txt", b"")):
+            member = tarfile.TarInfo(name)
+            member.size, member.type, member.linkname = 1 - bool(kind), kind or tarfile.REGTYPE, "1.png" if kind else ""
+            tar.addfile(member, io.BytesIO(b"x"))
+    assert everything(*opened(folder=str(tmp_path / "s.tar"))) == [
+        ("s.tar/2.png", "", "are links, which are not followed in tar files"),
+        ("s.tar/3.png", "", "are links, which are not followed in tar files"),
+        ("s.tar/1.png", "x", ""),
+    ]
+
+
+def test_names_of_shards_are_taken_as_written_before_they_are_patterns(tmp_path: Path) -> None:
+    for name in ("[a]/s-008.tar", "[a]/s-009.tar", "[a]/s-010.tar", "a/s-008.tar", "[a]/t[1].tar", "[a]/x.tgz"):
+        write_tar(tmp_path / name, {"1.png": b"", "1.txt": b"x"})
+
+    def paths(pattern: str) -> list[str]:
+        (source,) = opened(folder=str(tmp_path / pattern))
+        return [path.relative_to(tmp_path).as_posix() for path in source.files()]
+
+    three = [f"[a]/s-{number}.tar" for number in ("008", "009", "010")]
+    assert paths("[a]/s-*.tar") == paths("[a]/s-{008..010}.tar") == paths("[[]a]/s-0[01][890].tar") == three
+    assert paths("[a]/t[1].tar") == ["[a]/t[1].tar"] and paths("[a]/x.tgz") == ["[a]/x.tgz"]
+    with pytest.raises(UserError, match=r"no such .tar file is there: .*s-011\.tar"):
+        paths("[a]/s-{008..012}.tar")
+
+
+@pytest.mark.parametrize("keep", [10, 150, -30, -6])
+def test_a_compressed_shard_that_breaks_off_is_named(tmp_path: Path, keep: int) -> None:
+    with tarfile.open(tmp_path / "s.tar.gz", "w:gz") as tar:
+        write(tmp_path, "1.png", data=os.urandom(300))
+        for name in ("1.png", "1.txt"):
+            tar.add(tmp_path / name, name)
+    path = tmp_path / "s.tar.gz"
+    path.write_bytes(path.read_bytes()[:keep])
+    assert everything(*opened(folder=str(path)))[-1] == ("s.tar.gz", "", "are tar files that end or break off early")
+
+
+@pytest.mark.parametrize("spelling", ["0.png", "./0.png", "sub/../0.png", ".\\0.png", "{folder}/0.png", "{link}/0.png"])
+def test_a_picture_in_metadata_is_the_same_however_it_is_spelled(tmp_path: Path, spelling: str) -> None:
+    write(tmp_path / "real", "0.png", None)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    name = spelling.format(folder=tmp_path / "real", link=tmp_path / "link")
+    (tmp_path / "real" / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "x"}), encoding="utf-8")
+    opened_by = "link" if "{folder}" in spelling or "{link}" in spelling else "real"
+    (source,) = opened(folder=str(tmp_path / opened_by))
+    assert everything(source) == [("0.png", "x", "")]
+    assert {path.name for path in source.files()} == {"0.png", "metadata.jsonl"}
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.png", "/etc/passwd", "..\\secret.png", "sub/../../secret.png", ".", "a\0b"]
+)
+def test_names_in_metadata_stay_inside_their_folder(tmp_path: Path, name: str) -> None:
+    write(tmp_path, "secret.png", None)
+    write(tmp_path / "data", "a.png", None)
+    (tmp_path / "data" / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "x"}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"metadata\.jsonl, line 1: file_name is .* not a file in .*data: move the"):
+        opened(folder=str(tmp_path / "data"))
+
+
+@pytest.mark.parametrize("key", ["text", "caption", "prompt"])
+@pytest.mark.parametrize("file", ["metadata.jsonl", "train/metadata.jsonl", "metadata.csv", "a/b/metadata.csv"])
+def test_metadata_files_may_be_in_subfolders_and_have_captions_under_three_keys(
+    tmp_path: Path, file: str, key: str
+) -> None:
+    path = tmp_path / file
+    for name in ("0.png", "1.png"):
+        write(path.parent, name, "another caption, which is not read" if name == "0.png" else "own")
+    rows = f'file_name,size,{key}\n0.png,5,"a, b"\n' if path.suffix == ".csv" else ""
+    path.write_text(rows or json.dumps({"file_name": "0.png", "size": 5, key: "a, b"}), encoding="utf-8-sig")
+    (source,) = opened(folder=str(tmp_path))
+    where = path.parent.relative_to(tmp_path)
+    assert everything(source) == [
+        ((where / "0.png").as_posix(), "a, b", ""),
+        ((where / "0.txt").as_posix(), "", "captions of a picture that has another caption"),
+        ((where / "1.png").as_posix(), "own", ""),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            '{"file_name": "0.png", "description": "x"}',
+            "has no captions: its keys are file_name, description; name that",
+        ),
+        ('{"image": "0.png", "text": "x"}', "line 1: there is no file_name; the keys are image, text"),
+        ('{"file_name": "0.png", "text": "\\ud800"}', "line 1: text is .* not valid Unicode"),
+        ("[" * 100_000, "line 1: not a JSON object"),
+    ],
+)
+def test_metadata_without_captions_are_refused_with_the_keys_that_are_there(
+    tmp_path: Path, content: str, message: str
+) -> None:
+    write(tmp_path, "0.png", None)
+    (tmp_path / "metadata.jsonl").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        opened(folder=str(tmp_path))
+
+
+def test_the_number_of_a_subfolder_is_how_often_its_pictures_are_shown(tmp_path: Path) -> None:
+    for name in ("10_cat/a.png", "10_cat/deep/b.png", "3_dog/c.png", "plain/d.png", "2024_trip/e.png", "007_x/f.png"):
+        write(tmp_path / "data", name)
+    write(tmp_path / "data", "0_off/g.png")
+    write(tmp_path / "data", "plain/5_inner/h.png")
+    settings = configured(tmp_path, sources=[{"path": str(tmp_path / "data"), "repeats": 2}])
+    found = survey(settings)
+    groups = make_groups(settings.data, sorted(found.groups.items()))
+    assert [(group.pictures, group.shown(1)) for group in groups] == [(4, 8), (1, 6), (2, 40)]
+    assert data_report(found, settings).splitlines()[1:] == [
+        "                   1 of them in folders 3_...: 3 times each",
+        "                   2 of them in folders 10_...: 10 times each",
+        "noted: in a folder 0_name, which is shown 0 times: 1 (0_off/g.png)",
+    ]
+    weighted = configured(tmp_path, sources=[{"path": str(tmp_path / "data"), "weight": 2}])
+    shares = [group.shown(27) for group in make_groups(weighted.data, sorted(found.groups.items()))]
+    assert shares == [4 * 7, 3 * 7, 20 * 7]
+
+
+@pytest.mark.parametrize(("counts", "weights"), [((98, 58), (1, 155)), ((49, 29), (1, 155)), ((4, 6), (0.1, 0.2))])
+def test_shares_of_weights_lose_no_picture_to_rounding(counts: tuple[int, int], weights: tuple[float, float]) -> None:
+    values = {"sources": [{"path": str(number), "weight": weight} for number, weight in enumerate(weights)]}
+    data = config.from_mapping({"base": {"path": "tiny"}, "data": values, "output": {"folder": "out"}}).data
+    keys = [GroupKey(number, 1, Size(64, 64)) for number in range(2)]
+    groups = make_groups(data, zip(keys, counts, strict=True))
+    assert sum(group.shown(1) for group in groups) == sum(counts)
+    epochs = round(sum(weights) * 10)
+    each = [group.shown(epochs) for group in groups]
+    assert each == [round(weight * 10) * sum(counts) for weight in weights]
+
+
+def test_repeats_count_as_they_are_written(tmp_path: Path) -> None:
+    data = configured(tmp_path, sources=[{"path": "a", "repeats": 0.3}, {"path": "b", "repeats": 1.1}]).data
+    keys = [GroupKey(0, 1, Size(64, 64)), GroupKey(0, 7, Size(64, 64)), GroupKey(1, 1, Size(64, 64))]
+    groups = make_groups(data, zip(keys, (10, 10, 30), strict=True))
+    assert [group.shown(1) for group in groups] == [3, 21, 33]

@@ -11,7 +11,8 @@ comfy.cli_args.args.cpu = True
 comfy.cli_args.args.use_pytorch_cross_attention = True
 torch.set_num_threads(1)
 HOST_TESTS = Path(__file__).parents[1] / "host"
-sys.path += [str(HOST_TESTS / "scripts"), str(HOST_TESTS / "packs" / "lent_models")]
+sys.path += [str(HOST_TESTS), str(HOST_TESTS / "scripts"), str(HOST_TESTS / "packs")]
+import lent_models  # noqa: E402, F401, so that ComfyUI recognizes small networks of Z-Image and Qwen-Image
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +28,7 @@ def pictures(folder: Path) -> Path:
 
     world.write_folder(folder / "pictures", 4, seed=0)
     return folder / "pictures"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--first-run", action="store_true", help="run the test of a person's first run, too")

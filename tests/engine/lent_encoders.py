@@ -13,7 +13,7 @@ import comfy.sd1_clip
 import torch
 from comfy.supported_models_base import ClipTarget
 from families import Family
-from small_text import SmallText
+from lent_models.small_text import SmallText
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -59,9 +59,9 @@ def lend(family: Family) -> mock._patch_dict | Any:
 
     target = ClipTarget(comfy.sd1_clip.SD1Tokenizer, Text)
 
-    def load_text_encoder(self: HostCheckpoint, dtype: torch.dtype, device: torch.device) -> HostTextEncoder:
+    def load_text_encoder(self: HostCheckpoint, device: torch.device) -> HostTextEncoder:
         cpu = torch.device("cpu")
-        options = {"dtype": dtype, "load_device": cpu, "offload_device": cpu, "initial_device": device}
+        options = {"dtype": torch.float32, "load_device": cpu, "offload_device": cpu, "initial_device": device}
         return HostTextEncoder(comfy.sd.CLIP(target, model_options=options))
 
     def load_autoencoder(self: HostCheckpoint, device: torch.device) -> HostAutoencoder:

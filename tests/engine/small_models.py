@@ -13,14 +13,15 @@ import torch
 from families import FAMILIES, written
 from torch import Tensor, nn
 
+from trajectory_consistency.nodes import host
+from trajectory_consistency.nodes.host.target_time import with_target_time
 from trajectory_consistency.nodes.host.training import HostNetwork
 from trajectory_consistency.tcd import AdapterWeights, TargetInput
 from trajectory_consistency.tcd.adapter import STUDENT, layer_shapes
 from trajectory_consistency.tcd.times import Points
 from trajectory_consistency.tcd.trajectory import add_noise
 
-SMALL = [name for name, family in FAMILIES.items() if not family.is_large]
-each_family = pytest.mark.parametrize("name", SMALL)
+each_family = pytest.mark.parametrize("name", list(FAMILIES))
 
 
 def load(name: str, folder: Path, **options: Any) -> Any:
@@ -89,11 +90,25 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def sampled_x0(patcher: Any, x: Tensor, sigma: Tensor, positive: Any, negative: Any = None, cfg: float = 1.0) -> Tensor:
-    """Return the x0 that the host's own sampler gets at x [B, C, ...], in the sampling scale, and sigma (0-dim)."""
+def sampled_x0(
+    patcher: Any,
+    x: Tensor,
+    sigma: Tensor,
+    positive: Any,
+    negative: Any = None,
+    cfg: float = 1.0,
+    sigma_s: Tensor | None = None,
+) -> Tensor:
+    """Return the x0 that the host's own sampler gets at x [B, C, ...], in the sampling scale, and sigma (0-dim).
+
+    sigma_s: the level of the target time, which is handed over as by the TCD sampler.
+    """
     found = []
 
     def call_once(model: Any, noisy: Tensor, sigmas: Tensor, extra_args: dict[str, Any], **_: Any) -> Tensor:
+        if sigma_s is not None:
+            schedule = host.schedule_of(patcher.get_model_object("model_sampling"))
+            extra_args["model_options"] = with_target_time(extra_args["model_options"], schedule, sigma, sigma_s)
         found.append(model(x, sigma * x.new_ones(len(x)), **extra_args))
         return noisy
 

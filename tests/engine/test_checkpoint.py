@@ -27,8 +27,11 @@ CPU = torch.device("cpu")
 
 
 def base_of(name: str, folder: Path) -> BaseConfig:
-    path = str(written(name, folder))
-    return BaseConfig(path=path, engine="comfyui") if FAMILIES[name].prefix else BaseConfig(model=path)
+    return base_at(name, written(name, folder))
+
+
+def base_at(name: str, path: Path) -> BaseConfig:
+    return BaseConfig(**FAMILIES[name].base(path))
 
 
 @each_family
@@ -150,6 +153,13 @@ def test_klein_is_distilled_unless_it_is_the_base(name: str, is_distilled: bool,
     assert any("distilled to few steps already" in note for note in notes) == is_distilled
 
 
+def test_an_lcm_is_no_teacher(folder: Path, tmp_path: Path) -> None:
+    cond_proj = {"model.diffusion_model.time_embed.cond_proj.weight": torch.zeros(320, 256)}
+    save_file(load_file(written("sd15", folder)) | cond_proj, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="is an LCM, whose network takes the guidance scale as an input"):
+        open_checkpoint(BaseConfig(path=str(tmp_path / "a.safetensors"), engine="comfyui"))
+
+
 def test_an_unknown_clip_type_is_refused_before_weights_are_loaded(folder: Path) -> None:
     base = base_of("flux", folder)
     base = replace(base, text_encoders=(base.model,), clip_type="fluxx", vae=base.model)
@@ -170,7 +180,7 @@ def test_encoders_that_the_host_does_not_recognize_are_refused(folder: Path, tmp
         replace(base_of("flux", folder), text_encoders=(str(other),), clip_type="flux", vae=str(other))
     )
     with pytest.raises(UserError, match=r"other\.safetensors, which ComfyUI does not recognize as a text encoder"):
-        checkpoint.load_text_encoder(torch.float16, CPU)
+        checkpoint.load_text_encoder(CPU)
     with pytest.raises(UserError, match=r"other\.safetensors has no VAE that ComfyUI recognizes"):
         checkpoint.load_autoencoder(CPU)
 

@@ -17,6 +17,7 @@ from trajectory_consistency.trainer.cli import main
 from trajectory_consistency.trainer.config.settings import from_mapping
 from trajectory_consistency.trainer.run import run
 from trajectory_consistency.trainer.tiny import world
+from trajectory_consistency.trainer.views.preview_prompts import load_picture
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])
@@ -35,15 +36,17 @@ def test_every_command_takes_the_file_of_a_run(
         capsys.readouterr()
         drawn = [tmp_path / "one", tmp_path / "again"]
         for out in drawn:
-            size = ["--width", "64", "--height", "64", "--steps", "1", "2", "--device", "cpu"]
-            assert main(["sample", str(lora), "--prompt", "a star", "--out", str(out), *size]) == 0
+            options = ["--prompt", "a star", "--out", str(out), "--steps", "1", "2", "--device", "cpu"]
+            assert main(["sample", str(lora), *options]) == 0
         if name == "flux":
             capsys.readouterr()
             options = ["--prompt", "a star", "--out", str(tmp_path / "none"), "--cfg", "3"]
+            assert main(["check", str(path), "method.negative_prompt=blurry", f"output.folder={tmp_path / 'new'}"]) == 2
+            assert "method.negative_prompt is 'blurry', but the network of this base" in capsys.readouterr().err
             assert main(["sample", str(lora), *options]) == 2
             assert "cfg is 3, but the network of this base takes the guidance scale as an" in capsys.readouterr().err
     pictures = [sorted(each.glob("*.png")) for each in drawn]
-    assert len(pictures[0]) == 2
+    assert [load_picture(each).shape for each in pictures[0]] == [(3, 64, 64)] * 2, "as in training"
     assert all(one.read_bytes() == again.read_bytes() for one, again in zip(*pictures, strict=True))
 
     capsys.readouterr()
@@ -62,6 +65,16 @@ def test_every_command_takes_the_file_of_a_run(
         assert file.metadata() == exported.metadata()
     assert main(["export", str(lora), str(tmp_path / "peft.safetensors"), "--names", "peft"]) == 2
     assert "load the file itself in ComfyUI" in capsys.readouterr().err
+
+
+def test_a_network_of_comfyui_is_not_compiled(
+    folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(tomli_w.dumps(settings("sd3", folder, tmp_path / "out")), encoding="utf-8")
+    with lend(FAMILIES["sd3"]):
+        assert main(["check", str(path), "training.compile=true"]) == 2
+    assert "training.compile is set, but the engine comfyui" in capsys.readouterr().err
 
 
 def test_peft_names_are_refused_with_what_works(

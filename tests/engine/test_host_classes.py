@@ -118,7 +118,7 @@ def reason(config: Any, model: Any) -> str | None:
     except UserError as error:
         return str(error).rpartition("trained: ")[2]
     patcher = comfy.model_patcher.ModelPatcher(model, load_device=META, offload_device=META)
-    trained = HostModel(patcher, time_layer, LatentFormat(config.latent_format.latent_channels, 8), {})
+    trained = HostModel(patcher, time_layer, LatentFormat(config.latent_format.latent_channels, 8))
     schedule = trained.schedule
     assert not isinstance(schedule, BridgeSchedule) and schedule.sigmas_for(4).isfinite().all()
     assert blocks(trained.network), "its activations can be recomputed"

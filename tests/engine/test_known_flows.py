@@ -21,6 +21,7 @@ from trajectory_consistency.tcd import Level
 from trajectory_consistency.tcd.adapter import STUDENT
 from trajectory_consistency.tcd.distill import step_losses
 from trajectory_consistency.tcd.distill.order import Group
+from trajectory_consistency.tcd.distill.sampling import initial_noise, sample_latents
 from trajectory_consistency.tcd.target_time import sinusoid
 from trajectory_consistency.trainer.config.settings import Config, from_mapping
 from trajectory_consistency.trainer.data.buckets import Size
@@ -30,7 +31,6 @@ from trajectory_consistency.trainer.models.comfy.conditioning import join
 from trajectory_consistency.trainer.models.comfy.model import HostModel
 from trajectory_consistency.trainer.models.conditioning import Conditioning
 from trajectory_consistency.trainer.models.framing import Framing
-from trajectory_consistency.trainer.models.sampling import initial_noise, sample_latents
 from trajectory_consistency.trainer.models.seam import LatentFormat
 from trajectory_consistency.trainer.training.examples import read_examples
 from trajectory_consistency.trainer.training.loop import train
@@ -119,7 +119,7 @@ def model_of(network: type[Network], std: float, shift: float) -> HostModel:
     base = comfy.model_base.BaseModel(settings, comfy.model_base.ModelType.FLOW, unet_model=network)
     cpu = torch.device("cpu")
     patcher = comfy.model_patcher.ModelPatcher(base, load_device=cpu, offload_device=cpu)
-    model = HostModel(patcher, "time_embed.2", LatentFormat(channels=4, stride=8), {})
+    model = HostModel(patcher, "time_embed.2", LatentFormat(channels=4, stride=8))
     if isinstance(model.network, ExactNetwork):
         object.__setattr__(model.network, "model", model)
     return model

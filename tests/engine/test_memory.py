@@ -8,13 +8,12 @@ import pytest
 import torch
 from families import FAMILIES, written
 from lent_encoders import lend
-from quantized_files import FLOAT8, write_quantized
-from safetensors.torch import load_file, save_file
+from quantized_files import write_float8, write_quantized
+from safetensors.torch import load_file
 from small_models import each_family
-from test_checkpoint import base_of
+from test_checkpoint import base_at, base_of
 
 from trajectory_consistency.tcd.adapter import STUDENT
-from trajectory_consistency.trainer.config.base import BaseConfig
 from trajectory_consistency.trainer.data.buckets import Size
 from trajectory_consistency.trainer.models import open_checkpoint
 from trajectory_consistency.trainer.models.seam import Checkpoint, Model
@@ -66,9 +65,7 @@ def test_weights_in_8_bits_are_one_byte_each(name: str, kind: str, folder: Path,
     if kind == "scaled":
         write_quantized(written(name, folder), path, "scaled float8", family.prefix)
     else:
-        state = load_file(written(name, folder))
-        save_file({key: value.to(FLOAT8 if value.ndim > 1 else torch.bfloat16) for key, value in state.items()}, path)
-    base = BaseConfig(path=str(path), engine="comfyui") if family.prefix else BaseConfig(model=str(path))
+        write_float8(written(name, folder), path)
     with lend(family):
-        estimate = estimate_memory(open_checkpoint(base), SETTINGS._replace(dtype=torch.bfloat16))
+        estimate = estimate_memory(open_checkpoint(base_at(name, path)), SETTINGS._replace(dtype=torch.bfloat16))
     assert estimate.weights == pytest.approx(path.stat().st_size, rel=0.1) and estimate.step > 0

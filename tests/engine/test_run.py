@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -45,32 +46,57 @@ def settings(name: str, folder: Path, out: Path) -> dict[str, Any]:
     }
 
 
-def _dying_run(name: str, values: dict[str, Any]) -> None:
+def _stopped_run(name: str, values: dict[str, Any], number: signal.Signals) -> None:
+    """Run, and send a signal to itself in the middle of the backward pass of the third step."""
     train_step = loop.Training.train_step
 
-    def dying(training: Any, *arguments: Any) -> Any:
+    def stopped(training: Any, *arguments: Any) -> Any:
         if training.step == 2:
-            signal.raise_signal(signal.SIGKILL)
+            middle = training.parameters[len(training.parameters) // 2]
+            middle.register_hook(lambda _: signal.raise_signal(number))
         return train_step(training, *arguments)
 
-    loop.Training.train_step = dying  # type: ignore[method-assign]
-    with lend(FAMILIES[name]):
+    loop.Training.train_step = stopped  # type: ignore[method-assign]
+    with lend(FAMILIES[name]), suppress(KeyboardInterrupt):
         run(from_mapping(values))
 
 
+def stopped_run(name: str, values: dict[str, Any], number: signal.Signals) -> int | None:
+    """Return the exit code of such a run in a process of its own."""
+    process = get_context("fork").Process(target=_stopped_run, args=(name, values, number))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def same(one: Path, other: Path) -> bool:
+    tensors, others = load_file(one), load_file(other)
+    assert any(tensor.abs().max() > 0 for key, tensor in tensors.items() if key.endswith("lora_up.weight"))
+    return tensors.keys() == others.keys() and all(torch.equal(tensor, others[key]) for key, tensor in tensors.items())
+
+
 @each_family
-def test_a_run_that_was_killed_ends_as_one_that_was_not(
+def test_a_run_that_was_killed_in_the_middle_of_a_step_ends_as_one_that_was_not(
     name: str, folder: Path, pictures: Path, tmp_path: Path
 ) -> None:
     killed = settings(name, folder, tmp_path / "killed")
-    process = get_context("fork").Process(target=_dying_run, args=(name, killed))
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    assert stopped_run(name, killed, signal.SIGKILL) == -signal.SIGKILL
+    assert not list(tmp_path.rglob("*unfinished*")) and not (tmp_path / "killed" / "lora.safetensors").exists()
+    assert [path.stem for path in (tmp_path / "killed" / "checkpoints").iterdir()] == ["step-00000001", "step-00000002"]
     with lend(FAMILIES[name]):
-        files = [run(from_mapping(values)) for values in (killed, settings(name, folder, tmp_path / "whole"))]
-    resumed, whole = map(load_file, files)
-    assert resumed.keys() == whole.keys()
-    assert all(torch.equal(tensor, whole[key]) for key, tensor in resumed.items())
-    assert any(tensor.abs().max() > 0 for key, tensor in whole.items() if key.endswith("lora_up.weight"))
+        resumed, whole = (run(from_mapping(each)) for each in (killed, settings(name, folder, tmp_path / "whole")))
+    assert same(resumed, whole)
     assert len(list((tmp_path / "killed" / "previews").glob("*.jpg"))) == 3
+
+
+def test_ctrl_c_in_the_middle_of_a_step_ends_after_it_and_can_be_resumed(
+    folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    stopped = settings("sd3", folder, tmp_path / "stopped")
+    stopped["training"]["checkpoint_every"] = 100
+    assert stopped_run("sd3", stopped, signal.SIGINT) == 0
+    assert [path.stem for path in (tmp_path / "stopped" / "checkpoints").iterdir()] == ["step-00000003"]
+    assert not list(tmp_path.rglob("*unfinished*"))
+    with lend(FAMILIES["sd3"]):
+        resumed, whole = (run(from_mapping(each)) for each in (stopped, settings("sd3", folder, tmp_path / "whole")))
+    assert same(resumed, whole)

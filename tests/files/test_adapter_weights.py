@@ -4,17 +4,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from tiny_base import context, model_of, with_adapter, write_base, write_inputs
 from trajectory_consistency.tcd import kohya_name
 from trajectory_consistency.tcd.adapter import FILE
+from trajectory_consistency.tcd.distill.sampling import initial_noise
 from trajectory_consistency.trainer import run
+from trajectory_consistency.trainer.cli import main
 from trajectory_consistency.trainer.config import recipes, settings
 from trajectory_consistency.trainer.errors import UserError
 from trajectory_consistency.trainer.files.adapter_weights import file_tensors, load_weights, using_file
-from trajectory_consistency.trainer.models.sampling import initial_noise
+from trajectory_consistency.trainer.lora_file import read_lora
 from trajectory_consistency.trainer.models.unet.model import UNetModel
 
 LINEAR, POINTWISE = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "up_blocks.0.resnets.0.conv_shortcut"
@@ -152,21 +154,47 @@ def test_halves_of_a_pointwise_convolution_and_of_a_linear_layer_stand_for_one_a
         assert (predicted(model) - expected).abs().max() > 1e-3
 
 
-def test_diffusers_own_loader_makes_the_same_of_a_recipes_file(tmp_path: Path) -> None:
-    """With PEFT, which the trainer has no part of; a LoRA without the target time is all that it can hold."""
-    values = write_inputs(tmp_path)
+@pytest.fixture(scope="module")
+def of_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The LoRA of a recipe, with its target time, from a few steps on the tiny base beside it."""
+    folder = tmp_path_factory.mktemp("recipe")
+    values = write_inputs(folder)
     small = ["data.resolution=64", "training.steps=3", "training.batch=2", "training.accumulate=1", "training.lr=1e-2"]
-    small += ["training.warmup_steps=0", "method.target_time=false", "preview.prompts=[]", "training.device=cpu"]
-    given = [f"base.path={values['base']['path']}", f"data.folder={tmp_path / 'data'}"]
-    recipe = recipes.find(Path("sd15-12gb"))
-    lora = run.run(settings.load(recipe, [*given, f"output.folder={tmp_path / 'out'}", *small]))
+    small += ["training.warmup_steps=0", "preview.prompts=[]", "training.device=cpu"]
+    given = [f"base.path={values['base']['path']}", f"data.folder={folder / 'data'}"]
+    recipe = recipes.find(Path("sd15"))
+    return run.run(settings.load(recipe, [*given, f"output.folder={folder}", *small]))
 
-    ours, theirs = (model_of(tmp_path / "base.safetensors") for _ in range(2))
-    state, alphas = StableDiffusionPipeline.lora_state_dict(str(lora), unet_config=theirs.network.config)
-    StableDiffusionPipeline.load_lora_into_unet(state, alphas, theirs.network)
+
+def pipeline_of(model: UNetModel) -> StableDiffusionPipeline:
+    parts = {"vae": None, "text_encoder": None, "tokenizer": None, "safety_checker": None, "feature_extractor": None}
+    scheduler = DDIMScheduler(steps_offset=1, clip_sample=False)
+    return StableDiffusionPipeline(unet=model.network, scheduler=scheduler, requires_safety_checker=False, **parts)
+
+
+def test_diffusers_refuses_a_recipes_file_as_the_documentation_says(of_recipe: Path) -> None:
+    assert any(name.startswith("tcd_target_time.") for name in load_file(of_recipe))
+    with pytest.raises(ValueError, match="Invalid LoRA checkpoint"):
+        pipeline_of(model_of(of_recipe.with_name("base.safetensors"))).load_lora_weights(str(of_recipe))
+    text = " ".join(Path(__file__).parents[2].joinpath("docs", "training.md").read_text(encoding="utf-8").split())
+    assert "diffusers refuses it" in text
+
+
+@pytest.mark.parametrize("names", ["kohya", "peft"])
+def test_diffusers_own_loader_makes_the_same_of_a_recipes_file_without_its_target_time(
+    of_recipe: Path, tmp_path: Path, names: str
+) -> None:
+    """With PEFT, which the trainer has no part of."""
+    base, lora = of_recipe.with_name("base.safetensors"), tmp_path / "exported.safetensors"
+    assert main(["export", str(of_recipe), str(lora), "--names", names, "--without-target-time"]) == 0
+    ours, theirs = model_of(base), model_of(base)
+    pipeline_of(theirs).load_lora_weights(str(lora))
     plain = predicted(ours)
     ours.adapter.add(FILE, load_weights(ours, lora))
-    assert len(load_file(lora)) == 3 * len(ours.layers(("all",)))
+    assert ours.adapter.target_time is None
     expected = predicted(theirs)
     assert ((expected - plain).norm() / plain.norm()).item() > 1e-3, "the LoRA does something"
     torch.testing.assert_close(predicted(ours), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    assert read_lora(lora).metadata["tcd.target_time"] == "none"
+    whole = {name: tensor for name, tensor in load_file(of_recipe).items() if "target_time" not in name}
+    assert names == "peft" or all(torch.equal(load_file(lora)[name], tensor) for name, tensor in whole.items())

@@ -11,8 +11,9 @@ import pytest
 import torch
 from browser import Frontend, open_browser
 from safetensors.torch import save_file
+from saved_workflows import api_prompt
 from stand_ins import StandIns
-from test_host_workflows import NAMES, SAVING, api_prompt
+from test_host_workflows import NAMES, SAVING
 
 from trajectory_consistency.trainer.demo.comfy_server import ComfyServer
 from trajectory_consistency.trainer.find_comfyui import PACK

@@ -22,11 +22,11 @@ from torch import nn
 
 from trajectory_consistency.tcd import TargetTime, timestep_grid
 from trajectory_consistency.tcd.adapter import FILE
+from trajectory_consistency.tcd.distill.sampling import initial_noise, sample_latents
 from trajectory_consistency.tcd.target_time import PREFIX
 from trajectory_consistency.trainer.config.base import BaseConfig
 from trajectory_consistency.trainer.demo.comfy_server import ComfyServer
 from trajectory_consistency.trainer.files.adapter_weights import load_weights
-from trajectory_consistency.trainer.models.sampling import initial_noise, sample_latents
 from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint
 from trajectory_consistency.trainer.tiny import world
 
@@ -171,7 +171,7 @@ def draw(checkpoint: Path, lora: Path, grid: Sequence[tuple[int, float]] = ((4, 
     base = UNetCheckpoint(BaseConfig(path=str(checkpoint)))
     model = base.load(torch.float32, CPU)
     model.adapter.add(FILE, load_weights(model, lora))
-    (cond,) = base.load_text_encoder(torch.float32, CPU).encode([CAPTION])
+    (cond,) = base.load_text_encoder(CPU).encode([CAPTION])
     noise = initial_noise(SEED, (1, 4, 16, 16))
     return [
         sample_latents(model, cond, sigmas=model.schedule.sigmas_for(steps), gamma=eta, noise=noise, seed=SEED)

@@ -1,8 +1,6 @@
 """The user's own LoRAs on SD1.5: both engines make the same teacher of them."""
 
 import json
-import shutil
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,24 +10,18 @@ from loras import merged, random_lora
 from run_script import run_script
 from safetensors.torch import load_file, save_file
 
+from small_bases import use_unet
 from trajectory_consistency.trainer.config.base import BaseConfig, BaseLora
 from trajectory_consistency.trainer.find_comfyui import Host
-from trajectory_consistency.trainer.models.unet import families as bases
 from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint
 from trajectory_consistency.trainer.models.unet.ldm import UNET_PREFIX, unet_to_ldm
-from trajectory_consistency.trainer.models.unet.text import clip_tokenizer
 
 pytestmark = pytest.mark.host
 
 
 def test_both_engines_give_the_same_weights(comfy_host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clip_tokenizer()  # reads its file from where the real families are
     unet = sd15_unet()
-    unet.register_to_config(sample_size=64)
-    shutil.copytree(bases.ROOT, tmp_path / "families")
-    unet.save_config(tmp_path / "families" / "sd15" / "unet")
-    monkeypatch.setattr(bases, "ROOT", tmp_path / "families")
-    monkeypatch.setattr(bases, "layer_shapes", cache(bases.layer_shapes.__wrapped__))
+    use_unet(monkeypatch, "sd15", unet, tmp_path / "families")
     write_sd15_mini(tmp_path / "base.safetensors", unet)
     strengths = {"first.safetensors": 0.8, "second.safetensors": -0.5}
     expected = unet

@@ -1,7 +1,7 @@
 """SDXL end to end: the trainer distills a base, and the host samples with the same files."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -14,13 +14,14 @@ from stand_ins import CLIP_G, CLIP_L, clip, open_clip, save_with_holes, vae
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from small_bases import use_unet
 from trajectory_consistency.tcd.adapter import FILE
+from trajectory_consistency.tcd.distill.sampling import initial_noise, sample_latents
 from trajectory_consistency.trainer.config.base import BaseConfig
 from trajectory_consistency.trainer.config.settings import from_mapping
 from trajectory_consistency.trainer.demo.comfy_server import ComfyServer
 from trajectory_consistency.trainer.files.adapter_weights import load_weights
 from trajectory_consistency.trainer.models.conditioning import Conditioning
-from trajectory_consistency.trainer.models.sampling import initial_noise, sample_latents
 from trajectory_consistency.trainer.models.unet import families as bases
 from trajectory_consistency.trainer.models.unet import ldm
 from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint
@@ -40,7 +41,7 @@ SIZES = torch.tensor([64.0, 64, 0, 0, 64, 64])  # original size, crop and target
 
 
 @pytest.fixture(scope="module")
-def folder(mini_sdxl: UNet2DConditionModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(mini_sdxl: UNet2DConditionModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """MINI_SDXL as a diffusers folder, with two-layer text encoders of SDXL's widths and a small VAE."""
     folder = tmp_path_factory.mktemp("sdxl") / "base"
     mini_sdxl.save_pretrained(folder / "unet")
@@ -49,7 +50,9 @@ def folder(mini_sdxl: UNet2DConditionModel, tmp_path_factory: pytest.TempPathFac
     for part, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
         shallow = {"num_hidden_layers": 2, "intermediate_size": 64}
         kind(CLIPTextConfig(**bases.config("sdxl", part) | shallow)).half().save_pretrained(folder / part)
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        use_unet(patch, "sdxl", mini_sdxl, folder.parent / "families")
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +152,7 @@ def test_the_hosts_text_encoders_agree_with_the_trainers(
         latent = graph.sampler_custom(model=loaded, eta=ETA, seed=SEED, positive=positive, negative=negative)[0]
         nodes: list[Node] = [graph.show(positive), graph.show(negative), graph.save(latent)]
         outputs = server.run(graph)
-        encoder = UNetCheckpoint(BaseConfig(path=str(path))).load_text_encoder(torch.float32, CPU)
+        encoder = UNetCheckpoint(BaseConfig(path=str(path))).load_text_encoder(CPU)
     finally:
         path.unlink()
     ours, empty = encoder.encode([CAPTION, ""])

@@ -23,11 +23,16 @@ SYMBOLS = {  # the paper's symbol for each input or output name, or for one of a
     "denoise": "t",
     "TCDSigmas.model": "t",
     "TCDLoraLoader.model": "f_theta",
+    "TCDLoraModelLoader.model": "f_theta",
+    "TCDDistill.model": "f_phi",
+    "TCDDistill.target_time": "s",
+    "TCDDistill.guidance_min": "omega",
+    "TCDDistill.guidance_max": "omega",
     "TCDSamplingSetup.model": "f_theta",
     "TCDSamplingSetup.MODEL": "gamma",
     "TCDSamplingSetup.SIGMAS": "tau_n",
 }
-GREEK = {"gamma": "γ", "omega": "ω", "theta": "θ", "tau": "τ"}
+GREEK = {"gamma": "γ", "omega": "ω", "phi": "φ", "theta": "θ", "tau": "τ"}
 CHINESE_OR_JAPANESE = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]")
 
 pytestmark = pytest.mark.host
@@ -41,7 +46,8 @@ def nodes(server: ComfyServer) -> dict[str, Any]:
 
 
 def _inputs(info: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {name: spec[1] for group in info["input"].values() for name, spec in group.items()}
+    groups = (info["input"].get(group, {}) for group in ("required", "optional"))
+    return {name: spec[1] for group in groups for name, spec in group.items()}
 
 
 def test_everything_is_explained(nodes: dict[str, Any]) -> None:

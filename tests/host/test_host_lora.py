@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import MINI_SD3
+from checkpoints import MINI_SD3, write_sd15_mini
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from graphs import LATENT_SCALE, MINI, Graph, Node, host_noise, latents, relative_error, shown
 from loras import ALPHA, MODULES, RANK, merged, random_lora, targets
@@ -168,6 +168,38 @@ def test_lycoris_with_a_core(server: ComfyServer, unet: UNet2DConditionModel) ->
     file = {name.replace("lora_unet_", "lycoris_"): tensor for name, tensor in lora.items()}
     found = _sampled_with(server, _write(server, "core.safetensors", file))
     assert relative_error(found, _expected(merged(unet, lora, 1.0))) < 1e-3
+
+
+def test_differences_of_weights_and_biases(server: ComfyServer, unet: UNet2DConditionModel) -> None:
+    lora, generator = random_lora(unet), torch.Generator().manual_seed(6)
+    expected = merged(unet, lora, 0.5)
+    for path, prefix in (("conv_norm_out", "diffusion_model.out.0"), ("conv_out", "lora_unet_conv_out")):
+        module = expected.get_submodule(path)
+        for part, parameter in (("diff", module.weight), ("diff_b", module.bias)):
+            lora[f"{prefix}.{part}"] = 0.2 * torch.randn(parameter.shape, generator=generator)
+            parameter += 0.5 * lora[f"{prefix}.{part}"]
+    found = _sampled_with(server, _write(server, "differences.safetensors", lora), 0.5)
+    assert relative_error(found, _expected(expected)) < 1e-3
+    assert relative_error(found, _expected(merged(unet, lora, 0.5))) > 0.05
+
+
+def test_differences_beside_a_lora_on_a_network_in_float8(server: ComfyServer, unet: UNet2DConditionModel) -> None:
+    """Where the LoRA is added beside the weights, and the difference of a bias has no layer to stand beside."""
+    lora = random_lora(unet)
+    expected = merged(unet, lora, 1.0)
+    lora["lora_unet_conv_out.diff_b"] = torch.full((4,), 0.5)
+    expected.conv_out.bias += 0.5
+    name = _write(server, "float8.safetensors", lora)
+    folder = server.models / "diffusion_models"
+    folder.mkdir(exist_ok=True)
+    write_sd15_mini(folder / "differences-unet.safetensors", unet)
+    graph = Graph()
+    base = graph.add("UNETLoader", unet_name="differences-unet.safetensors", weight_dtype="fp8_e4m3fn")
+    model = graph.add("TCDLoraLoader", model=base[0], lora_name=name, strength_model=1.0)
+    before = len(server.log_text())
+    found = _sampled(server, graph, model[0])[0]
+    assert relative_error(found, _expected(expected)) < 0.5 * relative_error(_expected(merged(unet, lora, 1.0)), found)
+    assert "float8.safetensors is rounded in 1 of its layers: out.2.bias." in server.log_text()[before:]
 
 
 def test_a_flow_transformer(server: ComfyServer, mini_sd3: SD3Transformer2DModel) -> None:

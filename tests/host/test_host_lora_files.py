@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_spellings import SPELLINGS, Spelling, halves_on, sd15_unet, sdxl_unet, spelled
+from trajectory_consistency.tcd.unet_layers import TARGETS
 from trajectory_consistency.trainer.find_comfyui import Host
 from trajectory_consistency.trainer.models.unet.ldm import UNET_PREFIX, unet_to_ldm
-from trajectory_consistency.trainer.models.unet_layers import TARGETS
 
 pytestmark = pytest.mark.host
 
@@ -149,6 +149,14 @@ def add_refusals(files: Files) -> None:
     files.save("embedding", "SD15", {"emb_params": torch.zeros(2, 768)})
     files.save("nothing", "SD15", {}, metadata={"format": "pt"})
     files.save("LoHa", "SD15", {"lora_unet_x.hada_w1_a": torch.zeros(2, 2)}, partial=True)
+    files.save("replaced", "SD15", {**kohya, "lora_unet_conv_in.set_weight": torch.zeros(2, 2)}, partial=True)
+    files.save("both", "SD15", {**kohya, f"lora_unet_{CONV.replace('.', '_')}.diff": torch.zeros(2, 2)}, partial=True)
+    files.save("wide diff", "SD15", {**kohya, "diffusion_model.out.0.diff": torch.zeros(321)})
+    files.save(
+        "bias of none",
+        "SD15",
+        {**kohya, "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.diff_b": torch.zeros(320)},
+    )
     files.save("target time", "SD15", {**kohya, "tcd_target_time.in.weight": torch.zeros(2, 2)}, partial=True)
     half = dict(kohya)
     del half[f"lora_unet_{CONV.replace('.', '_')}.lora_up.weight"]
@@ -220,6 +228,18 @@ def add_dora(files: Files) -> None:
     files.save("wrong magnitudes", "SD15", {**halves, **wrong})
 
 
+def add_differences(files: Files) -> None:
+    """As in lightx2v's files for Wan: full differences of norms and biases beside the LoRA."""
+    kohya = spelled(files.halves["SD15"], SPELLINGS["kohya"])
+    norm = {
+        "diffusion_model.out.0.diff": torch.full((320,), 2.0),
+        "diffusion_model.out.0.diff_b": torch.full((320,), 3.0),
+    }
+    biases = {f"lora_unet_{CONV.replace('.', '_')}.diff_b": torch.full((320,), 4.0)}
+    lycoris = {"lora_unet_input_blocks_1_0_in_layers_0.w_norm": torch.full((320,), 5.0)}
+    files.save("differences", "SD15", {**kohya, **norm, **biases, **lycoris})
+
+
 class Bomb:
     """An object that creates a folder when it is unpickled."""
 
@@ -242,7 +262,7 @@ def write_checkpoint(path: Path, size: int) -> None:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     files = Files(tmp_path_factory.mktemp("files"))
-    for add in (add_spellings, add_alphas, add_refusals, add_paths, add_partial, add_dora):
+    for add in (add_spellings, add_alphas, add_refusals, add_paths, add_partial, add_dora, add_differences):
         add(files)
     return files
 
@@ -340,6 +360,22 @@ def test_a_magnitude_is_one_number_per_row(outcomes: dict[str, Any]) -> None:
     }
 
 
+def test_differences_are_patched_with_the_lora(outcomes: dict[str, Any]) -> None:
+    found = patches(outcomes["differences"])
+    assert outcomes["differences"]["log"] == []
+    differences = {weight: found.pop(weight)[1:] for weight in list(found) if found[weight][1] == "diff"}
+    assert found == patches(outcomes["SD15 kohya"])
+    assert differences == {
+        f"diffusion_model.{name}": ["diff", [[320], number, 320 * number]]
+        for name, number in {
+            "out.0.weight": 2,
+            "out.0.bias": 3,
+            f"{native('SD15', CONV)}.bias": 4,
+            "input_blocks.1.0.in_layers.0.weight": 5,
+        }.items()
+    }
+
+
 # The cache of tensors
 
 
@@ -369,7 +405,7 @@ def test_a_file_in_a_linked_folder_and_one_in_capitals(outcomes: dict[str, Any],
     [
         (
             "text",
-            "278 of 283 LoRA modules fit the model; for a text encoder, which is left alone: lora_te_text_model_0, ",
+            "278 of 283 LoRA modules fit the model; for a text encoder, not in the model: lora_te_text_model_0, ",
         ),
         (
             "wide",
@@ -408,6 +444,10 @@ def test_a_partial_fit_needs_allow_partial(outcomes: dict[str, Any], name: str, 
         ("embedding", "embedding.safetensors is not a LoRA: the first of its 1 tensors is emb_params"),
         ("nothing", "nothing.safetensors is not a LoRA: it has no tensors"),
         ("LoHa", "LoHa.safetensors was not applied: it has weights of the kind LoHa (lora_unet_x.hada_w1_a), not of a"),
+        ("replaced", "it has weights of the kind replaced weight (lora_unet_conv_in.set_weight), not of a LoRA: use"),
+        ("both", "resnets_0_conv1 has both a LoRA and a difference of its weight"),
+        ("wide diff", "278 of 279 LoRA modules fit the model; wrong shape: diffusion_model.out.0 is 321, but the"),
+        ("bias of none", "not in the model: diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.diff_b"),
         (
             "target time",
             "its embedding of the target time has {'in.weight': (2, 2)}, but must have in.weight",
@@ -417,7 +457,10 @@ def test_a_partial_fit_needs_allow_partial(outcomes: dict[str, Any], name: str, 
             "twice",
             "lora_unet_input_blocks_1_0_in_layers_2 and lora_unet_down_blocks_0_resnets_0_conv1 are the same weight",
         ),
-        ("metadata json", "lora_adapter_metadata of metadata json.safetensors is damaged: Expecting property name"),
+        (
+            "metadata json",
+            "metadata json.safetensors was not applied: lora_adapter_metadata in the metadata is damaged: Expecting ",
+        ),
         ("metadata list", "is damaged: it holds a list, but must be an object"),
         ("metadata alpha", "is damaged: lora_alpha of "),
         ("SD15 on SDXL", "the file is for SD 1.x, the model is SDXL. "),

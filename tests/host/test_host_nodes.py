@@ -62,11 +62,55 @@ CONTRACT = {
         "outputs": [("MODEL", "MODEL"), ("SAMPLER", "SAMPLER"), ("SIGMAS", "SIGMAS")],
         "category": "sampling/custom_sampling",
     },
+    "TCDDistill": {
+        "inputs": {
+            "model": ("MODEL", {}),
+            "positive": ("CONDITIONING", {}),
+            "preset": ("COMBO", {"default": "good"}),
+            "training_steps": ("INT", {"default": 0, "min": 0, "max": 100000}),
+            "batch": ("INT", {"default": 0, "min": 0, "max": 1024}),
+            "accumulate": ("INT", {"default": 0, "min": 0, "max": 1024}),
+            "learning_rate": ("FLOAT", {"default": 0.0, "min": 0.0, "max": 1.0, "step": 1e-6}),
+            "rank": ("INT", {"default": 0, "min": 0, "max": 1024}),
+            "seed": ("INT", {"default": 0, "min": 0, "max": 2**53 - 1}),
+            "target_time": ("BOOLEAN", {"default": True}),
+            "guidance_min": ("FLOAT", {"default": 2.0, "min": 0.0, "max": 100.0, "step": 0.1}),
+            "guidance_max": ("FLOAT", {"default": 8.0, "min": 0.0, "max": 100.0, "step": 0.1}),
+        },
+        "optional": {
+            "negative": ("CONDITIONING", {}),
+            "latents": ("LATENT", {}),
+            "start_from": ("COMBO", {"default": "new LoRA"}),
+            "width": ("INT", {"default": 1024, "min": 16, "max": 16384, "step": 8}),
+            "height": ("INT", {"default": 1024, "min": 16, "max": 16384, "step": 8}),
+            "per_prompt": ("INT", {"default": 1, "min": 1, "max": 10000}),
+            "preview_every": ("INT", {"default": 50, "min": 0, "max": 100000}),
+        },
+        "outputs": [("LORA_MODEL", "lora"), ("LOSS_MAP", "loss_map"), ("INT", "steps_done")],
+        "category": "model/training",
+    },
+    "TCDSaveLora": {
+        "inputs": {"lora": ("LORA_MODEL", {}), "filename_prefix": ("STRING", {"default": "tcd-lora"})},
+        "optional": {},
+        "outputs": [("STRING", "lora_name")],
+        "category": "model/training",
+    },
+    "TCDLoraModelLoader": {
+        "inputs": {
+            "model": ("MODEL", {}),
+            "lora": ("LORA_MODEL", {}),
+            "strength_model": ("FLOAT", {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01}),
+        },
+        "optional": {},
+        "outputs": [("MODEL", "MODEL"), ("INT", "steps"), ("FLOAT", "eta"), ("FLOAT", "cfg")],
+        "category": "model/loaders",
+    },
 }
 NUMERIC = ("default", "min", "max", "step")
 
 # Keywords known to the oldest supported host (0.3.48); with an unknown keyword it would load none of the nodes.
 OLDEST_SCHEMA = {"node_id", "display_name", "category", "inputs", "outputs", "description"}
+OLDEST_SCHEMA |= {"is_input_list", "is_output_node"}
 OLDEST_INPUT = {"default", "min", "max", "step", "tooltip", "optional", "options"}
 OLDEST_OUTPUT = {"display_name", "tooltip"}
 

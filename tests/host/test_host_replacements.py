@@ -127,6 +127,16 @@ def test_the_older_samplers(server: ComfyServer, old_id: str) -> None:
     assert torch.equal(found, sampled(server, eta=0.6, seed=3))
 
 
+def test_another_packs_sampler_with_our_id_is_ours(server: ComfyServer) -> None:
+    """A replacement is only for ids that no installed node has."""
+    graph = Prompt()
+    found = _run(server, graph, sampler=graph.add("TCDSampler", gamma=0.6)[0])
+    assert torch.equal(found, sampled(server, eta=0.6, seed=3))
+    both = Prompt()
+    found = _run(server, both, sampler=both.add("TCDSampler", gamma=0.6, eta=0.2)[0])
+    assert torch.equal(found, sampled(server, eta=0.2, seed=3))
+
+
 @pytest.mark.usefixtures("replacements")
 def test_too_many_steps_for_the_grid_are_refused_after_the_replacement_too(server: ComfyServer) -> None:
     graph = Prompt()

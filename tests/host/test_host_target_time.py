@@ -27,11 +27,11 @@ from trajectory_consistency.tcd import (
     timestep_grid,
 )
 from trajectory_consistency.tcd.adapter import FILE
+from trajectory_consistency.tcd.distill.sampling import Guidance, sample_latents
 from trajectory_consistency.tcd.lora_metadata import TARGET_TIME_KEY
 from trajectory_consistency.trainer.demo.comfy_server import ComfyError, ComfyServer
 from trajectory_consistency.trainer.files.adapter_weights import load_weights
 from trajectory_consistency.trainer.models.conditioning import Conditioning
-from trajectory_consistency.trainer.models.sampling import Guidance, sample_latents
 from trajectory_consistency.trainer.models.unet.model import UNetModel
 
 pytestmark = pytest.mark.host

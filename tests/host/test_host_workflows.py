@@ -13,6 +13,7 @@ from graphs import Graph
 from loras import RANK, random_lora
 from PIL import Image
 from safetensors.torch import save_file
+from saved_workflows import NOTES, api_prompt, inputs_of, widget_values
 from stand_ins import RECOMMENDED_STEPS, TRAINED, StandIns
 
 from trajectory_consistency.trainer.demo.comfy_server import PACK_NAME, ComfyError, ComfyServer
@@ -36,8 +37,6 @@ NAMES = [
     "tcd-qwen-image-text-to-image",
     "tcd-wan-text-to-video",
 ]
-NOTES = {"Note", "MarkdownNote"}  # nodes that exist only in the browser
-WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 MODEL_KEYS = {"name", "url", "directory"}
 DIRECTORIES = {
     "CheckpointLoaderSimple": "checkpoints",
@@ -60,38 +59,6 @@ SAMPLERS = {"SamplerCustom", "SamplerCustomAdvanced", "KSampler"}
 def _read(name: str) -> dict[str, Any]:
     workflow: dict[str, Any] = json.loads((PACK / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
     return workflow
-
-
-def api_prompt(workflow: Mapping[str, Any], object_info: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert a saved workflow to a prompt, as the browser does when the workflow is run."""
-    sources = {link: [str(node), slot] for link, node, slot, *_ in workflow["links"]}
-    prompt = {}
-    for node in workflow["nodes"]:
-        if node["type"] not in NOTES:
-            linked = {slot["name"]: sources[slot["link"]] for slot in node["inputs"]}
-            typed = widget_values(node, object_info[node["type"]])
-            prompt[str(node["id"])] = {"class_type": node["type"], "inputs": typed | linked}
-    return prompt
-
-
-def widget_values(node: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the widget values of a node: the saved ones in order, and defaults for widgets that were added later."""
-    values = iter(node["widgets_values"])
-    found = {}
-    for name, (kind, *rest) in _inputs(info).items():
-        options = rest[0] if rest else {}
-        if isinstance(kind, list) or kind in WIDGETS:
-            found[name] = next(values) if "default" not in options else next(values, options["default"])
-            if options.get("control_after_generate"):
-                assert next(values) in {"fixed", "increment", "decrement", "randomize"}
-            if options.get("image_upload"):
-                assert next(values) == "image", "the upload button is a widget too"
-    assert list(values) == [], f"{node['type']} has more values than widgets"
-    return found
-
-
-def _inputs(info: Mapping[str, Any]) -> dict[str, Any]:
-    return info["input"].get("required", {}) | info["input"].get("optional", {})
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -239,7 +206,7 @@ def test_messages_about_a_lora_that_does_not_fit_are_found(
 def _check_widgets(node: Mapping[str, Any], info: Mapping[str, Any]) -> None:
     """Check every widget value, including those that a link overrides, because the link may be removed."""
     for name, value in widget_values(node, info).items():
-        kind, *rest = _inputs(info)[name]
+        kind, *rest = inputs_of(info)[name]
         options = rest[0] if rest else {}
         choices = kind if isinstance(kind, list) else options.get("options")
         if choices is not None:

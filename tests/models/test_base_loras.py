@@ -5,17 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from small_bases import random_parts, shrink, to_state, write
 from trajectory_consistency.tcd.adapter import layer_shapes
+from trajectory_consistency.tcd.distill.distilled import distilled_note
 from trajectory_consistency.trainer.config.settings import Config, from_mapping
 from trajectory_consistency.trainer.data.cache import cache_paths, input_fingerprints
 from trajectory_consistency.trainer.errors import UserError
+from trajectory_consistency.trainer.files.adapter_weights import load_weights
 from trajectory_consistency.trainer.files.metadata import lora_metadata
 from trajectory_consistency.trainer.models import open_checkpoint
-from trajectory_consistency.trainer.models.distilled import distilled_note
+from trajectory_consistency.trainer.models.unet import ldm
 from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint
 from trajectory_consistency.trainer.models.unet.families import Family
 
@@ -117,7 +119,7 @@ def test_every_weight_gets_each_lora_at_its_strength(family: Family, spelling: s
     ]
     second = write_lora(tmp_path / "second.safetensors", named(unet[1], "unet."), *for_text)
     checkpoint = opened(path, (first, 0.8), (second, -0.5))
-    network, encoder = checkpoint.load(FLOAT, CPU).network, checkpoint.load_text_encoder(FLOAT, CPU)
+    network, encoder = checkpoint.load(FLOAT, CPU).network, checkpoint.load_text_encoder(CPU)
     for layer in unet[0]:
         weights = (model.get_submodule(layer).weight for model in (network, parts.unet))
         found, plain = weights
@@ -131,6 +133,28 @@ def test_every_weight_gets_each_lora_at_its_strength(family: Family, spelling: s
             torch.testing.assert_close(
                 model.get_submodule(layer).weight.double(), merged(plain, (-0.5, update)), **CLOSE
             )
+
+
+def test_a_file_with_the_names_of_single_files_is_the_same_lora(tmp_path: Path) -> None:
+    """As sd-scripts writes it for SDXL: lora_unet_input_blocks_4_1_proj_in."""
+    parts = random_parts("sdxl")
+    path = write(tmp_path / "model.safetensors", to_state(parts))
+    given = {layer: each for layer, each in halves(parts.unet, 1).items() if layer.startswith("down_blocks.1")}
+    locations = ldm.unet_locations([f"{layer}.weight" for layer in given], parts.unet.config)
+    keys = {layer: locations[f"{layer}.weight"].name.removesuffix(".weight") for layer in given}
+    native = named({keys[layer].removeprefix(ldm.UNET_PREFIX): each for layer, each in given.items()}, "lora_unet_")
+    assert "lora_unet_input_blocks_4_1_proj_in.lora_up.weight" in native
+    file = write_lora(tmp_path / "native.safetensors", native)
+    own = write_lora(tmp_path / "own.safetensors", named(given, "lora_unet_"))
+    expected = opened(path, (own, 1.0)).load(FLOAT, CPU)
+    found = opened(path, (file, 1.0)).load(FLOAT, CPU)
+    for layer in given:
+        assert torch.equal(*(each.network.get_submodule(layer).weight for each in (found, expected)))
+    weights = load_weights(opened(path).load(FLOAT, CPU), file)
+    assert set(weights.paths) == set(given)
+    twice = write_lora(tmp_path / "twice.safetensors", native, load_file(own))
+    with pytest.raises(UserError, match=r"lora_unet_\w+ and lora_unet_\w+, which are the same layer: remove one"):
+        opened(path, (twice, 1.0))
 
 
 def test_in_half_precision_the_sum_of_all_is_rounded_once(base: Path, tmp_path: Path) -> None:

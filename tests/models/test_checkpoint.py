@@ -36,7 +36,7 @@ def originals() -> tuple[torch.nn.Module, torch.nn.Module, torch.nn.Module]:
 
 def test_a_single_file_gives_back_every_weight(checkpoint: Path) -> None:
     base = opened(checkpoint)
-    models = (base.load(FLOAT, CPU).network, base.load_autoencoder(CPU).vae, base.load_text_encoder(FLOAT, CPU)[0])
+    models = (base.load(FLOAT, CPU).network, base.load_autoencoder(CPU).vae, base.load_text_encoder(CPU)[0])
     for loaded, original in zip(models, originals(), strict=True):
         ours, theirs = loaded.state_dict(), original.state_dict()
         assert ours.keys() == theirs.keys()
@@ -47,10 +47,10 @@ def test_a_single_file_gives_back_every_weight(checkpoint: Path) -> None:
 def test_a_loaded_base_is_frozen_and_in_evaluation(checkpoint: Path) -> None:
     base = opened(checkpoint)
     unet = base.load(torch.bfloat16, CPU).network
-    models = (unet, base.load_text_encoder(torch.bfloat16, CPU)[0], base.load_autoencoder(CPU).vae)
+    models = (unet, base.load_text_encoder(CPU)[0], base.load_autoencoder(CPU).vae)
     for model in models:
         assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
-    assert [model.dtype for model in models] == [torch.bfloat16, torch.bfloat16, torch.float32]
+    assert [model.dtype for model in models] == [torch.bfloat16, torch.float32, torch.float32]
 
 
 def test_what_the_unet_predicts_is_read_or_set(checkpoint: Path, tmp_path: Path) -> None:
@@ -129,6 +129,9 @@ def test_a_file_of_another_format(tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "old.ckpt")
     with pytest.raises(UserError, match="or of another format"):
         opened(tmp_path / "old.ckpt")
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(UserError, match="or of another format, such as .ckpt or .gguf"):
+        opened(tmp_path / "a.gguf")
 
 
 @pytest.mark.parametrize(
@@ -153,33 +156,35 @@ def test_a_checkpoint_that_lacks_a_part(checkpoint: Path, tmp_path: Path, droppe
     with pytest.raises(UserError, match=message):
         opened(path).load(FLOAT, CPU)
         opened(path).load_autoencoder(CPU)
-        opened(path).load_text_encoder(FLOAT, CPU)
+        opened(path).load_text_encoder(CPU)
 
 
-SDXL_FOLDER = {"in_channels": 4, "block_out_channels": [320], "cross_attention_dim": 2048}
+SDXL_UNET = bases.config("sdxl", "unet")
 
 
 @pytest.mark.parametrize(
     ("files", "message"),
     [
         ({}, r"there is no unet/config\.json in it"),
+        ({"unet/config.json": []}, r"config\.json is no configuration of a model, but '\[\]'"),
+        ({"unet/config.json": SDXL_UNET | {"block_out_channels": 320}}, "an unknown architecture"),
         ({"transformer/config.json": {"_class_name": "SD3Transformer2DModel"}}, "a SD3Transformer2DModel, not a UNet"),
-        ({"unet/config.json": SDXL_FOLDER | {"in_channels": 9}}, "an inpainting model"),
+        ({"unet/config.json": SDXL_UNET | {"in_channels": 9}}, "an inpainting model"),
         (
             {
-                "unet/config.json": SDXL_FOLDER | {"projection_class_embeddings_input_dim": 2816},
+                "unet/config.json": SDXL_UNET,
                 "scheduler/scheduler_config.json": {"_class_name": "EDMDPMSolverMultistepScheduler"},
             },
             "another noise schedule than Stable Diffusion's",
         ),
         (
             {
-                "unet/config.json": SDXL_FOLDER | {"projection_class_embeddings_input_dim": 2816},
+                "unet/config.json": SDXL_UNET,
                 "scheduler/scheduler_config.json": {"beta_schedule": "linear"},
             },
             "another noise schedule than Stable Diffusion's",
         ),
-        ({"unet/config.json": SDXL_FOLDER | {"projection_class_embeddings_input_dim": 2816}}, "has no text_encoder/"),
+        ({"unet/config.json": SDXL_UNET}, "has no text_encoder/"),
     ],
 )
 def test_a_folder_of_another_kind_is_named(tmp_path: Path, files: dict[str, dict[str, object]], message: str) -> None:

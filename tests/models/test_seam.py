@@ -47,7 +47,7 @@ def test_latents_are_of_the_format_and_normalized(checkpoint: Checkpoint) -> Non
 @torch.no_grad()
 def test_a_new_adapter_changes_nothing_and_w_is_a_scale_of_each_row(checkpoint: Checkpoint) -> None:
     model = checkpoint.load(FLOAT, CPU)
-    *rows, empty = checkpoint.load_text_encoder(FLOAT, CPU).encode([*(scene.caption for scene in SCENES[:3]), ""])
+    *rows, empty = checkpoint.load_text_encoder(CPU).encode([*(scene.caption for scene in SCENES[:3]), ""])
     cond, uncond = (
         checkpoint.collate(rows, Framing.whole(64, 64, 3)),
         checkpoint.collate([empty], Framing.whole(64, 64)),

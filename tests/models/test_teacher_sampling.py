@@ -18,6 +18,7 @@ from trajectory_consistency.tcd import (
     vp_level,
     zero_terminal_snr,
 )
+from trajectory_consistency.tcd.distill.teacher_sampling import dpm_solver_sample
 from trajectory_consistency.tcd.randomness import generator
 from trajectory_consistency.trainer.config import settings as config
 from trajectory_consistency.trainer.data import encode
@@ -25,7 +26,6 @@ from trajectory_consistency.trainer.data.cache import open_cached
 from trajectory_consistency.trainer.data.dataset import Dataset
 from trajectory_consistency.trainer.data.store import digest
 from trajectory_consistency.trainer.models.seam import Model
-from trajectory_consistency.trainer.models.teacher_sampling import dpm_solver_sample
 from trajectory_consistency.trainer.models.unet.checkpoint import UNetCheckpoint
 from trajectory_consistency.trainer.models.unet.model import UNetModel
 
@@ -147,9 +147,7 @@ def test_a_drawing_is_a_function_of_its_prompt_and_number(checkpoint: Path, tmp_
     key = digest(b"0 a red square")
     start = torch.randn((1, 4, 8, 8), generator=generator(0, f"drawing {key.hex()}"))
     cond, uncond = (
-        UNetCheckpoint(config.BaseConfig(path=str(checkpoint)))
-        .load_text_encoder(FLOAT, CPU)
-        .encode(["a red square", ""])
+        UNetCheckpoint(config.BaseConfig(path=str(checkpoint))).load_text_encoder(CPU).encode(["a red square", ""])
     )
     expected = dpm_solver_sample(model_of(checkpoint), cond, uncond, start, steps=2, guidance=4.0)
     torch.testing.assert_close(found.float(), expected[0], rtol=2e-2, atol=2e-2)

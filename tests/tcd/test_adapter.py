@@ -16,8 +16,8 @@ from torch.nn import functional
 from small_bases import SHARED, UNET
 from trajectory_consistency.tcd import Adapter, AdapterWeights, Lora, TargetTime
 from trajectory_consistency.tcd.adapter import AVERAGE, OFF, STUDENT, layer_shape, new_weights
+from trajectory_consistency.tcd.unet_layers import TARGETS
 from trajectory_consistency.trainer.models.unet import families
-from trajectory_consistency.trainer.models.unet_layers import TARGETS
 
 TIME = "time_embedding.linear_2"
 

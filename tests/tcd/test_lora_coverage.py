@@ -69,7 +69,7 @@ def test_text_encoders_are_listed_separately(lora: dict[str, Tensor], path: str)
     halves = {f"{path}.lora_down.weight": torch.zeros(2, 5), f"{path}.lora_up.weight": torch.zeros(5, 2)}
     report = coverage({**lora, **halves}, SHAPES)
     assert report.missing == (path,)
-    assert report.describe() == (f"2 of 3 LoRA modules fit the model; for a text encoder, which is left alone: {path}")
+    assert report.describe() == (f"2 of 3 LoRA modules fit the model; for a text encoder, not in the model: {path}")
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1, 1), (1, 7, 1, 1)])
@@ -82,6 +82,34 @@ def test_a_dora_scale_of_another_shape_is_a_wrong_shape(lora: dict[str, Tensor],
     report = coverage({**lora, f"{CONV}.dora_scale": torch.zeros(shape)}, SHAPES)
     assert report.mismatched == (ShapeMismatch(f"{CONV}.dora_scale", shape, (8, 7, 3, 3)),)
     assert report.matched == (kohya_name(LINEAR),)
+
+
+NORM = {"lora_unet_norm": (8,)}
+
+
+def test_differences_fit_a_weight_and_a_bias_of_their_shape(lora: dict[str, Tensor]) -> None:
+    more = {"norm.diff": torch.zeros(8), "norm.diff_b": torch.zeros(8), f"{CONV}.diff_b": torch.zeros(8)}
+    report = coverage({**lora, **more}, {**SHAPES, **NORM}, biases={"lora_unet_norm", kohya_name(CONV)})
+    assert report.complete and len(report.matched) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "biases", "complaint"),
+    [
+        ("norm.diff", (7,), [], "wrong shape: norm is 7, but the model has 8"),
+        ("norm.diff", (8, 1), [], "wrong shape: norm is 8 x 1, but the model has 8"),
+        ("norm.diff_b", (8,), [], "not in the model: norm.diff_b"),
+        ("norm.diff_b", (7,), ["lora_unet_norm"], "wrong shape: norm.diff_b is 7, but the model has 8"),
+        (f"{CONV}.diff_b", (8,), [], f"not in the model: {CONV}.diff_b"),
+        ("other.diff", (8,), [], "not in the model: other"),
+    ],
+)
+def test_differences_that_do_not_fit_are_reported(
+    lora: dict[str, Tensor], name: str, shape: tuple[int, ...], biases: list[str], complaint: str
+) -> None:
+    report = coverage({**lora, name: torch.zeros(shape)}, {**SHAPES, **NORM}, biases=biases)
+    assert not report.complete
+    assert complaint in report.describe()
 
 
 def test_a_file_without_anything_is_not_complete() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora_spellings import SPELLINGS, halves_on, sd15_unet, sdxl_unet, spelled
 from trajectory_consistency.tcd import kohya_name, lora_modules, split_name, to_kohya
-from trajectory_consistency.trainer.models.unet_layers import TARGETS
+from trajectory_consistency.tcd.unet_layers import TARGETS
 
 LINEAR, CONV = "mid_block.attentions.0.proj_in", "down_blocks.0.resnets.1.conv1"
 SHAPES = {kohya_name(LINEAR): (6, 5), kohya_name(CONV): (8, 7, 3, 3)}
@@ -46,7 +46,13 @@ def peft_halves(rank: int = 2) -> dict[str, Tensor]:
         ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv", "lora_unet_joint_blocks_0_x_block_attn_qkv"),
         ("transformer.transformer_blocks.0.attn.to_q", "lora_unet_transformer_blocks_0_attn_to_q"),
         ("lora_transformer_transformer_blocks_0_attn_to_q", "lora_unet_transformer_blocks_0_attn_to_q"),
-        ("lora_te_text_model_encoder_layers_0_mlp_fc1", "lora_unet_lora_te_text_model_encoder_layers_0_mlp_fc1"),
+        ("module.unet.mid_block.resnets.0.conv1", "lora_unet_mid_block_resnets_0_conv1"),
+        ("_orig_mod.module.base_model.model.conv_in", "lora_unet_conv_in"),
+        ("lora_te_text_model_encoder_layers_0_mlp_fc1", "lora_te_text_model_encoder_layers_0_mlp_fc1"),
+        ("lora_te2_text_projection", "lora_te2_text_projection"),
+        ("text_encoder.text_model.encoder.layers.0.mlp.fc1", "lora_te_text_model_encoder_layers_0_mlp_fc1"),
+        ("base_model.model.text_encoder_2.text_projection", "lora_te2_text_projection"),
+        ("text_encoders.clip_l.transformer.x", "text_encoders.clip_l.transformer.x"),
         ("unet.mid.attn1.processor.to_out", "lora_unet_mid_attn1_to_out_0"),
         ("unet.mid.attn1.processor.to_out.0", "lora_unet_mid_attn1_to_out_0"),
     ],
@@ -118,7 +124,9 @@ def test_a_bad_alpha_is_refused(alpha: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "ending", ["", ".weight", ".default", ".default.weight"], ids=["plain", "weight", "default", "both"]
+    "ending",
+    ["", ".weight", ".default", ".default.weight", ".tcd.weight"],
+    ids=["plain", "weight", "default", "both", "another adapter"],
 )
 def test_magnitudes_of_peft_become_scales_of_rows(ending: str) -> None:
     linear, conv = torch.randn(6), torch.randn(1, 8, 1, 1)
@@ -146,12 +154,40 @@ def test_the_core_of_a_convolution_gives_the_kernel() -> None:
     assert lora_modules(tensors)[0][kohya_name(CONV)].shape == (8, 7, 3, 3)
 
 
+@pytest.mark.parametrize(("weight", "bias"), [("diff", "diff_b"), ("w_norm", "b_norm")])
+def test_differences_are_modules_without_alpha(weight: str, bias: str) -> None:
+    norm = {f"diffusion_model.norm.{weight}": torch.randn(6), f"diffusion_model.norm.{bias}": torch.randn(6)}
+    lora = to_kohya({**peft_halves(), **norm, f"{LINEAR}.diff_b": torch.randn(6)}, 4)
+    assert lora["lora_unet_norm.diff"] is norm[f"diffusion_model.norm.{weight}"]
+    assert lora["lora_unet_norm.diff_b"] is norm[f"diffusion_model.norm.{bias}"]
+    assert f"{kohya_name(LINEAR)}.diff_b" in lora and "lora_unet_norm.alpha" not in lora
+    modules = lora_modules(lora)[0]
+    assert (modules["lora_unet_norm"].shape, modules["lora_unet_norm"].rank) == ((6,), 0)
+    assert modules[kohya_name(LINEAR)].shape == (6, 5)
+
+
 # What is refused
+
+
+def test_a_weight_with_a_lora_and_a_difference_is_refused() -> None:
+    with pytest.raises(ValueError, match=f"{LINEAR} has both a LoRA and a difference of its weight"):
+        to_kohya({**peft_halves(), f"{LINEAR}.diff": torch.randn(6, 5)})
+
+
+def test_two_adapters_of_peft_in_one_file_are_refused() -> None:
+    both = {
+        name.replace(".weight", f".{adapter}.weight"): half for name, half in peft_halves().items() for adapter in "ab"
+    }
+    with pytest.raises(ValueError, match=r"lora_A\.a\.weight and .*lora_A\.b\.weight would both be named"):
+        to_kohya(both)
 
 
 @pytest.mark.parametrize(
     "name",
-    ["conv_in.weight", "conv_in.lora_C.weight", "conv_in.lora_A.other.weight", "conv_in.lora_A.bias", "lora_A.weight"],
+    [
+        *("conv_in.weight", "conv_in.lora_C.weight", "conv_in.lora_A.bias", "lora_A.weight", "blocks.0.diff_m"),
+        *("conv_in.lora_A.tcd.bias", "conv_in.lora_A.two.names.weight", "lora_unet_x.different"),
+    ],
 )
 def test_a_name_that_is_not_of_a_lora_is_refused(name: str) -> None:
     assert split_name(name) is None
@@ -213,10 +249,8 @@ def test_an_alpha_of_many_numbers_is_damaged() -> None:
         ("oft_blocks", "OFT"),
         ("oft_diag", "OFT"),
         ("a1.weight", "GLoRA"),
-        ("diff", "difference"),
-        ("diff_b", "difference"),
-        ("set_weight", "difference"),
-        ("w_norm", "difference"),
+        ("set_weight", "replaced weight"),
+        ("reshape_weight", "replaced weight"),
     ],
 )
 def test_another_kind_of_adapter_is_named(part: str, kind: str) -> None:

@@ -1,6 +1,7 @@
 """The noise that is injected: what it depends on, and what it does not."""
 
 import struct
+from decimal import Decimal
 
 import pytest
 import torch
@@ -11,13 +12,22 @@ from trajectory_consistency.tcd import seeded_noise
 @pytest.mark.parametrize("seed", [0, 42, 2**63, 2**64 - 1])
 def test_noise_of_an_item_is_a_function_of_seed_index_and_level(seed: int) -> None:
     like = torch.empty(3, 2, 4, 5)
+    items_apart = int(Decimal(2).sqrt() % 1 * 2**64) | 1
     for sigma in (0.7194, 14.6146, 4518.76):
         (bits,) = struct.unpack("<I", struct.pack("<f", sigma))
         for items in (None, [5, 0, 5]):
             drawn = seeded_noise(seed, items=items)(torch.tensor(sigma), like)
             for k, image in zip(items or range(3), drawn, strict=True):
-                generator = torch.Generator().manual_seed((seed + 1 + k + bits * 0x9E3779B97F4A7C15) % 2**64)
+                generator = torch.Generator().manual_seed(
+                    (seed + 1 + k * items_apart + bits * 0x9E3779B97F4A7C15) % 2**64
+                )
                 assert torch.equal(image, torch.randn(2, 4, 5, generator=generator))
+
+
+def test_images_of_neighboring_seeds_share_no_noise() -> None:
+    like, sigma = torch.empty(16, 8), torch.tensor(0.7194)
+    drawn = torch.cat([seeded_noise(seed)(sigma, like) for seed in range(100, 150)])
+    assert len(drawn.unique(dim=0)) == 16 * 50
 
 
 @pytest.mark.parametrize("items", [[], [0], [0, 1, 2]])

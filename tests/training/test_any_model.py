@@ -14,6 +14,7 @@ from tiny_base import small_config
 from trajectory_consistency.tcd import DiscreteSchedule, FlowSchedule, Level
 from trajectory_consistency.tcd.adapter import FILE, STUDENT
 from trajectory_consistency.tcd.distill import step_losses
+from trajectory_consistency.tcd.distill.sampling import Guidance, initial_noise, sample_latents
 from trajectory_consistency.trainer import models
 from trajectory_consistency.trainer.cli import main
 from trajectory_consistency.trainer.config.settings import Config, from_mapping
@@ -25,7 +26,6 @@ from trajectory_consistency.trainer.files.write_lora import write_lora
 from trajectory_consistency.trainer.models import open_checkpoint
 from trajectory_consistency.trainer.models.conditioning import Conditioning
 from trajectory_consistency.trainer.models.framing import Framing
-from trajectory_consistency.trainer.models.sampling import Guidance, initial_noise, sample_latents
 from trajectory_consistency.trainer.preflight import check
 from trajectory_consistency.trainer.run import load_student, run
 from trajectory_consistency.trainer.training.checkpoint import Checkpoints
@@ -77,7 +77,7 @@ def begun(config: Config) -> Training:
 
 def conditioning(checkpoint: FlowCheckpoint, captions: tuple[str, ...] = CAPTIONS) -> Conditioning:
     """Conditioning of captions of different lengths, in one batch."""
-    rows = checkpoint.load_text_encoder(FLOAT, CPU).encode(captions)
+    rows = checkpoint.load_text_encoder(CPU).encode(captions)
     return checkpoint.collate(rows, Framing.whole(64, 64, len(captions)))
 
 

@@ -17,19 +17,15 @@ from trajectory_consistency.tcd import DiscreteSchedule, scaled_linear_alpha_bar
 from trajectory_consistency.tcd.adapter import AVERAGE, STUDENT
 from trajectory_consistency.tcd.distill import StepRecord
 from trajectory_consistency.tcd.distill import training as distill_training
+from trajectory_consistency.tcd.distill.memory import MemoryFullError, memory_advice
 from trajectory_consistency.tcd.distill.optimizer import lr_factor
-from trajectory_consistency.trainer.config.memory_advice import (
-    MemoryFullError,
-    caching_advice,
-    memory_advice,
-    training_advice,
-)
+from trajectory_consistency.tcd.unet_layers import GROUPS, TARGETS
+from trajectory_consistency.trainer.config.memory_advice import caching_advice, training_advice
 from trajectory_consistency.trainer.config.settings import Config, from_mapping
 from trajectory_consistency.trainer.errors import UserError
 from trajectory_consistency.trainer.files.adapter_weights import start_from
 from trajectory_consistency.trainer.files.write_lora import write_lora
 from trajectory_consistency.trainer.models.unet.model import UNetModel
-from trajectory_consistency.trainer.models.unet_layers import GROUPS, TARGETS
 from trajectory_consistency.trainer.preflight import Inputs, check
 from trajectory_consistency.trainer.run import run
 from trajectory_consistency.trainer.training import loop

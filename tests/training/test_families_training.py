@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from small_bases import random_parts, shrink, to_state, write
-from tiny_base import context, model_of, random_dataset, small_config, with_adapter, write_inputs
+from tiny_base import PLAIN, context, model_of, random_dataset, small_config, with_adapter, write_inputs
 from trajectory_consistency.tcd import (
     DiscreteSchedule,
     Level,
@@ -22,13 +22,13 @@ from trajectory_consistency.tcd import (
 )
 from trajectory_consistency.tcd.distill import examples as distill_examples
 from trajectory_consistency.tcd.distill import training as distill_training
+from trajectory_consistency.tcd.distill.sampling import Guidance, initial_noise, sample_latents
+from trajectory_consistency.tcd.distill.teacher_sampling import dpm_solver_sample
 from trajectory_consistency.tcd.times import Law
 from trajectory_consistency.trainer.config.settings import Config, from_mapping
 from trajectory_consistency.trainer.data.encode import load_or_encode
 from trajectory_consistency.trainer.models.conditioning import Conditioning
 from trajectory_consistency.trainer.models.fingerprint import fingerprint
-from trajectory_consistency.trainer.models.sampling import Guidance, initial_noise, sample_latents
-from trajectory_consistency.trainer.models.teacher_sampling import dpm_solver_sample
 from trajectory_consistency.trainer.models.unet.families import Family
 from trajectory_consistency.trainer.models.unet.model import UNetModel
 from trajectory_consistency.trainer.run import run
@@ -56,6 +56,7 @@ def configured(family: Family, folder: Path, **base: str) -> Config:
     values: dict[str, dict[str, Any]] = {
         "base": {"path": str(path), **base},
         "data": {"folder": str(folder / "data"), "resolution": 64, "bucket_step": 16},
+        "method": dict(PLAIN),
         "adapter": {"rank": 2, "alpha": 2.0},
         "training": {"steps": 2, "batch": 2, "lr": 1e-3},
         "output": {"folder": str(folder / "out")},
@@ -152,7 +153,7 @@ def test_every_method_trains_where_no_signal_is_left(
     parameters = list(with_adapter(net, alpha=2.0).parameters())
     real = distill_examples.sample_times
     for law, (order, weighting) in product(get_args(Law), ((1, "x0"), (2, "gap"))):
-        values["method"] = {"law": law, "order": order, "weighting": weighting, "phases": [2]}
+        values["method"] = {**PLAIN, "law": law, "order": order, "weighting": weighting, "phases": [2]}
         config = small_config(values)
 
         def from_the_end(*arguments: Any, **options: Any) -> Any:

@@ -1,6 +1,7 @@
 """Several processes that train together are the one process with the whole batch."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 import child_runs
 from tiny_base import model_of, random_dataset, small_config, with_adapter, write_inputs
 from trajectory_consistency.trainer.config.settings import from_mapping
+from trajectory_consistency.trainer.data.encode import fill_cache
 from trajectory_consistency.trainer.errors import UserError
 from trajectory_consistency.trainer.preflight import check
 from trajectory_consistency.trainer.training import loop
@@ -77,6 +79,14 @@ def test_a_base_spread_over_two_processes_trains_the_same_lora(alone: Values, tm
     assert len(shares) == 2 and all(total > 1e6 and 0.45 < kept / total < 0.55 for total, kept in shares)
 
 
+def test_a_frozen_lora_is_not_spread_with_the_base(values: Values, tmp_path: Path) -> None:
+    values = elsewhere(values, tmp_path / "out", steps=1)
+    values |= {"method": {"target_time": True}, "adapter": {**values["adapter"], "freeze": True}}
+    assert child_runs.finish_together(values, "after the last step", fsdp=True)[0] == -9
+    first = saved(values, 1, ".down")
+    assert len(first) > 10_000 and first.std() > 0.01 and saved(values, 1, "target_time").any()
+
+
 def test_previews_are_refused_where_no_process_has_the_whole_base(
     values: Values, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +133,27 @@ def test_with_the_default_corner_of_huber_shares_differ_from_the_whole_by_roundi
 def test_what_stops_a_run_at_its_start_stops_all_of_its_processes(values: Values, tmp_path: Path) -> None:
     assert child_runs.finish_together(elsewhere(values, tmp_path / "out", batch=4, accumulate=3)) == [1, 1]
     assert not (tmp_path / "out").exists()
+
+
+def test_processes_that_do_not_find_the_same_data_end_with_an_error(values: Values, tmp_path: Path) -> None:
+    """The first has a complete cache, and the second none or one of other data."""
+    values = elsewhere(values, tmp_path / "out", steps=1)
+    fill_cache(from_mapping(values), torch.device("cpu"), torch.float32)
+    shutil.copytree(values["data"]["folder"], tmp_path / "data")
+    (tmp_path / "data" / "00001.txt").write_text("another caption", encoding="utf-8")
+    other = {**values, "data": {**values["data"], "folder": str(tmp_path / "data"), "cache": str(tmp_path / "cache")}}
+    for message in ("does not have all data", "has other data for this process than for the main one"):
+        assert child_runs.finish_together(values, second=other) == [1, 1]
+        first, second = child_runs.errors_of(values)
+        assert first == second and f"{tmp_path / 'cache'} {message}" in first
+        fill_cache(from_mapping(other), torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("dying", [0, 1])
+def test_when_a_process_dies_the_other_ends_with_an_error(values: Values, tmp_path: Path, dying: int) -> None:
+    values = elsewhere(values, tmp_path / "out")
+    codes = child_runs.finish_together(values, "in a step", dying=dying, dead_seconds=2.0)
+    assert codes == [1 - 10 * (rank == dying) for rank in (0, 1)]
 
 
 def test_parts_one_after_another_are_the_batch_at_once(alone: Values, tmp_path: Path) -> None:
@@ -185,7 +216,8 @@ def test_accelerate_launches_two_processes_of_which_one_writes_and_speaks(values
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "tcd-lora.safetensors").exists() and not (tmp_path / "out" / "checkpoints").exists()
+    assert (tmp_path / "out" / "tcd-lora.safetensors").exists()
+    assert (tmp_path / "out" / "log.txt").read_text().count("wrote ") == 1, "by the first process alone"
     assert done.stderr.count("wrote ") == 1 and done.stderr.count("1 steps of 4 pictures") == 1
     assert done.stderr.count("distilling: 100%") in (1, 2)  # a bar is drawn once more when it is closed
 

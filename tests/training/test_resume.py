@@ -25,14 +25,17 @@ from trajectory_consistency.trainer.cli import main
 from trajectory_consistency.trainer.config.settings import from_mapping
 from trajectory_consistency.trainer.errors import UserError
 from trajectory_consistency.trainer.files.metadata import config_digest
+from trajectory_consistency.trainer.lock import locked
 from trajectory_consistency.trainer.preflight import check
 from trajectory_consistency.trainer.run import run
 from trajectory_consistency.trainer.training.checkpoint import Checkpoints
+from trajectory_consistency.trainer.training.processes import Processes
 from trajectory_consistency.trainer.views.history import read_log
 
 Values = dict[str, dict[str, Any]]
 KILLS = 20
-FINISHED = ["config.toml", "log.csv", "loss_by_time.csv", "report.html", "tcd-lora.safetensors"]
+FINISHED = ["checkpoints", "config.toml", "log.csv", "log.txt", "loss_by_time.csv", "report.html"]
+FINISHED += ["tcd-lora.safetensors"]
 
 
 def lora(values: Values) -> dict[str, torch.Tensor]:
@@ -124,13 +127,13 @@ def test_whatever_stops_a_run_it_says_what_to_do_and_the_same_command_goes_on(
     log_file = tmp_path / "out" / "log.csv"
     real, limits = distill_training.step_losses, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def stopped_by(trouble: Callable[[Tensor], object], after: int) -> tuple[int, str]:
-        """Run until `trouble` comes in the step after so many of this start."""
+    def stopped_by(trouble: Callable[[Tensor], object], after: int, times: int = 1) -> tuple[int, str]:
+        """Run until `trouble` comes in the step after so many of this start, and in as many as `times` says."""
         calls = itertools.count()
 
         def losses(*arguments: Any) -> object:
             loss = real(*arguments)
-            return trouble(loss) if next(calls) == after else loss
+            return trouble(loss) if after <= next(calls) < after + times else loss
 
         monkeypatch.setattr(distill_training, "step_losses", losses)
         code = main(["run", str(path)])
@@ -157,16 +160,21 @@ def test_whatever_stops_a_run_it_says_what_to_do_and_the_same_command_goes_on(
     try:
         code, said = stopped_by(control_c, 0)
         assert code == 130 and "stopped after step 1 of 6: saved; the same command resumes there" in said
-        code, said = stopped_by(lambda loss: loss * float("nan"), 1)
-        assert code == 1 and "error: step 3: loss nan" in said and "try a smaller training.lr" in said
-        code, said = stopped_by(no_memory, 1)
+        shutil.copytree(tmp_path / "out", tmp_path / "before")
+        code, said = stopped_by(lambda loss: loss * float("nan"), 0, 5)
+        assert code == 1 and "error: step 6: loss nan" in said and "try a smaller training.lr" in said
+        shutil.rmtree(tmp_path / "out")  # its steps that were skipped count
+        shutil.move(tmp_path / "before", tmp_path / "out")
+        code, said = stopped_by(no_memory, 2)
         assert code == 1 and "training.gradient_checkpointing=true, or a larger training.accumulate" in said
         code, said = stopped_by(full_log, 1)
         log_file.unlink()
         assert code == 1 and f"{log_file} could not be written" in said and "make room on the disk" in said
         code, said = stopped_by(full_disk, 0)
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert code == 1 and "step-00000005.safetensors could not be written" in said and "make room" in said
+        assert (
+            code == 1 and "step-00000005.safetensors could not be written" in said and "takes no file so large" in said
+        )
         kept = sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())
         assert kept == ["step-00000003.safetensors", "step-00000004.safetensors"]
         code, said = stopped_by(lambda loss: loss, -1)
@@ -188,7 +196,10 @@ def half_way(whole: Values, tmp_path: Path) -> Values:
 def test_a_run_goes_on_in_another_way_but_not_to_another_result(half_way: Values) -> None:
     config = from_mapping(half_way)
     check(from_mapping(elsewhere(half_way, config.output_folder, checkpoint_every=3, gradient_checkpointing=True)))
-    for changed in ({"steps": 20}, {"lr": 1e-4, "seed": 3}):
+    check(from_mapping(elsewhere(half_way, config.output_folder, steps=20)))
+    with pytest.raises(UserError, match="has done 2 steps, and training.steps is 1: use at least 2, or choose another"):
+        check(from_mapping(elsewhere(half_way, config.output_folder, steps=1)))
+    for changed in ({"batch": 3}, {"lr": 1e-4, "seed": 3}):
         with pytest.raises(UserError) as caught:
             check(from_mapping(elsewhere(half_way, config.output_folder, **changed)))
         assert all(f"training.{key} was {half_way['training'].get(key, 0)}" in str(caught.value) for key in changed)
@@ -274,6 +285,36 @@ def test_a_damaged_checkpoint_is_passed_over(half_way: Values, whole: Values, ca
     assert f"step-{newest:08d}.safetensors is damaged and is skipped" in caplog.text
     assert child_runs.finish(half_way) == 0
     assert_same(half_way, whole)
+
+
+def test_a_checkpoint_that_was_read_is_not_mapped(half_way: Values) -> None:
+    """Windows removes and replaces no file that is."""
+    checkpoints = Checkpoints(Path(half_way["output"]["folder"], "checkpoints"), 1, 2)
+    tensors = checkpoints.load_latest()
+    assert tensors and "step-0000" not in Path("/proc/self/maps").read_text()
+
+
+class Told(Processes):
+    """A process to which the main one says that the newest checkpoint is of step 1, or of one that it does not see."""
+
+    def on_main_process(self, function: Callable[[], Any]) -> Any:
+        return self.rank
+
+    def on_every_process(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+
+def test_the_main_process_decides_which_checkpoint_is_resumed(half_way: Values) -> None:
+    checkpoints = Checkpoints(Path(half_way["output"]["folder"], "checkpoints"), 1, 2)
+    assert [len((checkpoints.load_latest(Told(step, 4)) or {})["losses"]) for step in (1, 2)] == [1, 2]
+    with pytest.raises(UserError, match=r"step-00000003.safetensors cannot be read.*must reach output.folder"):
+        checkpoints.load_latest(Told(3, 4))
+
+
+def test_a_run_does_not_begin_in_a_folder_in_use(whole: Values, tmp_path: Path) -> None:
+    with locked(tmp_path / "out"), pytest.raises(UserError, match=f"in use by process {os.getpid()} on .*: wait until"):
+        run(from_mapping(elsewhere(whole, tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
 
 
 def test_checkpoints_without_their_configuration_are_not_taken_up(half_way: Values) -> None:

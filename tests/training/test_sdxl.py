@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trajectory_consistency.trainer.files.layout import layout_of
+from trajectory_consistency.trainer.files.layout import layouts_of, names_of
 from trajectory_consistency.trainer.lora_file import read_lora
 
 # The peak is 5.9 GB, of which 5.1 are the weights.
@@ -76,6 +76,6 @@ def test_a_full_size_sdxl_trains_a_step_and_its_lora_is_whole(tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     assert 0 < float(done.stdout) < 100
     lora = read_lora(tmp_path / "lora.safetensors")
-    layout = layout_of(lora)
-    assert layout and layout.family == "sdxl" and {module.rank for module in lora.modules.values()} == {4}
+    layouts = layouts_of(lora)
+    assert names_of(layouts) == "sdxl" and {module.rank for module in lora.modules.values()} == {4}
     assert len(lora.modules) == 788

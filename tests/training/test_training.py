@@ -1,7 +1,10 @@
 """The trainer's parts on a real, tiny UNet: network, adapter, loop and file."""
 
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,17 +22,19 @@ from trajectory_consistency.tcd import (
     timestep_grid,
 )
 from trajectory_consistency.tcd.adapter import FILE
+from trajectory_consistency.tcd.distill import StepRecord
 from trajectory_consistency.tcd.distill import examples as distill_examples
 from trajectory_consistency.tcd.distill import training as distill_training
+from trajectory_consistency.tcd.distill.loss_scale import GROWS_AFTER, LossScale
 from trajectory_consistency.tcd.distill.optimizer import lr_factor
+from trajectory_consistency.tcd.distill.sampling import initial_noise, sample_latents
 from trajectory_consistency.tcd.times import Times, sample_times
+from trajectory_consistency.tcd.unet_layers import TARGETS
 from trajectory_consistency.trainer.errors import UserError
 from trajectory_consistency.trainer.files import write_lora as files_write
 from trajectory_consistency.trainer.files.adapter_weights import load_weights
 from trajectory_consistency.trainer.files.write_lora import VerificationError, write_lora
-from trajectory_consistency.trainer.models.sampling import initial_noise, sample_latents
 from trajectory_consistency.trainer.models.unet.model import UNetModel
-from trajectory_consistency.trainer.models.unet_layers import TARGETS
 from trajectory_consistency.trainer.preflight import check
 from trajectory_consistency.trainer.run import run
 from trajectory_consistency.trainer.training import examples, loop
@@ -274,7 +279,7 @@ def test_a_failed_write_leaves_the_old_file_alone(
     def full_disk(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("trajectory_consistency.trainer.atomic.os.fsync", full_disk)
+    monkeypatch.setattr("trajectory_consistency.tcd.files.atomic.os.fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         write(net, values, path)
     assert [entry.read_bytes() for entry in path.parent.iterdir()] == [b"the old one"]
@@ -297,8 +302,10 @@ def test_a_run_writes_the_file_its_metadata_and_its_configuration(values: dict[s
     path = run(config)
     assert path == config.lora_path
     assert sorted(p.name for p in path.parent.iterdir()) == [
+        "checkpoints",
         "config.toml",
         "log.csv",
+        "log.txt",
         "loss_by_time.csv",
         "report.html",
         path.name,
@@ -311,10 +318,11 @@ def test_a_run_writes_the_file_its_metadata_and_its_configuration(values: dict[s
         "ss_network_alpha": "2.0",
         "tcd.law": "uniform",
         "tcd.steps": "4",
-        "tcd.eta": "0.3",
+        "tcd.eta": "0.0",
         "tcd.cfg": "1.0",
         "tcd.grid": "50",
         "tcd.skip": "20",
+        "tcd.resolution": "64",
         "modelspec.prediction_type": "epsilon",
     }
     assert expected.items() <= metadata.items()
@@ -387,9 +395,9 @@ def infinite_gradient(losses: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(no_number, "step 1: loss nan"), (infinite_gradient, r"step 1: loss 0\.\d+, .* norm (nan|inf)")],
+    [(no_number, "step 3: loss nan"), (infinite_gradient, r"step 3: loss 0\.\d+, .* norm (nan|inf)")],
 )
-def test_a_loss_or_gradient_that_is_no_number_stops_before_the_weights(
+def test_losses_or_gradients_that_are_no_numbers_stop_before_the_weights(
     values: dict[str, dict[str, object]],
     net: UNetModel,
     monkeypatch: pytest.MonkeyPatch,
@@ -401,9 +409,109 @@ def test_a_loss_or_gradient_that_is_no_number_stops_before_the_weights(
     before = [parameter.detach().clone() for parameter in parameters]
     real = distill_training.step_losses
     monkeypatch.setattr(distill_training, "step_losses", lambda *arguments: change(real(*arguments)))
-    with pytest.raises(loop.DivergedError, match=message):
+    with pytest.raises(loop.DivergedError, match=f"{message}.*; no step was finite in 3 in a row; try a smaller"):
         loop.train(net, random_dataset(), config)
     assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
+
+
+def no_number_in_one_row(losses: torch.Tensor) -> torch.Tensor:
+    return losses * torch.tensor([1.0] * (len(losses) - 1) + [float("nan")])
+
+
+@pytest.mark.parametrize("change", [no_number, infinite_gradient, no_number_in_one_row])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(
+    values: dict[str, dict[str, object]],
+    net: UNetModel,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    change: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    values["method"] = {"ema_decay": 0.5}
+    config = small_config(values, steps=3, batch=4, accumulate=2)
+    with_adapter(net)
+    real, calls = distill_training.step_losses, itertools.count()
+
+    def losses(*arguments: Any) -> torch.Tensor:
+        loss = real(*arguments)
+        return change(loss) if next(calls) == 3 else loss  # the second part of the second step
+
+    monkeypatch.setattr(distill_training, "step_losses", losses)
+    states: list[dict[str, torch.Tensor]] = []
+    records: list[StepRecord] = []
+
+    def observe(record: StepRecord) -> None:
+        records.append(record)
+        states.append(
+            {
+                f"{which}.{name}": tensor.detach().clone()
+                for which, weights in net.adapter.weights.items()
+                for name, tensor in weights.tensors().items()
+            }
+        )
+
+    returned = loop.train(net, random_dataset(), config, observers=[observe])
+    assert [record.skipped for record in records] == [math.isnan(loss) for loss in returned] == [False, True, False]
+    assert len({name.partition(".")[0] for name in states[0]}) == 2, "the student and its average"
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not all(torch.equal(states[1][name], states[2][name]) for name in states[0])
+    assert "step 2 is skipped: loss " in caplog.text and "step 3" not in caplog.text
+
+
+def test_what_another_process_found_not_finite_is_skipped_here_too(
+    values: dict[str, dict[str, object]], net: UNetModel
+) -> None:
+    def add_another(tensors: Sequence[torch.Tensor]) -> None:
+        tensors[0].view(-1)[0] = float("inf")
+
+    config, parameters = small_config(values, steps=3), list(with_adapter(net).parameters())
+    before = [parameter.detach().clone() for parameter in parameters]
+    with loop.Training(net, random_dataset(), config) as training:
+        training.all_reduce = add_another
+        record, _ = training.train_step()
+    assert record.skipped and math.isfinite(record.loss)
+    assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
+    assert all(parameter.grad is None for parameter in parameters)
+
+
+def test_the_loss_scale_of_float16_halves_doubles_and_is_known_again_from_the_losses() -> None:
+    scale = LossScale(torch.float16)
+    past: list[bool] = []
+    for finite, value in ((True, 1024), (False, 512), (False, 256)):
+        past.append(finite)
+        scale.update(finite)
+        assert scale.value == value
+    for count in range(1, 2 * GROWS_AFTER + 1):
+        past.append(True)
+        scale.update(True)
+        assert scale.value == 256 * 2 ** (count // GROWS_AFTER)
+        if count in (1, GROWS_AFTER - 1, GROWS_AFTER):
+            again = LossScale(torch.float16, past)
+            assert (again.value, again._in_a_row) == (scale.value, scale._in_a_row)
+    assert {LossScale(dtype, past).value for dtype in (torch.float32, torch.bfloat16)} == {1.0}
+
+
+def test_training_in_float16_halves_its_scale_on_overflow_and_resumes_with_it(
+    values: dict[str, dict[str, object]], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(values, steps=4)
+
+    def begun() -> loop.Training:
+        net = model_of(checkpoint, torch.float16)
+        with_adapter(net)
+        return loop.Training(net, random_dataset(), config)
+
+    whole, again = begun(), begun()
+    with monkeypatch.context() as patch:
+        real = distill_training.step_losses
+        patch.setattr(distill_training, "step_losses", lambda *arguments: infinite_gradient(real(*arguments)))
+        whole.train_step()
+    assert whole.scale.value == 512.0
+    again.load_state_dict(whole.state_dict())
+    assert again.scale.value == 512.0
+    first, second = whole.train_step()[0], again.train_step()[0]
+    assert not first.skipped and (first.loss, first.norm) == (second.loss, second.norm)
+    again.scale = LossScale(torch.float32)
+    assert again.train_step()[0].norm == pytest.approx(whole.train_step()[0].norm, rel=0.05), "whatever the scale is"
 
 
 def test_the_learning_rate_warms_up_and_ends_at_zero() -> None:

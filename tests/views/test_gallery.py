@@ -1,6 +1,7 @@
 """`tcd-train sample`: the pictures that a person gets who loads the base and the file, and nothing written over."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from trajectory_consistency.trainer.config.settings import Config
 from trajectory_consistency.trainer.views.gallery import GRID_NAME
 from trajectory_consistency.trainer.views.preview_prompts import load_picture, picture_names
 
-PROMPTS = ["a red circle", "a blue square"]
+PROMPTS = ["a red circle", "a (blue:1.3) square, " * 20]
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +30,10 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 def by_hand(
-    config: Config, prompt: str, seed: int, *, steps: int, eta: float, cfg: float, side: int, vae: str = ""
+    config: Config, prompt: str, seed: int, *, steps: int, eta: float, cfg: float, side: int, **base: Any
 ) -> torch.Tensor:
-    base = BaseConfig(path=config.base.path, vae=vae)
-    return drawn_by_hand(base, config.lora_path, prompt, seed, steps=steps, gamma=eta, cfg=cfg, side=side)
+    opened = BaseConfig(path=config.base.path, **base)
+    return drawn_by_hand(opened, config.lora_path, prompt, seed, steps=steps, gamma=eta, cfg=cfg, side=side)
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -51,18 +52,29 @@ def test_a_run_s_lora_needs_no_more_than_a_prompt(
     assert not same(picture, by_hand(done, PROMPTS[0], 0, steps=2, eta=0.0, cfg=1.0, side=64))
 
 
+def test_the_size_is_that_of_the_training(done: Config, tmp_path: Path) -> None:
+    lora = tmp_path / "larger.safetensors"
+    save_file(load_file(done.lora_path), lora, metadata={"tcd.resolution": "80"})
+    arguments = ["sample", str(lora), "--base", done.base.path, "--prompt", "x", "--steps", "1", "--height", "64"]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    (name,) = picture_names(["x"], [0])
+    assert load_picture(tmp_path / "out" / f"{name}-steps-1.png").shape == (3, 64, 80)
+
+
 def test_all_that_can_be_said_is_heeded(done: Config, tmp_path: Path) -> None:
     lora = tmp_path / "elsewhere.safetensors"
     save_file(load_file(done.lora_path), lora)  # without metadata, and with no configuration beside it
     vae = str(write_base(tmp_path / "other.safetensors", seed=1))
     arguments = ["sample", str(lora), "--base", done.base.path, "--out", str(tmp_path / "out"), "--width", "80"]
     arguments += ["--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--seed", "3", "4", "--steps", "1", "4"]
-    assert main([*arguments, "--height", "80", "--eta", "1", "--cfg", "3", "--device", "cpu", "--vae", vae]) == 0
+    arguments += ["--height", "80", "--eta", "1", "--cfg", "3", "--device", "cpu", "--vae", vae, "--clip-skip", "2"]
+    assert main(arguments) == 0
     names = picture_names(PROMPTS, [3, 4])
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert written == {f"{name}-steps-{steps}.png" for name in names for steps in (1, 4)} | {GRID_NAME}
     picture = load_picture(tmp_path / "out" / f"{names[3]}-steps-4.png")
-    assert same(picture, by_hand(done, PROMPTS[1], 4, steps=4, eta=1.0, cfg=3.0, side=80, vae=vae))
+    assert same(picture, by_hand(done, PROMPTS[1], 4, steps=4, eta=1.0, cfg=3.0, side=80, vae=vae, clip_skip=2))
+    assert not same(picture, by_hand(done, PROMPTS[1], 4, steps=4, eta=1.0, cfg=3.0, side=80, vae=vae))
     with Image.open(tmp_path / "out" / GRID_NAME) as grid:
         assert grid.width > 4 * 160 and grid.height > 2 * 160
 
@@ -107,6 +119,10 @@ def test_files_that_cannot_be_used_are_said(done: Config, tmp_path: Path, capsys
     save_file(tensors, tmp_path / "wrong.safetensors", metadata={"tcd.steps": "few"})
     assert "tcd.steps in the metadata is 'few', but must be a whole number: give --steps" in refused(
         "wrong.safetensors", *base
+    )
+    save_file(tensors, tmp_path / "wrong.safetensors", metadata={"tcd.resolution": "large"})
+    assert "tcd.resolution in the metadata is 'large', but must be a whole number: give --width and --height" in (
+        refused("wrong.safetensors", *base)
     )
 
 

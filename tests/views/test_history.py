@@ -1,12 +1,15 @@
 """The numbers of a run: one row to a step in files that go on with a run, and losses by t and by t - s."""
 
 import csv
+import io
+import math
 import sys
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from tiny_base import small_config, write_inputs
 from trajectory_consistency.tcd.distill import StepRecord
@@ -93,6 +96,17 @@ def test_losses_are_means_by_t_and_by_the_length_of_the_jump(tmp_path: Path) -> 
     assert read_loss_by_time(tmp_path, since=2) is None
 
 
+@pytest.mark.parametrize(("loss", "norm"), [(math.nan, 0.5), (math.inf, 0.5), (1.0, math.inf), (1.0, math.nan)])
+def test_a_step_that_was_skipped_is_a_row_but_counts_in_no_loss(tmp_path: Path, loss: float, norm: float) -> None:
+    history = History(tmp_path)
+    history(record(1))
+    history(record(2, loss=loss)._replace(norm=norm))
+    assert [(row.step, row.skipped) for row in read_log(tmp_path)] == [(1, False), (2, True)]
+    mean, count, _ = losses_by_time(tmp_path)
+    assert count.sum() == 4 and mean[9, 9] == 2.0
+    assert {name for name in trackers.scalars(record(2, loss=loss)._replace(norm=norm)) if " by " in name} == set()
+
+
 @pytest.mark.parametrize("num_times", [1000, 1001, 100, 4096])
 def test_the_bins_are_tenths_of_any_clock(tmp_path: Path, num_times: int) -> None:
     every = torch.arange(num_times)
@@ -124,9 +138,15 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
     board = trackers.TensorBoard(config.output_folder / "tensorboard")
     for step in (1, 2):
         board(record(step, loss=1 / step))
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "grid.png")
+    board.show(2, tmp_path / "grid.png")
     board.writer.close()
     events = reader.EventAccumulator(str(config.output_folder / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 0.5)]
+    (shown,) = events.Images("previews")
+    assert (shown.step, shown.width, shown.height) == (2, 40, 30)
+    with Image.open(io.BytesIO(shown.encoded_image_string)) as image:
+        assert image.convert("RGB").getcolors() == [(40 * 30, (255, 0, 0))]
     named = {f"loss by t/{low:03}-{low + 99}" for low in (0, 400, 900)}
     named |= {f"loss by t - s/{low:03}-{low + 99}" for low in (0, 100, 900)}
     assert set(events.Tags()["scalars"]) == named | {"loss", "learning rate", "gradient norm", "images per second"}
@@ -146,14 +166,17 @@ def test_weights_and_biases_gets_every_number_under_a_name_that_lasts(
 ) -> None:
     class Wandb:
         started: list[dict[str, object]] = []
-        logged: list[tuple[dict[str, float], int]] = []
+        logged: list[tuple[dict[str, object], int]] = []
 
         def init(self, **settings: object) -> "Wandb":
             self.started.append(settings)
             return self
 
-        def log(self, numbers: dict[str, float], step: int) -> None:
-            self.logged.append((numbers, step))
+        def log(self, values: dict[str, object], step: int) -> None:
+            self.logged.append((values, step))
+
+        def Image(self, path: str) -> str:  # noqa: N802  (W&B's name)
+            return f"the picture {path}"
 
     monkeypatch.setitem(sys.modules, "wandb", Wandb())  # type: ignore[arg-type]
     values = {**write_inputs(tmp_path), "log": {"wandb_project": "mine"}}
@@ -163,3 +186,5 @@ def test_weights_and_biases_gets_every_number_under_a_name_that_lasts(
     first, second = Wandb.started
     assert first["project"] == "mine" and first["resume"] == "allow" and first["id"] == second["id"]
     assert Wandb.logged[0] == (trackers.scalars(record(3)), 3)
+    observer.show(3, tmp_path / "grid.jpg")
+    assert Wandb.logged[-1] == ({"previews": f"the picture {tmp_path / 'grid.jpg'}"}, 3)

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tiny_base import drawn_by_hand, small_config, write_base, write_inputs
+from trajectory_consistency.tcd.distill import StepRecord
 from trajectory_consistency.trainer import run
 from trajectory_consistency.trainer.config.settings import Config, from_mapping
 from trajectory_consistency.trainer.files.metadata import lora_metadata
@@ -39,11 +40,35 @@ def previewed(folder: Path, **training: object) -> Config:
     return small_config(values, steps=3, **training)
 
 
+class Tracker:
+    """Notes what it is told and shown, in order."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int]] = []
+
+    def __call__(self, record: StepRecord) -> None:
+        self.seen.append(("step", record.step))
+
+    def show(self, step: int, grid: Path) -> None:
+        assert grid.is_file()
+        self.seen.append((grid.name, step))
+
+
+TRACKER = Tracker()
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Config:
     config = previewed(tmp_path_factory.mktemp("previewed"))
-    run.run(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "start_trackers", lambda config: [TRACKER])
+        run.run(config)
     return config
+
+
+def test_a_tracker_is_shown_the_grid_of_a_step_after_its_numbers(done: Config) -> None:
+    shown = [("step", 1), ("step", 2), ("step-000002.jpg", 2), ("step", 3), ("step-000003.jpg", 3)]
+    assert TRACKER.seen == shown
 
 
 def shown(config: Config, when: str, which: int, steps: int) -> torch.Tensor:
@@ -73,6 +98,15 @@ def test_pictures_are_those_of_the_file_of_their_step(done: Config, which: int) 
 
 def test_the_teachers_picture_is_guided_and_has_no_adapter(done: Config) -> None:
     assert same(shown(done, "teacher", 1, 50), drawn(done, None, 1, 50, 0.0, 3.0))
+
+
+def test_guidance_is_from_the_negative_prompt(tmp_path: Path) -> None:
+    config = previewed(tmp_path)
+    config = replace(config, method=replace(config.method, negative_prompt="(blurry:1.2)"))
+    checkpoint, device = open_checkpoint(config.base), torch.device("cpu")
+    (expected,) = checkpoint.load_text_encoder(device).encode(["(blurry:1.2)"])
+    found = run._preview_prompts(config, checkpoint, device).uncond
+    torch.testing.assert_close(found.tensors["context"], expected.tensors["context"], rtol=1e-4, atol=1e-4)
 
 
 def test_training_is_the_same_to_the_last_bit_without_previews(done: Config, tmp_path: Path) -> None:
@@ -124,10 +158,10 @@ def redrawn(done: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
         counts.clear()
         values = {**asdict(replace(done, preview=replace(done.preview, **changed))), "output": {"folder": str(folder)}}
         config = from_mapping(values)
-        device, dtype = torch.device("cpu"), torch.float32
+        device = torch.device("cpu")
         checkpoint = open_checkpoint(config.base)
-        student = run.load_student(config, checkpoint, device, dtype)
-        wanted = run._preview_prompts(config, checkpoint, device, dtype)
+        student = run.load_student(config, checkpoint, device, torch.float32)
+        wanted = run._preview_prompts(config, checkpoint, device)
         preview.Previews(student, checkpoint, wanted, config, lora_metadata(config, checkpoint)).start()
         assert not shown_anywhere_missing(config)
         return list(counts)

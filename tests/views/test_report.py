@@ -1,7 +1,9 @@
 """The report: one page that needs no network, with every picture in it, and nothing of the settings lost."""
 
+import math
 import random
 import re
+import shutil
 from html import unescape
 from pathlib import Path
 
@@ -92,6 +94,17 @@ def test_a_run_without_a_step_or_a_picture_has_a_page_too(run: Config, tmp_path:
 def test_a_folder_of_something_else_is_said_to_be_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path)]) == 2
     assert "is not the folder of a run" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+def test_steps_that_were_skipped_are_counted_and_change_no_number(run: Config, tmp_path: Path) -> None:
+    folder = shutil.copytree(run.output_folder, tmp_path / "run")
+    facts = [write_report(folder).read_text(encoding="utf-8").split("<h2")[0]]
+    for step, loss, norm in ((41, math.nan, 1.0), (42, 1e9, math.inf)):
+        History(folder)(record(step, loss=loss)._replace(norm=norm))
+    facts.append(write_report(folder).read_text(encoding="utf-8").split("<h2")[0])
+    mean = f"{sum(1 / step for step in range(1, 41)) / 40:.4g}"
+    assert all(f"<b>{mean}</b>" in each for each in facts)
+    assert "steps skipped" not in facts[0] and "<span>steps skipped, not finite</span><b>2</b>" in facts[1]
 
 
 def heights(svg: str, kind: str) -> list[float]:

@@ -20,6 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tensor names (default: kohya, which ComfyUI and diffusers read)",
     )
     parser.add_argument(
+        "--without-target-time",
+        action="store_true",
+        help="leave the embedding of the target time out: diffusers refuses a file with it, and PEFT's names and a "
+        "checkpoint have no place for it",
+    )
+    parser.add_argument(
         "--dtype",
         choices=("float16", "bfloat16", "float32"),
         help="dtype of the weights (default: float16; with --into, that of the checkpoint)",
@@ -39,8 +45,21 @@ def execute(options: argparse.Namespace) -> int:
 
     dtype = getattr(torch, options.dtype) if options.dtype else None
     if options.into:
-        merge(options.file, options.into, options.target, strength=options.strength, dtype=dtype)
+        merge(
+            options.file,
+            options.into,
+            options.target,
+            strength=options.strength,
+            dtype=dtype,
+            without_target_time=options.without_target_time,
+        )
     else:
-        convert(options.file, options.target, naming=options.names, dtype=dtype or torch.float16)
+        convert(
+            options.file,
+            options.target,
+            naming=options.names,
+            dtype=dtype or torch.float16,
+            without_target_time=options.without_target_time,
+        )
     sys.stdout.write(f"wrote {options.target}\n")
     return 0

@@ -29,6 +29,11 @@ def check_together(config: Config) -> None:
             "samplers of up to 8 steps: use 8 or more, such as 50"
         )
     _check_shares(config)
+    if config.training.warmup_steps >= config.training.steps:
+        raise UserError(
+            f"training.warmup_steps is {config.training.warmup_steps}, and training.steps {config.training.steps}: "
+            "the learning rate would never reach its peak, so use fewer warmup_steps"
+        )
     phases = config.method.phases
     if config.method.law in ("segment", "phase") and not (
         phases and all(1 <= each <= config.method.origin_steps for each in phases)

@@ -9,12 +9,13 @@ from .settings import Config
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device for a value of `training.device`; "auto" is CUDA if available, otherwise the CPU.
+    """Return the device for a value of `training.device`; "auto" is CUDA or else MPS if available, otherwise the CPU.
 
     Raises UserError if the device is unknown or cannot be used.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        gpu = "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device("cuda" if torch.cuda.is_available() else gpu)
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -24,11 +25,24 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the frozen weights' dtype for a value of `base.dtype`; "auto" is float32 on a CPU, bfloat16 elsewhere."""
+    """Return the frozen weights' dtype for a value of `base.dtype`.
+
+    "auto" is float32 on a CPU, bfloat16 on a GPU that computes with it, and float16 on another GPU.
+    """
     if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
+        if device.type == "cpu":
+            return torch.float32
+        return torch.bfloat16 if _has_bfloat16(device) else torch.float16
     dtype: torch.dtype = getattr(torch, name)
     return dtype
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    """Whether a GPU computes with bfloat16, and does not only emulate it slowly."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type != "mps"  # Apple's M1 has none
 
 
 def device_and_dtype(config: Config) -> tuple[torch.device, torch.dtype]:

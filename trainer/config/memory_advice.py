@@ -2,32 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 
-from ..errors import RunError
 from .settings import Config
 
 
-class MemoryFullError(RunError):
-    """Memory ran out; the message says which settings need less."""
-
-
-@contextmanager
-def memory_advice(advice: str) -> Iterator[None]:
-    """Convert an out-of-memory error within the block to a MemoryFullError: "out of memory", followed by `advice`."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not _is_full(error):
-            raise
-        raise MemoryFullError(f"out of memory {advice}") from error
-
-
 def caching_advice(config: Config, device: torch.device, dtype: torch.dtype) -> str:
-    """Return the advice for encoding pictures and captions on `device`, with text encoders in `dtype`."""
+    """Return the advice for encoding pictures and captions on `device`, with the network in `dtype`."""
     instead = (
         ""
         if device.type == "cpu"
@@ -74,8 +55,3 @@ def training_advice(config: Config, largest: int, *, can_recompute: bool) -> str
         "else, so the same command with it resumes from the last checkpoint. Or use a smaller training.batch, "
         "data.resolution or adapter.rank, with a different output.folder"
     )
-
-
-def _is_full(error: Exception) -> bool:
-    # CUDA raises its own type; on a CPU torch raises a plain RuntimeError.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -8,15 +8,20 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, field, fields, is_dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..errors import UserError
 
 MAY_CHANGE = {"may_change": True}
-"""Field metadata of settings that do not affect the result of a run, up to rounding. They may change on resuming."""
+"""Field metadata of settings that may change on resuming. Except the number of steps, they do not affect the result of
+a run, up to rounding."""
+
+PATH = {"path": True}
+"""Field metadata of paths: a control character in one is an error, as it comes from a backslash, "C:\\new"."""
 
 
 def number(default: object, low: float, high: float = math.inf, *, may_change: bool = False) -> Any:
@@ -34,6 +39,16 @@ def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
             yield from differences(was, now, f"{where}{entry.name}.")
         else:
             yield f"{where}{entry.name} was {was!r} and is {now!r}"
+
+
+def fixed(settings: Any) -> dict[str, Any]:
+    """Return the settings of a dataclass, nested, without its MAY_CHANGE fields."""
+    named = ((entry, getattr(settings, entry.name)) for entry in fields(settings))
+    return {
+        entry.name: fixed(value) if is_dataclass(value) else value
+        for entry, value in named
+        if not entry.metadata.get("may_change")
+    }
 
 
 def override(values: dict[str, Any], text: str) -> None:
@@ -88,7 +103,7 @@ def _required(kind: type) -> list[str]:
 
 
 def _check(hint: Any, value: object, key: str, limits: Mapping[str, Any]) -> Any:
-    """Check the type, choices and range of a value and return it; an int is converted to float if `hint` is float."""
+    """Check the type, choices and range of a value, and return it as `hint` has it."""
     if is_dataclass(hint):
         return build(hint, value, key + ".")  # type: ignore[arg-type]
     if get_origin(hint) is tuple:
@@ -97,14 +112,27 @@ def _check(hint: Any, value: object, key: str, limits: Mapping[str, Any]) -> Any
                 f"{key} is {value!r}, but must be a list{_list_hint(get_args(hint)[0], value, key, limits)}"
             )
         return tuple(_check(get_args(hint)[0], each, f"{key}[{i}]", limits) for i, each in enumerate(value))
+    if get_origin(hint) is Union:  # a number or a word
+        number_hint, words_hint = get_args(hint)
+        return _check(words_hint if isinstance(value, str) else number_hint, value, key, limits)
     if get_origin(hint) is Literal:
         if value not in get_args(hint) or isinstance(value, bool):
             raise UserError(f"{key} is {value!r}, but must be one of {', '.join(map(repr, get_args(hint)))}")
         return value
+    return _check_single(hint, value, key, limits)
+
+
+def _check_single(hint: Any, value: Any, key: str, limits: Mapping[str, Any]) -> Any:
+    """Check a string, a truth value or a number; an int is converted to float if `hint` is float."""
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise UserError(f"{key} is {value!r}, but must be {_ARTICLES[hint]}")
+    if "path" in limits and re.search(r"[\x00-\x1f\x7f]", value):
+        raise UserError(
+            f"{key} is {value!r}, with a character that no path has: in double quotes TOML takes a backslash for the "
+            "start of such a character, so write / for it, or the path in single quotes"
+        )
     if "low" in limits and not (limits["low"] <= value <= limits["high"] and math.isfinite(value)):
         upper = "" if limits["high"] == math.inf else f" and at most {limits['high']:g}"
         raise UserError(f"{key} is {value!r}, but must be at least {limits['low']:g}{upper}")

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ...tcd import TargetInput
-from ...tcd.lora_metadata import DEFAULT_CFG, DEFAULT_ETA, DEFAULT_STEPS
+from ...tcd.lora_metadata import DEFAULT_CFG, DEFAULT_STEPS
 from ...tcd.objective import DistanceName, Weighting
 from ...tcd.times import Law
 from ..errors import UserError
 from .base import BaseConfig
+from .cache_place import default_cache
 from .cross_checks import check_together
-from .schema import MAY_CHANGE, build, differences, override
+from .schema import MAY_CHANGE, PATH, build, differences, override
 from .schema import number as _number
 
 FILE_NAME = "config.toml"
@@ -29,11 +30,12 @@ FILE_NAME = "config.toml"
 class SourceConfig:
     """One of several sources of pictures: a table `[[data.sources]]`."""
 
-    path: str
-    """A folder of images with .txt captions or a metadata.jsonl, a .tar shard or a pattern such as `shards/*.tar`, or a
-    .txt file with one prompt per line."""
+    path: str = field(metadata=PATH)
+    """A folder of images with captions (.txt, .caption, metadata.jsonl or metadata.csv), a .tar or .tar.gz shard or a
+    pattern such as `shards/*.tar`, or a .txt file with one prompt per line."""
     repeats: float = _number(1.0, 0.001, 10000.0)
-    """How often each picture of this source is shown in an epoch; 0.5 shows each in every second epoch."""
+    """How often each picture of this source is shown in an epoch; 0.5 shows each in every second epoch. Pictures in a
+    subfolder `10_name` are shown 10 times as often."""
     weight: float = _number(0.0, 0.0)
     """Instead of `repeats`: this source's share of an epoch, relative to the weights of the other sources."""
 
@@ -54,9 +56,10 @@ class DrawConfig:
 class DataConfig:
     """The pictures to distill on."""
 
-    folder: str = ""
-    """Folder of images with captions: each in a .txt file of the image's name, or all in one metadata.jsonl."""
-    prompts: str = ""
+    folder: str = field(default="", metadata=PATH)
+    """Folder of images with captions: each in a .txt or .caption file of the image's name, or all in one metadata.jsonl
+    or metadata.csv. The images in a subfolder `10_name` are shown 10 times in an epoch."""
+    prompts: str = field(default="", metadata=PATH)
     """Text file with one prompt per line; the teacher draws the pictures."""
     sources: tuple[SourceConfig, ...] = ()
     """Several sources, each a table `[[data.sources]]`."""
@@ -74,9 +77,16 @@ class DataConfig:
     error."""
     caption_dropout: float = _number(0.0, 0.0, 1.0)
     """Fraction of the captions that are replaced by the empty caption."""
-    cache: str = field(default="", metadata=MAY_CHANGE)
-    """Folder of cached latents and embeddings, which several runs may share; by default `cache` in the output
-    folder."""
+    caption_prefix: str = ""
+    """Words in front of every caption and prompt, such as a trigger word; a space follows them."""
+    shuffle_tags: int = _number(0, 0, 1000)
+    """Number of orders in which the tags of a caption, separated by commas, are encoded; each step takes one of them. 0
+    keeps the order of the caption."""
+    keep_tags: int = _number(0, 0, 1000)
+    """With `shuffle_tags`: number of tags at the start of each caption that stay there."""
+    cache: str = field(default="", metadata=MAY_CHANGE | PATH)
+    """Folder of cached latents and embeddings, which several runs may share; by default `.tcd-cache` beside the
+    first source of the data, or a folder in the user's cache where nothing can be written there."""
 
     def __post_init__(self) -> None:
         if self.bucket_step > self.resolution:
@@ -114,9 +124,10 @@ class MethodConfig:
     phases: tuple[int, ...] = (8, 4, 2, 1)
     """For the laws `segment` and `phase`: number of parts that the clock is divided into. If there are several numbers,
     each is used for an equal share of the training steps. For PCM, give one number: the number of sampling steps."""
-    diagonal: float = _number(0.0, 0.0, 1.0)
-    """Share of each batch with s = t_next, where the target is the teacher's step. It keeps short jumps right."""
-    to_clean: float = _number(0.0, 0.0, 1.0)
+    diagonal: float = _number(0.5, 0.0, 1.0)
+    """Share of each batch with s = t_next, where the target is the teacher's step. It keeps short jumps right: without
+    it, pictures get a little worse with each doubling of the sampling steps. Only for a law that draws s."""
+    to_clean: float = _number(0.15, 0.0, 1.0)
     """Share of each batch with s = 0, in half of it from the highest t. It keeps a single sampling step right. `law`
     draws s for the rest."""
     order: Literal[1, 2] = 1
@@ -129,18 +140,21 @@ class MethodConfig:
     """Lowest guidance scale of the teacher. The scale is drawn uniformly for each picture, up to `guidance_max`."""
     guidance_max: float = _number(8.0, 0.0)
     """Highest guidance scale of the teacher. If both are 1, there is no guidance."""
+    negative_prompt: str = ""
+    """Prompt of the teacher's guidance, as in a sampler's negative input; previews with guidance use it too. Captions
+    that are dropped are empty all the same."""
     distance: DistanceName = "huber"
     """Distance between prediction and target. `huber` is pseudo-Huber of each element, `huber_sample` pseudo-Huber of
     each picture's root mean square, `l2` the mean square."""
-    huber_c: float = _number(0.001, 1e-6)
+    huber_c: float = _number(0.03, 1e-6)
     """c of the pseudo-Huber distances: errors well above c count linearly, errors well below c quadratically."""
-    weighting: Weighting = "none"
+    weighting: Weighting = "x0"
     """Weight of a picture's distance. `gap` divides it by the jump's length in solver steps, `x0` by the coefficient of
     x0 in the jump."""
-    ema_decay: float = _number(0.0, 0.0, 0.9999)
+    ema_decay: float = _number(0.95, 0.0, 0.9999)
     """Decay of the exponential moving average of the adapter that computes the target. With 0, the student itself
     computes it."""
-    target_time: bool = False
+    target_time: bool = True
     """The network also gets the target time (TCF(S+)), through an embedding that is trained together with the LoRA."""
     target_input: TargetInput = "s"
     """With `target_time`: the quantity that is embedded, the target time s or the jump's length t - s."""
@@ -162,7 +176,7 @@ class AdapterConfig:
     targets: tuple[str, ...] = ("all",)
     """Layers that get a LoRA: `all`, the groups `attention`, `feed_forward` and `convolution`, or names such as
     `to_q`."""
-    start_from: str = ""
+    start_from: str = field(default="", metadata=PATH)
     """LoRA file to start from, with the same rank, alpha and targets. If empty, the initial LoRA changes nothing."""
     freeze: bool = False
     """Train only the embedding of `method.target_time`; the LoRA, usually loaded by `start_from`, stays unchanged."""
@@ -172,18 +186,19 @@ class AdapterConfig:
 class TrainingConfig:
     """The optimizer, and how a step is computed."""
 
-    steps: int = _number(1000, 1)
-    """Number of updates of the weights."""
+    steps: int = _number(3000, 1, may_change=True)
+    """Number of updates of the weights. With a larger number, a run is made longer, also one that is finished."""
     batch: int = _number(8, 1)
     """Number of pictures in a step, over all processes and accumulated parts."""
-    accumulate: int = _number(1, 1, may_change=True)
+    accumulate: int | Literal["auto"] = _number("auto", 1, may_change=True)
     """Number of parts into which each process divides its pictures of a step. More parts need less memory and more
-    time; the result is the same up to rounding."""
+    time; the result is the same up to rounding. `auto` is the smallest number with which the estimated memory is free
+    on a CUDA GPU, and 1 elsewhere."""
     gradient_checkpointing: bool = field(default=False, metadata=MAY_CHANGE)
     """Recompute most activations in the backward pass instead of keeping them: less memory, more time. The engine
     `comfyui` always does."""
     compile: bool = field(default=False, metadata=MAY_CHANGE)
-    """Run the network through `torch.compile`, which takes minutes at the start."""
+    """Run the network through `torch.compile`, which takes minutes at the start. Not with the engine `comfyui`."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """`adamw8bit` keeps Adam's moments in 8 bits, in a quarter of the memory; it needs bitsandbytes."""
     lr: float = _number(1e-4, 0.0)
@@ -199,18 +214,25 @@ class TrainingConfig:
     seed: int = _number(0, 0, 2**63 - 1)
     """Seed of everything random: the adapter's initial weights, the order of the pictures, the times and the noise."""
     device: str = field(default="auto", metadata=MAY_CHANGE)
-    """`auto`, `cpu`, `cuda`, `cuda:1`, `mps` ... With several processes, each uses its own GPU."""
+    """`cpu`, `cuda`, `cuda:1`, `mps` ... `auto` is the first that is there of `cuda`, `mps` and `cpu`. With several
+    processes, each uses its own GPU."""
     checkpoint_every: int = _number(500, 1, may_change=True)
     """Number of steps between checkpoints. A stopped run resumes from the last checkpoint."""
     keep_checkpoints: int = _number(2, 1, may_change=True)
-    """Number of checkpoints to keep. All are removed when the run is finished."""
+    """Number of checkpoints to keep. Of a finished run the last one stays, for a larger `steps`, until you remove
+    it."""
+
+    @property
+    def parts(self) -> int:
+        """`accumulate` as a number: 1 while "auto" is not resolved (`Config.with_accumulate`)."""
+        return 1 if self.accumulate == "auto" else self.accumulate
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutputConfig:
     """The path of the LoRA file, and the sampling settings that its metadata recommend to the nodes."""
 
-    folder: str
+    folder: str = field(metadata=PATH)
     """Folder for the LoRA, its configuration, checkpoints, previews and report. Each run needs its own."""
     name: str = "tcd-lora"
     """Name of the LoRA file, without folder and extension; it becomes `folder/name.safetensors`."""
@@ -218,8 +240,9 @@ class OutputConfig:
     """Dtype of the tensors in the file."""
     steps: int = _number(DEFAULT_STEPS, 1, 50)
     """Recommended number of sampling steps, written into the file's metadata, which the nodes read."""
-    eta: float = _number(DEFAULT_ETA, 0.0, 1.0)
-    """Recommended eta, the paper's gamma: with 0 sampling adds no noise between steps, with 1 as much as LCM."""
+    eta: float = _number(0.0, 0.0, 1.0)
+    """Recommended eta, the paper's gamma: with 0 sampling adds no noise between steps, with 1 as much as LCM. Without
+    `method.target_time`, 0.3 is better."""
     cfg: float = _number(DEFAULT_CFG, 0.0)
     """Recommended guidance scale; 1 means no guidance."""
 
@@ -236,7 +259,7 @@ class PreviewConfig:
     """Seeds; each prompt is drawn once for each seed."""
     steps: tuple[int, ...] = _number((1, 2, 4, 8), 1, 50)
     """Numbers of sampling steps; each prompt and seed is drawn with each of them."""
-    eta: float = _number(DEFAULT_ETA, 0.0, 1.0)
+    eta: float = _number(0.0, 0.0, 1.0)
     """Eta of the student's sampler; the teacher's sampler adds no noise."""
     cfg: float = _number(DEFAULT_CFG, 0.0)
     """Guidance scale of the student. The teacher's pictures take 50 steps, with the mean of
@@ -254,7 +277,7 @@ class PreviewConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """Where each step's loss and other numbers are logged, besides log.csv in the output folder."""
+    """Where the numbers of each step and the grids of the previews are logged, besides the output folder."""
 
     tensorboard: bool = False
     """Write event files into the folder `tensorboard` in the output folder; needs the package tensorboard."""
@@ -286,12 +309,17 @@ class Config:
     @property
     def cache_folder(self) -> Path:
         """The folder of cached latents and embeddings."""
-        return Path(self.data.cache).expanduser() if self.data.cache else self.output_folder / "cache"
+        data = self.data
+        return Path(data.cache).expanduser() if data.cache else default_cache(data.named_sources[0][1].path)
 
     @property
     def lora_path(self) -> Path:
         """The path of the LoRA file that the run writes."""
         return self.output_folder / f"{self.output.name}.safetensors"
+
+    def with_accumulate(self, parts: int) -> Config:
+        """Return the configuration with this number for training.accumulate."""
+        return replace(self, training=replace(self.training, accumulate=parts))
 
     def to_toml(self) -> str:
         """Return the resolved configuration as the text of a TOML file; `load` reads it back to an equal Config.
@@ -311,25 +339,25 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises UserError for a missing or malformed file, and if `from_mapping` does.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows write a BOM
     except FileNotFoundError:
         raise UserError(f"there is no configuration file at {path}, nor a recipe of that name") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise UserError(f"{path} is not a TOML file: {error}") from error
+        raise UserError(f"{path} is not a TOML file: {error}; a path with backslashes needs single quotes") from error
     for text in overrides:
         override(values, text)
     return from_mapping(values)
 
 
 def from_mapping(values: Mapping[str, Any]) -> Config:
-    """Build a Config from nested mappings.
+    """Build a Config from nested mappings; the paths of the base become absolute.
 
     Raises UserError for an unknown or missing key, a wrong type, and a value out of range.
     """
     config: Config = build(Config, values)
-    return config
+    return replace(config, base=config.base.absolute())
 
 
 def changes(old: Config, new: Config) -> list[str]:
-    """Return one message for each setting that differs and affects the result."""
+    """Return one message for each setting that differs and may not change on resuming."""
     return list(differences(old, new))

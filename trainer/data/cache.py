@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..atomic import atomic_write
+from ...tcd.files.atomic import atomic_write
 from ..config.settings import Config
 from ..errors import UserError
 from ..models import open_checkpoint
@@ -33,7 +34,7 @@ from .buckets import Size
 from .dataset import Dataset, Table, caption_of
 from .sources import open_sources
 from .store import RowLocation, ShardFiles, open_shard
-from .survey import Survey, make_groups
+from .survey import GroupKey, Survey, make_groups
 
 VERSION = 2
 """Version of the cached rows; increase it when the same input would produce different rows."""
@@ -59,17 +60,18 @@ class CachePaths:
 
 
 def cache_paths(config: Config, checkpoint: Checkpoint, dtype: torch.dtype) -> CachePaths:
-    """Return the cache paths of a configuration, with text encoders and network in `dtype`."""
+    """Return the cache paths of a configuration, with the network in `dtype`."""
     base, data, prints = config.base, config.data, checkpoint.fingerprints()
     autoencoder = {"version": VERSION, "model": prints.autoencoder or prints.base}
-    model = {"version": VERSION, "model": prints.base, "dtype": str(dtype)}
+    captions = {"version": VERSION, "model": prints.text_encoders or prints.base, "clip_skip": base.clip_skip}
     buckets = {key: getattr(data, key) for key in ("resolution", "bucket_step", "buckets", "upscale")}
-    teacher = {**model, "prediction": base.prediction, "zero_snr": base.zero_snr}
+    guidance = {"captions": captions, "negative_prompt": config.method.negative_prompt}
+    teacher = {"model": prints.base, "dtype": str(dtype), "prediction": base.prediction, "zero_snr": base.zero_snr}
     draw = {**asdict(data.draw), "per_prompt": None}  # a larger per_prompt adds rows and keeps the existing ones
     settings = {
         "latents": {**autoencoder, **buckets},
-        "captions": {**model, "model": prints.text_encoders or prints.base},
-        "drawn": {**teacher, **draw, "resolution": data.resolution, "bucket_step": data.bucket_step},
+        "captions": captions,
+        "drawn": {**teacher, **guidance, **draw, "resolution": data.resolution, "bucket_step": data.bucket_step},
     }
     return CachePaths(config.cache_folder, settings)
 
@@ -80,7 +82,8 @@ class GroupRows(NamedTuple):
     keys: Tensor
     """[n] int64, ascending: a hash of each picture and its caption."""
     locations: Tensor
-    """[n, 4] int32: shard and row of the latent, shard and row of the caption; shards are indices in `Index.shards`."""
+    """[n, 2 + 2 V] int32: shard and row of the latent and of each of V variants of the caption; shards are indices in
+    `Index.shards`."""
 
 
 @dataclass(frozen=True)
@@ -89,34 +92,37 @@ class Index:
 
     shards: list[str]
     """Paths of the shards, relative to the cache folder."""
-    groups: dict[tuple[int, Size], GroupRows]
-    """The pictures, by (index of the source, bucket)."""
+    groups: dict[GroupKey, GroupRows]
+    """The pictures of each group."""
     empty: RowLocation
     """Location of the empty caption."""
+    negative: RowLocation
+    """Location of the negative prompt, which may be the empty caption."""
     survey: Survey
     """Counts of the samples and their problems."""
 
     @staticmethod
     def from_entries(
-        entries: Mapping[tuple[int, Size], Sequence[IndexEntry]], empty: RowLocation, survey: Survey
+        entries: Mapping[GroupKey, Sequence[IndexEntry]],
+        empty: RowLocation,
+        negative: RowLocation,
+        survey: Survey,
     ) -> Index:
-        """Build an index from the locations of pictures, given by (index of the source, bucket)."""
-        locations = (each for group in entries.values() for entry in group for each in (entry.latent, entry.caption))
+        """Build an index from the locations of pictures and their captions."""
+        locations = (each for group in entries.values() for entry in group for each in entry.locations)
         shards = {name: number for number, name in enumerate(dict.fromkeys(each.shard for each in locations))}
         groups = {}
         for which, group in entries.items():
-            numbers = [
-                (shards[latent.shard], latent.row, shards[caption.shard], caption.row) for _, latent, caption in group
-            ]
+            numbers = [[n for at in entry.locations for n in (shards[at.shard], at.row)] for entry in group]
             keys = torch.tensor([entry.key for entry in group])
             groups[which] = _sort_by_key(keys, torch.tensor(numbers, dtype=torch.int32))
-        return Index(list(shards), groups, empty, survey)
+        return Index(list(shards), groups, empty, negative, survey)
 
     def digest(self) -> str:
         """Return a hash of the picture and caption contents, their source and bucket, and their multiplicity."""
         content = hashlib.sha256()
-        for (number, bucket), rows in sorted(self.groups.items()):
-            content.update(f"{number} {bucket} {len(rows.keys)}\n".encode())
+        for key, rows in sorted(self.groups.items(), key=lambda group: group[0]):
+            content.update(f"{key.source} {key.repeats} {key.bucket} {len(rows.keys)}\n".encode())
             content.update(rows.keys.numpy().data)
         return content.hexdigest()[:16]
 
@@ -124,10 +130,10 @@ class Index:
     def merge(parts: Sequence[Index]) -> Index:
         """Join the indices of all parts of the data."""
         survey, shards = Survey(), list[str]()
-        pieces: dict[tuple[int, Size], list[GroupRows]] = defaultdict(list)
+        pieces: dict[GroupKey, list[GroupRows]] = defaultdict(list)
         for part in parts:
-            offset = torch.tensor([len(shards), 0, len(shards), 0], dtype=torch.int32)
             for which, rows in part.groups.items():
+                offset = torch.tensor([len(shards), 0], dtype=torch.int32).repeat(rows.locations.shape[1] // 2)
                 pieces[which].append(GroupRows(rows.keys, rows.locations + offset))
             shards += part.shards
             survey.merge(part.survey)
@@ -135,7 +141,7 @@ class Index:
             which: _sort_by_key(torch.cat([rows.keys for rows in each]), torch.cat([rows.locations for rows in each]))
             for which, each in pieces.items()
         }
-        return Index(shards, groups, parts[0].empty, survey)
+        return Index(shards, groups, parts[0].empty, parts[0].negative, survey)
 
     def write(self, path: Path) -> None:
         """Write the index to a file, atomically."""
@@ -144,10 +150,12 @@ class Index:
             tensors |= {f"{number}.keys": rows.keys, f"{number}.locations": rows.locations}
         header = {
             "shards": self.shards,
-            "groups": [(number, *bucket) for number, bucket in self.groups],
+            "groups": [(key.source, key.repeats, *key.bucket) for key in self.groups],
             "empty": self.empty,
+            "negative": self.negative,
             "seen": self.survey.seen,
             "problems": self.survey.problems,
+            "notes": self.survey.notes,
             "names": self.survey.names,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -164,16 +172,18 @@ class Index:
         with safe_open(path, "pt") as file:
             header = json.loads(file.metadata()["index"])
         groups = {
-            (source, Size(height, width)): GroupRows(tensors[f"{number}.keys"], tensors[f"{number}.locations"])
-            for number, (source, height, width) in enumerate(header["groups"])
+            GroupKey(source, repeats, Size(*size)): GroupRows(tensors[f"{number}.keys"], tensors[f"{number}.locations"])
+            for number, (source, repeats, *size) in enumerate(header["groups"])
         }
         survey = Survey(
             Counter({which: len(rows.keys) for which, rows in groups.items()}),
             header["seen"],
             Counter(header["problems"]),
+            Counter(header["notes"]),
             header["names"],
         )
-        return Index(header["shards"], groups, RowLocation(*header["empty"]), survey)
+        empty, negative = (RowLocation(*header[name]) for name in ("empty", "negative"))
+        return Index(header["shards"], groups, empty, negative, survey)
 
 
 class IndexEntry(NamedTuple):
@@ -181,8 +191,8 @@ class IndexEntry(NamedTuple):
 
     key: int
     """Sort key, int64: a hash of the picture and its caption."""
-    latent: RowLocation
-    caption: RowLocation
+    locations: Sequence[RowLocation]
+    """The latent, and each variant of the caption."""
 
 
 @dataclass(frozen=True)
@@ -191,6 +201,8 @@ class CachedData:
 
     dataset: Dataset
     survey: Survey
+    digest: str
+    """As `Index.digest`: the same for the same pictures and captions, wherever they are cached."""
 
 
 def open_cached(config: Config, dtype: torch.dtype) -> CachedData | None:
@@ -205,16 +217,18 @@ def open_cached(config: Config, dtype: torch.dtype) -> CachedData | None:
         paths = [config.cache_folder / name for name in index.shards]
         for path in paths:
             open_shard(path)
-        shard, row = index.empty
-        empty = caption_of(open_shard(config.cache_folder / shard), row)
+        empty, negative = (
+            caption_of(open_shard(config.cache_folder / shard), row) for shard, row in (index.empty, index.negative)
+        )
     except (SafetensorError, OSError):
         return None
     if not index.groups:
-        raise UserError(f"no picture is left to train on: {index.survey.complaints()}")
-    shards, ordered = ShardFiles(paths), sorted(index.groups.items())
-    groups = make_groups(config.data, [(which, len(rows.keys)) for which, rows in ordered])
+        raise UserError(index.survey.refusal())
+    shards, ordered = ShardFiles(paths), sorted(index.groups.items(), key=lambda group: group[0])
+    groups = make_groups(config.data, [(key, len(rows.keys)) for key, rows in ordered])
     tables = [Table(rows.locations, shards, shards) for _, rows in ordered]
-    return CachedData(Dataset(groups, tables, empty, checkpoint.collate), index.survey)
+    dataset = Dataset(groups, tables, empty, checkpoint.collate, negative)
+    return CachedData(dataset, index.survey, index.digest())
 
 
 def input_fingerprints(config: Config, dtype: torch.dtype) -> dict[str, str]:
@@ -254,11 +268,21 @@ def _sort_by_key(keys: Tensor, locations: Tensor) -> GroupRows:
 
 def _index_hash(paths: CachePaths, config: Config) -> str:
     """Return a hash of the rows' settings and of the name, size and modification time of every source file."""
-    state: list[Any] = [config.data.skip_bad, config.data.draw.per_prompt, paths.settings]
+    captions = [getattr(config.data, key) for key in ("caption_prefix", "shuffle_tags", "keep_tags")]
+    state: list[Any] = [config.data.skip_bad, config.data.draw.per_prompt, captions, config.method.negative_prompt]
+    state.append(paths.settings)
     for source in open_sources(config.data):
-        files = ((file, file.stat()) for file in source.files())
-        state.append([type(source).__name__, *((f.name, str(f.parent), s.st_size, s.st_mtime_ns) for f, s in files)])
+        state.append([type(source).__name__, *map(_file_state, source.files())])
     return _hash(state)
+
+
+def _file_state(path: Path) -> tuple[str, int, int]:
+    """Return the absolute path, size and modification time of a file; (path, 0, 0) for a broken link."""
+    try:
+        state = path.stat()
+    except OSError:
+        return os.path.abspath(path), 0, 0
+    return os.path.abspath(path), state.st_size, state.st_mtime_ns
 
 
 def _hash(value: object) -> str:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...tcd.distill.order import BatchOrder, Group
+from ...tcd.distill.order import BatchOrder, Group, dropped_captions
 from ...tcd.randomness import generator
 from ..models.conditioning import Conditioning
 from ..models.framing import Framing
@@ -36,7 +36,7 @@ class Batch(NamedTuple):
     cond: Conditioning
     """Conditioning on the captions, B rows."""
     uncond: Conditioning
-    """Conditioning on the empty caption and the pictures' framing, B rows."""
+    """Conditioning on the negative prompt and the pictures' framing, B rows."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Table:
     """The pictures of one group: the location of each latent and caption."""
 
     index: Tensor
-    """[n, 4] int32 for n pictures: shard and row in `latents`, shard and row in `captions`."""
+    """[n, 2 + 2 V] int32 for n pictures: shard and row in `latents`, and in `captions` for each of V variants."""
     latents: Sequence[Shard]
     captions: Sequence[Shard]
 
@@ -59,6 +59,8 @@ class Dataset:
     empty: Conditioning
     """Conditioning on the empty caption, one row."""
     join: Join
+    negative: Conditioning | None = None
+    """Conditioning on the negative prompt of the teacher's guidance, one row; None for the empty caption."""
 
     def __len__(self) -> int:
         """Return how many pictures the first epoch shows."""
@@ -67,23 +69,26 @@ class Dataset:
     def batch(self, step: int, size: int, part: slice = slice(None), *, seed: int, caption_dropout: float) -> Batch:
         """Return the rows `part` of a step's batch of `size` rows. All rows of a step are from one bucket.
 
-        The choice of pictures, the caption dropout and the posterior's noise are functions of (seed, step, row), and
-        do not depend on how the rows of a step are divided among processes.
+        The choice of pictures and of variants of their captions, the dropout and the posterior's noise are functions of
+        (seed, step, row), and do not depend on how the rows of a step are divided among processes.
         """
         rows = _order_of(self.groups, size, seed).rows(step)[part].tolist()
-        dropped = torch.rand(size, generator=generator(seed, "caption dropout", step))[part] < caption_dropout
+        dropped = dropped_captions(size, caption_dropout, seed=seed, step=step)[part]
+        chosen = torch.rand(size, generator=generator(seed, "caption variant", step))[part].tolist()
         numbers = range(size)[part]
         latents, framings, captions = [], [], []
-        for number, (group, picture), drop in zip(numbers, rows, dropped.tolist(), strict=True):
+        for number, (group, picture), drop, choice in zip(numbers, rows, dropped.tolist(), chosen, strict=True):
             table = self.tables[group]
-            shard, row, caption_shard, caption = table.index[picture].tolist()
+            shard, row, *variants = table.index[picture].tolist()
+            at = 2 * int(choice * (len(variants) // 2))
+            caption_shard, caption = variants[at : at + 2]
             latents.append(
                 _sample_posterior(table.latents[shard], row, generator(seed, f"posterior of row {number}", step))
             )
             framings.append(table.latents[shard]["sizes"][row])
             captions.append(self.empty if drop else caption_of(table.captions[caption_shard], caption))
         framing = Framing.from_rows(torch.stack(framings))
-        uncond = self.join([self.empty] * len(rows), framing)
+        uncond = self.join([self.empty if self.negative is None else self.negative] * len(rows), framing)
         return Batch(torch.stack(latents), self.join(captions, framing), uncond)
 
 

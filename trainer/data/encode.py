@@ -9,25 +9,29 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from ...tcd.distill.memory import memory_advice
+from ...tcd.distill.teacher_sampling import dpm_solver_sample
 from ...tcd.randomness import generator
-from ..config.memory_advice import caching_advice, memory_advice
+from ..config.memory_advice import caching_advice
 from ..config.settings import Config
 from ..errors import UserError
 from ..models import open_checkpoint
 from ..models.conditioning import Conditioning
 from ..models.framing import Framing
 from ..models.seam import Autoencoder, Checkpoint, Model, TextEncoder
-from ..models.teacher_sampling import dpm_solver_sample
 from .buckets import Size
-from .cache import Index, IndexEntry, cache_paths, merge_parts, open_cached
+from .cache import CachedData, Index, IndexEntry, cache_paths, merge_parts, open_cached
+from .captions import caption_variants, with_prefix
 from .dataset import Dataset, caption_of
 from .sources import PictureSource, PromptFile, open_sources
 from .store import Store, digest, open_shard
 from .survey import (
+    GroupKey,
     Inspection,
     Survey,
     check_bucket_sizes,
@@ -47,6 +51,14 @@ encoded alone, so that a row has the same bits whichever other rows are missing.
 the cache therefore ends exactly like one that was not."""
 
 
+Together = Callable[[Callable[[], Any]], Any]
+"""Calls a function in one or all of several processes, and returns its result."""
+
+
+def _alone(function: Callable[[], Any]) -> Any:
+    return function()
+
+
 def pictures_per_call(bucket: Size, device: torch.device) -> int:
     """Return how many pictures of a bucket are encoded or drawn in one call, at least 1."""
     return 1 if device.type == "cpu" else max(_PIXELS_PER_CALL // (bucket.height * bucket.width), 1)
@@ -60,26 +72,39 @@ def load_or_encode(
     part: int = 0,
     parts: int = 1,
     total: int | None = None,
-    barrier: Callable[[], None] = lambda: None,
+    on_main: Together = _alone,
+    on_every: Together = _alone,
 ) -> Dataset:
     """Return the data of a configuration from the cache, after computing the missing rows on `device`.
 
     part, parts: this process computes part `part` of `parts`.
     total: the number of samples, for the progress bar.
-    barrier: returns once all processes have called it.
+    on_main, on_every: as the methods of `Processes`. The main process decides whether rows are missing, and what the
+    data are.
     Raises UserError if a source or sample cannot be used, and MemoryFullError if memory runs out.
     """
+    if not on_main(lambda: open_cached(config, dtype) is not None):
+        on_every(lambda: fill_cache(config, device, dtype, part=part, parts=parts, total=total))
+        on_main(lambda: merge_parts(config, dtype))
+    expected = on_main(lambda: _open_complete(config, dtype).digest)
+    dataset: Dataset = on_every(lambda: _open_complete(config, dtype, expected)).dataset
+    return dataset
+
+
+def _open_complete(config: Config, dtype: torch.dtype, expected: str | None = None) -> CachedData:
+    """Open the data of a complete cache; raises UserError if it is not complete, or its digest is not `expected`."""
     cached = open_cached(config, dtype)
     if cached is None:
-        fill_cache(config, device, dtype, part=part, parts=parts, total=total)
-        barrier()
-        if part == 0:
-            merge_parts(config, dtype)
-        barrier()
-        cached = open_cached(config, dtype)
-    if cached is None:
-        raise UserError("the data changed while they were cached: start again")
-    return cached.dataset
+        raise UserError(
+            f"{config.cache_folder} does not have all data after they were cached: they have changed meanwhile, or it "
+            "is not the same folder for all processes; start again, with a data.cache that all of them reach"
+        )
+    if expected not in (None, cached.digest):
+        raise UserError(
+            f"{config.cache_folder} has other data for this process than for the main one: use a data.cache and data "
+            "that are the same for all processes"
+        )
+    return cached
 
 
 def fill_cache(
@@ -117,7 +142,8 @@ def fill_cache(
         filler.finish_encoding()
         filler.draw_prompts(bar)
     raise_for_problems(filler.survey, config.data)
-    filler.index().write(paths.index_file(config, part, parts))
+    if open_cached(config, dtype) is None:  # another process may have filled the cache meanwhile
+        filler.index().write(paths.index_file(config, part, parts))
 
 
 @dataclass
@@ -130,8 +156,8 @@ class _CacheFiller:
     dtype: torch.dtype
     stores: dict[str, Store]
     survey: Survey = field(default_factory=Survey)
-    entries: dict[tuple[int, Size], list[tuple[str, bytes, bytes]]] = field(default_factory=lambda: defaultdict(list))
-    """By (index of the source, bucket), for each picture: store and digest of its latent, digest of its caption."""
+    entries: dict[GroupKey, list[tuple[str, bytes, list[bytes]]]] = field(default_factory=lambda: defaultdict(list))
+    """For each picture of a group: store and digest of its latent, digests of the variants of its caption."""
     _pending_pictures: dict[Size, dict[bytes, Inspection]] = field(default_factory=lambda: defaultdict(dict))
     _pending_captions: dict[bytes, str] = field(default_factory=dict)
     _pending_drawings: dict[bytes, str] = field(default_factory=dict)
@@ -145,7 +171,7 @@ class _CacheFiller:
     @cached_property
     def text_encoder(self) -> TextEncoder:
         """The text encoder, loaded when the first caption has to be encoded."""
-        return self.checkpoint.load_text_encoder(self.dtype, self.device)
+        return self.checkpoint.load_text_encoder(self.device)
 
     def add_pictures(self, number: int, source: PictureSource, part: int, parts: int, bar: tqdm) -> None:
         """Add the samples of a source, and encode pictures and captions that are not cached."""
@@ -155,13 +181,14 @@ class _CacheFiller:
             source.samples(part, parts),
         )
         for inspection in inspections:
-            bar.update()
+            sample = inspection.sample
+            bar.update(not sample.left_out)
             self.survey.count(inspection)
-            if inspection.problems:
+            if inspection.problems or sample.left_out:
                 continue
             bucket = inspection.crop.bucket if inspection.crop else Size.parse(store.kind(inspection.key))
-            caption = self._add_caption(inspection.sample.caption)
-            self.entries[number, bucket].append(("latents", inspection.key, caption))
+            captions = self._add_captions(sample.caption)
+            self.entries[GroupKey(number, sample.repeats, bucket)].append(("latents", inspection.key, captions))
             if inspection.crop and inspection.key not in store:
                 self._pending_pictures[bucket][inspection.key] = inspection
             if len(self._pending_pictures[bucket]) >= pictures_per_call(bucket, self.device):
@@ -170,12 +197,14 @@ class _CacheFiller:
     def add_prompts(self, number: int, source: PromptFile, part: int, parts: int) -> None:
         """Add the prompts of a file, encode new ones, and collect those that the teacher has to draw."""
         bucket, store = drawn_bucket(self.config.data), self.stores["drawn"]
-        for prompt in source.captions()[part::parts]:
+        for line in source.captions()[part::parts]:
+            prompt = with_prefix(line, self.config.data)
             for drawing in range(self.config.data.draw.per_prompt):
                 key = digest(f"{drawing} {prompt}".encode())
-                self.entries[number, bucket].append(("drawn", key, self._add_caption(prompt)))
+                self.entries[GroupKey(number, 1, bucket)].append(("drawn", key, self._add_captions(line)))
                 self.survey.seen += 1
                 if key not in store:
+                    self._add_caption(prompt)
                     self._pending_drawings[key] = prompt
 
     def finish_encoding(self) -> None:
@@ -183,6 +212,7 @@ class _CacheFiller:
         for bucket in list(self._pending_pictures):
             self._encode_pictures(bucket)
         self._add_caption("")
+        self._add_caption(self.config.method.negative_prompt)
         self._encode_captions()
         self.stores["latents"].flush()
         self.stores["captions"].flush()
@@ -205,7 +235,7 @@ class _CacheFiller:
             latents = dpm_solver_sample(
                 model,
                 self._cached_conditioning([prompt for _, prompt in batch], framing).to(self.device),
-                self._cached_conditioning([""] * len(batch), framing).to(self.device),
+                self._cached_conditioning([self.config.method.negative_prompt] * len(batch), framing).to(self.device),
                 torch.stack(noise).to(self.device),
                 steps=draw.steps,
                 guidance=draw.guidance,
@@ -221,15 +251,20 @@ class _CacheFiller:
         locations = {
             group: [
                 IndexEntry(
-                    _sort_key(key, caption),
-                    self.stores[kind].location_in_cache(key),
-                    captions.location_in_cache(caption),
+                    _sort_key(key, b"".join(variants)),
+                    [self.stores[kind].location_in_cache(key), *map(captions.location_in_cache, variants)],
                 )
-                for kind, key, caption in entries
+                for kind, key, variants in entries
             ]
             for group, entries in self.entries.items()
         }
-        return Index.from_entries(locations, captions.location_in_cache(_caption_digest("")), self.survey)
+        empty, negative = (
+            captions.location_in_cache(_caption_digest(text)) for text in ("", self.config.method.negative_prompt)
+        )
+        return Index.from_entries(locations, empty, negative, self.survey)
+
+    def _add_captions(self, caption: str) -> list[bytes]:
+        return [self._add_caption(variant) for variant in caption_variants(caption, self.config.data)]
 
     def _add_caption(self, caption: str) -> bytes:
         """Return the digest of a caption; a caption that is not cached is encoded in `finish_encoding` or before."""
@@ -305,7 +340,8 @@ def _embedding_to_cached(tensor: torch.Tensor, caption: str) -> torch.Tensor:
         return tensor.cpu()
     if not tensor.isfinite().all():
         raise UserError(
-            f"the caption {caption!r} has an encoding that is not finite: use base.dtype=bfloat16 or float32"
+            f"the caption {caption!r} has an encoding that is not finite: change its weights in brackets, or use other "
+            "text encoders"
         )
     row = tensor.to("cpu", CACHED_DTYPE)
     return row if row.isfinite().all() else tensor.to("cpu", torch.float32)

@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 import io
-import struct
-import zlib
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .buckets import CropPlan, Size
 
-SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 """Suffixes of image files, lower case."""
-# The errors that Pillow raises for damaged files, depending on the format.
-_DAMAGE = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
 
 
 class BrokenPictureError(ValueError):
@@ -39,14 +23,18 @@ class BrokenPictureError(ValueError):
 def decode(data: bytes) -> Image.Image:
     """Decode a picture to RGB: the first frame, rotated according to EXIF, transparency blended with white.
 
-    Raises BrokenPictureError if the bytes are not a complete picture, or its mode cannot be converted.
+    Raises BrokenPictureError, with the reason, if the bytes are not a complete picture or its mode cannot be converted.
     """
+    if not data:
+        raise BrokenPictureError("the file is empty")
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
             return _rgb(ImageOps.exif_transpose(image))
-    except _DAMAGE as error:
-        raise BrokenPictureError(str(error)) from error
+    except UnidentifiedImageError as error:
+        raise BrokenPictureError("not a picture of a known format") from error
+    except Exception as error:  # each decoder has errors of its own, such as RuntimeError for AVIF
+        raise BrokenPictureError(str(error) or type(error).__name__) from error
 
 
 def size_of(image: Image.Image) -> Size:

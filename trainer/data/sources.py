@@ -1,118 +1,123 @@
-"""Sources of samples: folders of captioned pictures, folders with metadata.jsonl, tar shards, and files of prompts.
+"""Sources of samples: folders of captioned pictures, tar shards, and files of prompts.
 
 Each source yields its samples in a fixed order, so that processes can divide them by index.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import tarfile
-from collections.abc import Callable, Iterable, Iterator
+import re
+import stat
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from glob import glob, has_magic
+from functools import cached_property, partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
 
 from ..config.settings import DataConfig
 from ..errors import UserError
+from .listing import HIDDEN, OTHER, UNREAD, Entry, kind_of, sort_files
+from .metadata_files import METADATA_NAMES, listed_captions
 from .pictures import SUFFIXES
+from .samples import Sample, make_sample
+from .shards import SHARD_SUFFIXES, TarShards, open_shards
 
-METADATA = "metadata.jsonl"
-"""Name of the file that lists a folder's pictures and their captions."""
-NO_CAPTION, NO_PICTURE = "have no caption", "have a caption but no picture"
-NOT_UTF8 = "have a caption that is not UTF-8"
-DAMAGED_TAR = "are tar files that end or break off early"
-"""Problems of samples; each completes a message "3 of 9 pictures ..."."""
-
-
-class Sample(NamedTuple):
-    """A picture and its caption, or the problem with them."""
-
-    name: str
-    """The sample's name in messages."""
-    read: Callable[[], bytes]
-    """Returns the bytes of the image file; raises OSError if it cannot be read."""
-    caption: str = ""
-    """The caption without surrounding blanks; empty if there is a problem."""
-    problem: str = ""
-    """Why the sample cannot be used, such as NO_CAPTION; empty if no problem is known before the picture is read."""
+UNREADABLE_CAPTION = "have a caption that cannot be read"
+"""A problem of samples; it completes a message "3 of 9 pictures ..."."""
+READ_ALREADY = "folders that are read under another name, because of links"
+NO_REPEATS = "in a folder 0_name, which is shown 0 times"
+"""Reasons why files are left out; each completes a message "...: 3 (a.png, b.png, c.png)"."""
 
 
 @dataclass(frozen=True)
-class CaptionedFolder:
-    """Images in a folder and its subfolders, each with a caption in a .txt file of the same name."""
+class PictureFolder:
+    """Images in a folder and its subfolders, each with a caption file of the same name or listed in a metadata file.
+
+    Links to folders are followed, and each folder is read once.  The number of a subfolder such as `10_name` says how
+    often an epoch shows its pictures.
+    """
 
     path: Path
 
     def files(self) -> list[Path]:
-        """Return the paths of all images and captions, sorted."""
-        return sorted(path for path in self._visible_files() if path.suffix.lower() in SUFFIXES | {".txt"})
+        """Return the paths of all pictures, captions and metadata files, sorted."""
+        names, _ = self._found
+        used = (name for name in names if name in self._metadata or kind_of(name) not in (HIDDEN, OTHER))
+        return [self.path / name for name in sorted({*used, *self._listed})]
+
+    def check(self, key: str) -> None:
+        """Raise UserError, naming the configuration key, if there is no picture in the folder, or for its metadata."""
+        kinds = Counter(map(kind_of, self._found[0]))
+        if self._listed or kinds["picture"] or kinds[UNREAD]:
+            return
+        others = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+        raise UserError(
+            f"{self.path} ({key}) has no pictures in it: put {', '.join(sorted(SUFFIXES))} files there"
+            + (f" (its files are: {others})" if others else "")
+        )
 
     def samples(self, part: int = 0, parts: int = 1) -> Iterator[Sample]:
-        """Yield every `parts`-th picture from `part` on, sorted by path."""
-        for path in sorted(path for path in self._visible_files() if path.suffix.lower() in SUFFIXES)[part::parts]:
-            caption_path = path.with_suffix(".txt")
-            text = caption_path.read_bytes() if caption_path.is_file() else None
-            yield _make_sample(path.relative_to(self.path).as_posix(), path.read_bytes, text)
+        """Yield every `parts`-th picture or file that is left out from `part` on, sorted by path.
 
-    def _visible_files(self) -> Iterator[Path]:
-        return (path for path in self.path.rglob("*") if not path.name.startswith(".") and path.is_file())
-
-
-@dataclass(frozen=True)
-class MetadataFolder:
-    """Images in a folder whose metadata.jsonl has a line for each image, with `file_name` and `text`."""
-
-    path: Path
-
-    def files(self) -> list[Path]:
-        """Return the paths of all images and .txt files, sorted, and of metadata.jsonl."""
-        return [*CaptionedFolder(self.path).files(), self.path / METADATA]
-
-    def samples(self, part: int = 0, parts: int = 1) -> Iterator[Sample]:
-        """Yield the listed pictures, then the unlisted ones, which have no caption; every `parts`-th from `part` on.
-
-        Raises UserError if a line is not an object with file_name and text.
+        Raises UserError if a metadata file is not valid.
         """
-        lines = list(self._parse_metadata())
-        listed = {name for name, _ in lines}
-        rest = (sample.name for sample in CaptionedFolder(self.path).samples() if sample.name not in listed)
-        for name, text in [*lines, *((name, None) for name in rest)][part::parts]:
-            yield _make_sample(name, (self.path / name).read_bytes, None if text is None else text.encode())
+        names, folders = self._found
+        listed = {name for name, captions in self._listed.items() if captions}
+        entries = sort_files({*names, *self._listed} - set(self._metadata), listed)
+        for entry in [*entries, *folders][part::parts]:
+            yield from self._samples_of(entry)
 
-    def _parse_metadata(self) -> Iterator[tuple[str, str | None]]:
-        path = self.path / METADATA
-        for number, line in enumerate(path.read_bytes().splitlines(), 1):
-            if not line.strip():
-                continue
+    @cached_property
+    def _found(self) -> tuple[list[str], list[Entry]]:
+        """The names of all files, and entries for the folders that are not read."""
+        names, left_out, seen = [], [], {os.path.realpath(self.path)}
+
+        def relative(folder: str, name: str = "") -> str:
+            return (Path(folder) / name).relative_to(self.path).as_posix()
+
+        def complain(error: OSError) -> None:
+            left_out.append(Entry(relative(str(error.filename))))
+
+        for folder, folders, files in os.walk(self.path, followlinks=True, onerror=complain):
+            names += [relative(folder, name) for name in files]
+            paths = {name: os.path.realpath(os.path.join(folder, name)) for name in folders}
+            # Folders come before the links to them, so that a folder has its own name if it can.
+            folders.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
+            for name in list(folders):
+                if paths[name] in seen:
+                    left_out.append(Entry(relative(folder, name), note=READ_ALREADY))
+                    folders.remove(name)
+                seen.add(paths[name])
+        return names, left_out
+
+    @cached_property
+    def _metadata(self) -> list[str]:
+        return sorted(name for name in self._found[0] if _is_metadata(name))
+
+    @cached_property
+    def _listed(self) -> dict[str, list[str]]:
+        """The captions of each picture that a metadata file lists."""
+        return listed_captions(self.path, self._metadata, self._found[0])
+
+    def _samples_of(self, entry: Entry) -> Iterator[Sample]:
+        path, name, repeats = self.path / entry.name, entry.name, _folder_repeats(entry.name)
+        read = partial(_read_file, path)
+        if entry.note == OTHER and not path.exists():  # a broken link
+            yield Sample(name, read)
+        elif entry.note or entry.problem:
+            yield Sample(name, bytes, problem=entry.problem, note=entry.note, left_out=bool(entry.note))
+        elif not repeats:
+            yield Sample(name, bytes, note=NO_REPEATS, left_out=True)
+        elif captions := self._listed.get(name):
+            for caption in captions:
+                yield make_sample(name, read, caption.encode(), repeats)
+        else:
             try:
-                entry = json.loads(line)
-                name, text = entry["file_name"], entry.get("text")
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"{path}, line {number}: not an object with file_name and text ({error})") from error
-            if not (isinstance(name, str) and isinstance(text, str | None)):
-                raise UserError(f"{path}, line {number}: file_name and text must be strings")
-            yield name, text
-
-
-@dataclass(frozen=True)
-class TarShards:
-    """Tar files in the webdataset format: consecutive files whose names agree up to the first dot form one sample."""
-
-    pattern: str
-    """The path as configured, which may contain wildcards."""
-    paths: tuple[Path, ...]
-
-    def files(self) -> list[Path]:
-        """Return the paths of the tar files, sorted."""
-        return list(self.paths)
-
-    def samples(self, part: int = 0, parts: int = 1) -> Iterator[Sample]:
-        """Yield the samples of every `parts`-th tar file from `part` on, each file read sequentially."""
-        for path in self.paths[part::parts]:
-            yield from _read_tar(path)
+                text = _read_file(self.path / entry.caption) if entry.caption else None
+            except OSError:
+                yield Sample(name, read, problem=UNREADABLE_CAPTION)
+            else:
+                yield make_sample(name, read, text, repeats)
 
 
 @dataclass(frozen=True)
@@ -139,7 +144,7 @@ class PromptFile:
         return captions
 
 
-PictureSource = CaptionedFolder | MetadataFolder | TarShards
+PictureSource = PictureFolder | TarShards
 Source = PictureSource | PromptFile
 
 
@@ -153,79 +158,33 @@ def open_sources(data: DataConfig) -> list[Source]:
 
 def _open_source(key: str, text: str) -> Source:
     path = Path(text).expanduser()
-    if path.suffix == ".tar":
-        return TarShards(text, _find_tars(key, path))
-    if path.suffix == ".txt" and path.is_file():
+    if path.is_dir():
+        source = PictureFolder(path)
+        source.check(key)
+        return source
+    if path.name.lower().endswith(SHARD_SUFFIXES):
+        return open_shards(key, path)
+    if path.suffix.lower() == ".txt" and path.is_file():
         return PromptFile(path)
-    if not path.is_dir():
-        kinds = "a folder of pictures, .tar shards such as shards/*.tar, or a .txt file of prompts"
-        raise UserError(f"there is no data folder at {path} ({key} may be {kinds})")
-    source = MetadataFolder(path) if (path / METADATA).is_file() else CaptionedFolder(path)
-    if not any(file.suffix.lower() in SUFFIXES for file in source.files()):
-        raise UserError(f"{path} ({key}) has no pictures in it: put {', '.join(sorted(SUFFIXES))} files there")
-    return source
+    kinds = "a folder of pictures, .tar shards such as shards/*.tar, or a .txt file of prompts"
+    raise UserError(f"there is no data folder at {path} ({key} may be {kinds})")
 
 
-def _find_tars(key: str, path: Path) -> tuple[Path, ...]:
-    found = sorted(map(Path, glob(str(path), recursive=True))) if has_magic(str(path)) else [path]
-    if not found or not all(tar.is_file() for tar in found):
-        raise UserError(f"{key} is {str(path)!r}, but no such .tar file is there")
-    return tuple(found)
+def _is_metadata(name: str) -> bool:
+    return name.rpartition("/")[2] in METADATA_NAMES and kind_of(name) != HIDDEN
 
 
-def _make_sample(name: str, read: Callable[[], bytes], text: bytes | None) -> Sample:
-    """Make a sample from a picture and the bytes of its caption, None if missing; a blank caption counts as missing."""
-    try:
-        caption = "" if text is None else text.decode("utf-8-sig").strip()
-    except UnicodeDecodeError:
-        return Sample(name, read, problem=NOT_UTF8)
-    return Sample(name, read, caption) if caption else Sample(name, read, problem=NO_CAPTION)
+def _folder_repeats(name: str) -> int:
+    """Return the number of a path `10_name/...`, or 1; a number of more than three digits is a year or a date."""
+    match = re.match(r"(0|[1-9]\d{0,2})_[^/]*/", name)
+    return int(match[1]) if match else 1
 
 
-def _read_tar(path: Path) -> Iterator[Sample]:
-    try:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r|") as tar:
-            yield from _group_members(path, _read_members(tar))
-            if not _is_complete(file):  # tarfile does not notice that a file ends between two members
-                raise tarfile.ReadError
-    except (tarfile.TarError, OSError):
-        yield Sample(path.name, bytes, problem=DAMAGED_TAR)
+def _read_file(path: Path) -> bytes:
+    """Return the content of a regular file: reading a pipe would wait forever.
 
-
-def _is_complete(file: BinaryIO) -> bool:
-    """Return whether a tar file ends with a block of zeros, as every complete one does."""
-    file.seek(-tarfile.BLOCKSIZE, os.SEEK_END)
-    return file.read() == bytes(tarfile.BLOCKSIZE)
-
-
-def _read_members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
-    """Yield (key, lower-case suffix, bytes) of each picture and caption; the key is the name up to its first dot."""
-    for member in tar:
-        tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps all members otherwise
-        folder, slash, name = member.name.rpartition("/")
-        stem, _, ending = name.partition(".")
-        suffix = f".{ending.lower()}"
-        file = tar.extractfile(member) if stem and suffix in SUFFIXES | {".txt"} else None
-        if file is not None:
-            yield folder + slash + stem, suffix, file.read()
-
-
-def _group_members(path: Path, members: Iterable[tuple[str, str, bytes]]) -> Iterator[Sample]:
-    """Yield a sample for each run of consecutive members with the same key."""
-    current, data_by_suffix = "", dict[str, bytes]()
-    for key, suffix, data in members:
-        if key != current:
-            yield from _samples_of_key(path, current, data_by_suffix)
-            current, data_by_suffix = key, {}
-        data_by_suffix[suffix] = data
-    yield from _samples_of_key(path, current, data_by_suffix)
-
-
-def _samples_of_key(path: Path, key: str, data_by_suffix: dict[str, bytes]) -> Iterator[Sample]:
-    """Yield the sample of one key: its first picture and its caption; nothing if it has neither."""
-    text = data_by_suffix.pop(".txt", None)
-    for suffix, data in data_by_suffix.items():
-        yield _make_sample(f"{path.name}/{key}{suffix}", partial(bytes, data), text)
-        return
-    if text is not None:
-        yield Sample(f"{path.name}/{key}.txt", bytes, problem=NO_PICTURE)
+    Raises OSError if it is none, or cannot be read.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("not a regular file")
+    return path.read_bytes()

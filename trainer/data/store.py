@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from time import monotonic, time
+from time import monotonic
 from typing import NamedTuple
 
 import torch
@@ -20,15 +20,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..atomic import atomic_write
+from ...tcd.files.atomic import atomic_write, remove_unfinished
 
 DIGESTS = "digest"
 """Name of the tensor in a shard that holds the digests of its rows, uint8 [n, 16]."""
 SHARD_BYTES = 256 * 2**20
 SHARD_SECONDS = 300.0
 """Added rows are written when they reach SHARD_BYTES, or SHARD_SECONDS after the last write."""
-_ABANDONED_SECONDS = 3600.0
-"""A temporary file older than this was left by a process that was killed."""
 log = logging.getLogger("trajectory-consistency")
 
 
@@ -68,11 +66,9 @@ class Store:
         self._kinds: dict[bytes, str] = {}
         self._bytes, self._written = 0, monotonic()
         folder.mkdir(parents=True, exist_ok=True)
-        for path in sorted(folder.glob("*.safetensors")):
-            if path.name.startswith("."):
-                _remove_if_abandoned(path)
-            else:
-                self._add_shard(path, verify)
+        remove_unfinished(folder)
+        for path in sorted(folder.glob("[!.]*.safetensors")):
+            self._add_shard(path, verify)
 
     def __contains__(self, key: bytes) -> bool:
         return key in self.locations or key in self._kinds
@@ -109,7 +105,7 @@ class Store:
         tensors[DIGESTS] = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, 16)
         # Named after its rows, so that two processes never write different rows under the same name.
         path = self.folder / f"{kind}-{digest(b''.join(keys)).hex()}.safetensors"
-        with atomic_write(path, shared=True) as temporary:
+        with atomic_write(path, by_content=True) as temporary:
             save_file(tensors, temporary, metadata={"crc32": _checksum(tensors)})
         for row, key in enumerate(keys):
             self.locations[key] = RowLocation(path.name, row)
@@ -166,12 +162,6 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         value = zlib.crc32(tensors[name].view(torch.uint8).numpy().data, value)
     return f"{value:08x}"
-
-
-def _remove_if_abandoned(temporary: Path) -> None:
-    """Remove a temporary file that is older than an hour: a live process finishes its files sooner."""
-    if time() - temporary.stat().st_mtime > _ABANDONED_SECONDS:
-        temporary.unlink(missing_ok=True)
 
 
 def _remove_damaged(path: Path, reason: str) -> None:

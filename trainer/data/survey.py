@@ -7,6 +7,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import NamedTuple, TypeVar
 
 from torch import Tensor
@@ -18,14 +19,25 @@ from ..errors import UserError
 from ..models.seam import LatentFormat
 from . import pictures
 from .buckets import Buckets, CropPlan, Size
-from .sources import PromptFile, Sample, open_sources
+from .samples import Sample
+from .sources import PromptFile, open_sources
 from .store import digest
 
 BROKEN, UNREADABLE, SMALL = "do not decode", "cannot be read", "are smaller than every bucket"
-"""Problems of samples; like those in sources.py, each completes a message "3 of 9 pictures ..."."""
+"""Problems of samples; like NO_CAPTION, each completes a message "3 of 9 pictures ..."."""
 _NAMES_SHOWN = 5
 T = TypeVar("T")
 U = TypeVar("U")
+
+
+class GroupKey(NamedTuple):
+    """What the pictures of a group have in common."""
+
+    source: int
+    """Index of the source."""
+    repeats: int
+    """How often an epoch shows each picture, relative to the other pictures of the source: 10 in a folder 10_name."""
+    bucket: Size
 
 
 class Inspection(NamedTuple):
@@ -40,20 +52,24 @@ class Inspection(NamedTuple):
     """How the picture is resized and cropped; None if it is already cached or has problems."""
     pixels: Tensor | None = None
     """The resized and cropped picture, uint8 [3, H, W], if requested and `crop` is not None."""
+    reason: str = ""
+    """The cause of the last problem, if it is known: what the decoder or the system said."""
 
 
 @dataclass
 class Survey:
     """Counts of usable pictures and of problems, over all inspected samples."""
 
-    groups: Counter[tuple[int, Size]] = field(default_factory=Counter)
-    """Number of usable pictures, by (index of the source, bucket)."""
+    groups: Counter[GroupKey] = field(default_factory=Counter)
+    """Number of usable pictures."""
     seen: int = 0
     """Number of samples, usable or not."""
     problems: Counter[str] = field(default_factory=Counter)
     """Number of samples with each problem."""
+    notes: Counter[str] = field(default_factory=Counter)
+    """Number of files that are left out for each reason, and of samples with each other note."""
     names: dict[str, list[str]] = field(default_factory=dict)
-    """Names of the first few samples with each problem."""
+    """Names of the first few samples with each problem or note."""
 
     @property
     def pictures(self) -> int:
@@ -61,18 +77,20 @@ class Survey:
         return sum(self.groups.values())
 
     def count(self, inspection: Inspection) -> None:
-        """Count a sample and its problems, but not its bucket."""
-        self.seen += 1
+        """Count a sample, its problems and its note, but not its bucket."""
+        sample = inspection.sample
+        self.seen += not sample.left_out
         for problem in inspection.problems:
-            self.problems[problem] += 1
-            names = self.names.setdefault(problem, [])
-            if len(names) < _NAMES_SHOWN:
-                names.append(inspection.sample.name)
+            reason = inspection.reason if problem == inspection.problems[-1] else ""
+            self._count(self.problems, problem, f"{sample.name} ({reason})" if reason else sample.name)
+        if sample.note:
+            self._count(self.notes, sample.note, sample.name)
 
     def merge(self, other: Survey) -> None:
         """Add the counts from a different part of the data."""
         self.groups.update(other.groups)
         self.problems.update(other.problems)
+        self.notes.update(other.notes)
         self.seen += other.seen
         for problem, names in other.names.items():
             self.names[problem] = [*self.names.get(problem, []), *names][:_NAMES_SHOWN]
@@ -84,6 +102,30 @@ class Survey:
             for problem, count in sorted(self.problems.items())
         )
 
+    def remarks(self) -> str:
+        """Return what is no problem, such as files that are left out, in one line; an empty string if there is none."""
+        return "; ".join(
+            f"{note}: {count} ({_join_names(self.names.get(note, []), count)})"
+            for note, count in sorted(self.notes.items())
+        )
+
+    def report_lines(self) -> list[str]:
+        """Return a line of all problems and one of all notes, without those that would be empty."""
+        parts = (("left out", self.complaints()), ("noted", self.remarks()))
+        return [f"{title}: {text}" for title, text in parts if text]
+
+    def refusal(self) -> str:
+        """Return the message that no picture is left, with all reasons."""
+        reasons = "; ".join(filter(None, (self.complaints(), self.remarks())))
+        return f"no picture is left to train on: {reasons or 'there is none in the data'}"
+
+    def _count(self, counter: Counter[str], what: str, name: str) -> None:
+        counter[what] += 1
+        names = self.names.setdefault(what, [])
+        if len(names) < _NAMES_SHOWN:
+            # A name that is not valid Unicode could not be printed.
+            names.append(name.encode("utf-8", "backslashreplace").decode())
+
 
 def survey(config: Config, part: int = 0, parts: int = 1) -> Survey:
     """Read and decode the pictures of every `parts`-th file from `part` on, and count them and their problems.
@@ -94,14 +136,14 @@ def survey(config: Config, part: int = 0, parts: int = 1) -> Survey:
     for number, source in enumerate(open_sources(config.data)):
         if isinstance(source, PromptFile):
             count = len(source.captions()[part::parts]) * config.data.draw.per_prompt
-            found.groups[number, drawn_bucket(config.data)] += count
+            found.groups[GroupKey(number, 1, drawn_bucket(config.data))] += count
             found.seen += count
             continue
         bar = tqdm(source.samples(part, parts), desc="reading pictures", unit="img", leave=False, delay=2)
         for inspection in parallel_map(lambda sample: inspect_sample(sample, buckets), bar):
             found.count(inspection)
             if inspection.crop is not None:
-                found.groups[number, inspection.crop.bucket] += 1
+                found.groups[GroupKey(number, inspection.sample.repeats, inspection.crop.bucket)] += 1
     raise_for_problems(found, config.data)
     return found
 
@@ -120,11 +162,13 @@ def inspect_sample(
     is_cached: (digest of the file) -> whether the picture is cached; if it is, it is not decoded.
     pixels: whether to return the resized and cropped picture.
     """
+    if sample.left_out:
+        return Inspection(sample)
     problems = (sample.problem,) if sample.problem else ()
     try:
         data = sample.read()
-    except OSError:
-        return Inspection(sample, (*problems, UNREADABLE))
+    except OSError as error:
+        return Inspection(sample, (*problems, UNREADABLE), reason=error.strerror or str(error))
     if not data and problems:  # there is no picture, so "do not decode" would add nothing
         return Inspection(sample, problems)
     key = digest(data)
@@ -132,8 +176,8 @@ def inspect_sample(
         return Inspection(sample, key=key)
     try:
         image = pictures.decode(data)
-    except pictures.BrokenPictureError:
-        return Inspection(sample, (*problems, BROKEN))
+    except pictures.BrokenPictureError as error:
+        return Inspection(sample, (*problems, BROKEN), reason=str(error))
     crop = buckets.fit(pictures.size_of(image))
     if crop is None or problems:
         return Inspection(sample, problems if crop else (*problems, SMALL))
@@ -170,34 +214,47 @@ def drawn_bucket(data: DataConfig) -> Size:
     return Size(side, side)
 
 
-def make_groups(data: DataConfig, counts: Iterable[tuple[tuple[int, Size], int]]) -> tuple[Group, ...]:
+def make_groups(data: DataConfig, counts: Iterable[tuple[GroupKey, int]]) -> tuple[Group, ...]:
     """Return the groups with each picture's repeats per epoch, as configured or derived from the sources' weights.
 
-    counts: ((index of the source, bucket), number of pictures) of each group.
+    The numbers are exact, and what one group's share of the first epoch is rounded down by goes to the next.
+    counts: the number of pictures of each group.
     """
     counts = list(counts)
-    total: Counter[int] = Counter()
-    for (number, _), count in counts:
-        total[number] += count
-    sources = [source for _, source in data.named_sources]
-    weights = sum(sources[number].weight for number in total)
-    repeats = {
-        number: source.weight / weights * total.total() / total[number] if source.weight else source.repeats
-        for number, source in enumerate(sources)
-        if total[number]
+    shown: Counter[int] = Counter()
+    for key, count in counts:
+        shown[key.source] += key.repeats * count
+    sources = {number: source for number, (_, source) in enumerate(data.named_sources) if shown[number]}
+    weights = sum(_exact(source.weight) for source in sources.values())
+    pictures = sum(count for _, count in counts)
+    factors = {
+        number: _exact(source.weight) / weights * pictures / shown[number] if weights else _exact(source.repeats)
+        for number, source in sources.items()
     }
-    return tuple(Group(bucket, count, repeats[number]) for (number, bucket), count in counts)
+    groups, before = [], Fraction(0)
+    for key, count in counts:
+        repeats = key.repeats * factors[key.source]
+        groups.append(Group(key.bucket, count, repeats, before % 1))
+        before += count * repeats
+    return tuple(groups)
+
+
+def _exact(setting: float) -> Fraction:
+    """Return the number as it is written in a configuration: 3/10 for 0.3."""
+    return Fraction(str(setting))
 
 
 def data_report(found: Survey, config: Config) -> str:
-    """Return the number of usable pictures of each source, and the problems of the others, as text."""
+    """Return the number of usable pictures of each source, the problems of the others, and all notes, as text."""
     lines = []
     for number, (_, source) in enumerate(config.data.named_sources):
-        count = sum(count for (which, _), count in found.groups.items() if which == number)
-        lines.append(f"{count:>9} pictures  {source.path}")
-    if found.problems:
-        lines.append(f"left out: {found.complaints()}")
-    return "\n".join(lines)
+        counts: Counter[int] = Counter({1: 0})
+        for key, count in found.groups.items():
+            counts[key.repeats] += count if key.source == number else 0
+        lines.append(f"{counts.total():>9} pictures  {source.path}")
+        repeated = sorted((repeats, count) for repeats, count in counts.items() if count and repeats > 1)
+        lines += [f"{count:>20} of them in folders {repeats}_...: {repeats} times each" for repeats, count in repeated]
+    return "\n".join(lines + found.report_lines())
 
 
 def bucket_table(found: Survey, config: Config, batch: int) -> str:

@@ -12,6 +12,7 @@ from ..tiny import world
 
 TEACHER_GUIDANCE = 1.5
 EMA_DECAY, HUBER_C = 0.95, 0.03
+PLAIN = {"target_time": False, "weighting": "none", "diagonal": 0.0, "to_clean": 0.0}  # what a method adds to
 PICTURES = 1024
 BATCH = 32
 
@@ -41,6 +42,7 @@ def distill(
                 "cache": str(shared / "cache"),
             },
             "method": {
+                **PLAIN,
                 "guidance_min": TEACHER_GUIDANCE,
                 "guidance_max": TEACHER_GUIDANCE,
                 "ema_decay": EMA_DECAY,
@@ -48,7 +50,7 @@ def distill(
                 **method,
             },
             "adapter": {"rank": 32, "alpha": 32.0},
-            "training": {"steps": steps, "batch": BATCH, "lr": lr, "warmup_steps": 10, "seed": seed},
+            "training": {"steps": steps, "batch": BATCH, "lr": lr, "warmup_steps": min(10, steps - 1), "seed": seed},
             "output": {"folder": str(out), "name": name},
         }
     )

@@ -11,11 +11,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...tcd.adapter import OFF
+from ...tcd.distill.sampling import Guidance, initial_noise, sample_latents
 from ..config.base import BaseConfig
 from ..files.adapter_weights import load_weights
 from ..models import open_checkpoint
 from ..models.framing import Framing
-from ..models.sampling import Guidance, initial_noise, sample_latents
 from ..tiny.world import SIZE_PX
 from .distill import TEACHER_GUIDANCE
 
@@ -72,7 +72,7 @@ class DemoSampler:
         self.model = checkpoint.load(torch.float32, cpu)
         for name, path in loras.items():
             self.model.adapter.add(name, load_weights(self.model, path))
-        *cond, uncond = checkpoint.load_text_encoder(torch.float32, cpu).encode([*captions, ""])
+        *cond, uncond = checkpoint.load_text_encoder(cpu).encode([*captions, ""])
         self.cond = checkpoint.collate(cond, Framing.whole(SIZE_PX, SIZE_PX, len(cond)))
         empty = checkpoint.collate([uncond], Framing.whole(SIZE_PX, SIZE_PX))
         self.guidance = Guidance(empty, TEACHER_GUIDANCE)

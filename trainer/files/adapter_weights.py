@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,29 +12,32 @@ from torch import Tensor
 from ...tcd import AdapterWeights, Lora, LoraModule, coverage, kohya_name
 from ...tcd.adapter import FILE, layer_shapes
 from ...tcd.lora_keys import ALPHA, DOWN, UP
-from ...tcd.target_time import PREFIX
+from ...tcd.lora_weights import copy_modules, lora_tensors
 from ..config.settings import Config
 from ..errors import UserError
-from ..lora_file import LoraFile, check_plain_lora, read_lora
+from ..lora_file import by_layer, check_plain_lora, read_lora
 from ..models.seam import Model
 
 
 def load_weights(model: Model, path: Path) -> AdapterWeights:
     """Read a LoRA file as float32, frozen weights for the layers of `model`, without adding them to its adapter.
 
+    Modules for a text encoder are left out.
+
     Raises UserError if the file is not a plain LoRA, or a module of it does not fit this model.
     """
     file = read_lora(path)
-    by_layer = layer_shapes(model.network)
-    layers = {kohya_name(model.lora_key(layer)): layer for layer in by_layer}
-    shapes = {name: by_layer[layer] for name, layer in layers.items()}
-    try:
-        fit = coverage(file.tensors, shapes)
-    except ValueError as error:
-        raise UserError(f"{path} is not a LoRA for this model: {error}") from error
+    modules, shapes = file.network_modules, layer_shapes(model.network)
+    layers = _layers_by_name(model, shapes)
+    if not modules:
+        raise UserError(f"{path} has weights for a text encoder alone, and none for the network")
+    for module in modules.values():
+        check_plain_lora(f"{path}: {module.path}", module.tensors)
+    tensors = {f"{name}.{part}": tensor for name, module in modules.items() for part, tensor in module.tensors.items()}
+    fit = coverage(tensors, {name: shapes[layer] for name, layer in layers.items()})
     if not fit.complete:
         raise UserError(f"{path} is not a LoRA for this model: {fit.describe()}; use a base of its family")
-    loras = {layers[name]: _lora(path, module, shapes[name]) for name, module in file.modules.items()}
+    loras = {layer: _lora(module, shapes[layer]) for layer, module in by_layer(modules, layers, path).items()}
     return AdapterWeights(loras, file.target_time).requires_grad_(False)
 
 
@@ -84,61 +87,28 @@ def start_from(model: Model, weights: AdapterWeights, path: Path) -> None:
     Raises UserError if the file is not a LoRA, or differs from `weights` in modules, shapes, alpha or target input.
     """
     file = read_lora(path)
-    own = {kohya_name(model.lora_key(layer)): lora for layer, lora in weights.items()}
-    unmatched = sorted(file.modules.keys() ^ own.keys())
-    if unmatched:
-        raise UserError(
-            f"adapter.start_from is {path}, with {len(file.modules)} modules, and the adapter has {len(own)}; not in "
-            f"both are {', '.join(unmatched[:3])} ...: use a LoRA for this base, and the adapter.targets that it was "
-            "trained with"
-        )
-    for name, module in file.modules.items():
-        _copy_module(path, name, own[name], module)
-    _copy_embedding(path, weights, file)
+    layers = _layers_by_name(model, weights.paths)
+    found = by_layer(file.modules, {name: layers.get(name, name) for name in file.modules}, path)
+    for module in found.values():
+        check_plain_lora(f"adapter.start_from is {path}: {module.path}", module.tensors)
+    try:
+        copy_modules(found, file.target_time, weights)
+    except ValueError as error:
+        raise UserError(f"adapter.start_from is {path}, {error}") from error
 
 
 def file_tensors(model: Model, weights: AdapterWeights) -> dict[str, Tensor]:
     """Return adapter weights as the tensors of a LoRA file for `model`: down, up and alpha of each module."""
-    tensors: dict[str, Tensor] = {}
-    for layer, lora in weights.items():
-        name = model.lora_key(layer)
-        tensors |= {f"{name}.{DOWN}": lora.down.detach(), f"{name}.{UP}": lora.up.detach()}
-        tensors[f"{name}.{ALPHA}"] = torch.tensor(float(lora.alpha))
-    if weights.target_time is not None:
-        tensors |= {f"{PREFIX}{name}": tensor for name, tensor in weights.target_time.state_dict().items()}
-    return tensors
+    return lora_tensors(weights, model.lora_key)
 
 
-def _lora(path: Path, module: LoraModule, shape: tuple[int, ...]) -> Lora:
-    check_plain_lora(f"{path}: {module.path}", module.tensors)
+def _layers_by_name(model: Model, layers: Iterable[str]) -> dict[str, str]:
+    """Return the paths of layers by every name that files give them, as kohya_name spells it."""
+    return {kohya_name(name): layer for layer in layers for name in model.lora_names(layer)}
+
+
+def _lora(module: LoraModule, shape: tuple[int, ...]) -> Lora:
     # Some tools store the halves for a Linear as 1 x 1 convolutions, or the reverse; the product is the same.
     down = module.tensors[DOWN].reshape(module.rank, *shape[1:])
     up = module.tensors[UP].reshape(shape[0], module.rank, *[1] * (len(shape) - 2))
     return Lora(down, up, float(module.tensors[ALPHA]))
-
-
-def _copy_module(path: Path, name: str, lora: Lora, module: LoraModule) -> None:
-    found = {part: tuple(module.tensors[part].shape) for part in module.tensors.keys() - {ALPHA}}
-    wanted = {DOWN: tuple(lora.down.shape), UP: tuple(lora.up.shape)}
-    file_alpha = float(module.tensors[ALPHA])
-    if found != wanted or file_alpha != lora.alpha:
-        raise UserError(
-            f"adapter.start_from is {path}, where {name} has {found} and alpha {file_alpha:g}, but the adapter has "
-            f"{wanted} and alpha {lora.alpha:g}: use its adapter.rank, {module.rank}, and adapter.alpha, {file_alpha:g}"
-        )
-    if not lora.down.is_meta:
-        lora.down.copy_(module.tensors[DOWN])
-        lora.up.copy_(module.tensors[UP])
-
-
-def _copy_embedding(path: Path, weights: AdapterWeights, file: LoraFile) -> None:
-    given, own = file.target_time, weights.target_time
-    if given is None:
-        return
-    if own is None or own.target_input != given.target_input:
-        raise UserError(
-            f"adapter.start_from is {path}, whose target-time embedding embeds {given.target_input}: use "
-            f'method.target_time = true and method.target_input = "{given.target_input}"'
-        )
-    if not next(own.parameters()).is_meta:
-        own.load_state_dict(given.state_dict())

@@ -16,8 +16,8 @@ from ...tcd.lora_metadata import (
     STEPS_KEY,
     STRENGTH_KEY,
 )
-from ..lora_file import LoraFile, module_scale, read_lora
-from .layout import layout_of
+from ..lora_file import module_scale, read_lora
+from .layout import layouts_of, names_of
 
 _FACTS = {
     "base": BASE_FINGERPRINT_KEY,
@@ -37,12 +37,15 @@ def describe_file(path: Path) -> str:
     Raises UserError if it is not a LoRA.
     """
     lora = read_lora(path)
-    family, modules = lora.metadata.get(FAMILY_KEY) or _family_by_layout(lora), lora.modules.values()
+    family, modules = lora.metadata.get(FAMILY_KEY) or names_of(layouts_of(lora)), lora.modules.values()
+    plain = [module for module in modules if module.rank]
+    for_text = len(lora.modules) - len(lora.network_modules)
     lines = [
         f"{path}: a LoRA for {family or 'no family that is known here'}",
         f"modules   {len(modules)}, such as {next(iter(lora.modules))}",
-        f"rank      {_format_counts(Counter(module.rank for module in modules))}",
-        f"scale     {_format_counts(Counter(round(module_scale(module), 6) for module in modules))} (alpha / rank)",
+        *([f"text      {for_text} of the modules are for a text encoder"] if for_text else []),
+        f"rank      {_format_counts(Counter(module.rank for module in plain))}",
+        f"scale     {_format_counts(Counter(round(module_scale(module), 6) for module in plain))} (alpha / rank)",
         f"dtype     {', '.join(str(dtype).removeprefix('torch.') for dtype in lora.dtypes)}",
     ]
     if lora.target_time is not None:
@@ -50,11 +53,6 @@ def describe_file(path: Path) -> str:
     lines += [f"{label:<10}{lora.metadata[key]}" for label, key in _FACTS.items() if key in lora.metadata]
     short = {key: value for key, value in lora.metadata.items() if len(value) <= _MAX_METADATA_LENGTH}
     return "\n".join([*lines, *(f"{key} = {value}" for key, value in sorted(short.items()))])
-
-
-def _family_by_layout(lora: LoraFile) -> str | None:
-    layout = layout_of(lora)
-    return layout.family if layout else None
 
 
 def _format_counts(modules_by_value: Counter[Any]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config.base import BaseConfig
@@ -40,7 +41,7 @@ def _open_unet(base: BaseConfig) -> Checkpoint | None:
     try:
         return UNetCheckpoint(base)
     except UnknownModelError as error:
-        if base.engine == "diffusers":
+        if base.engine == "diffusers" or Path(base.path).expanduser().is_dir():  # ComfyUI opens files alone
             raise
         return _open_comfyui(base, error)
 

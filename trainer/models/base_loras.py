@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from ...tcd.fingerprint import combined
 from ..config.base import BaseConfig
-from .fingerprint import combined, fingerprint
+from .fingerprint import fingerprint
 from .seam import Fingerprints
 
 

@@ -66,8 +66,21 @@ class LatentDistribution(NamedTuple):
     """[B, *LatentFormat.shape]; None if the autoencoder is deterministic."""
 
 
+class StoredWeight(Protocol):
+    """Where a layer's weight may be in a single-file checkpoint."""
+
+    @property
+    def name(self) -> str:
+        """Key in the file."""
+        ...
+
+    def read(self, tensor: Tensor, shape: Sequence[int]) -> Tensor:
+        """Return the weight as a view of the file's tensor. Raises ValueError if it has another shape."""
+        ...
+
+
 class LoraLayout(NamedTuple):
-    """The layers of a model family that can have a LoRA, by kohya name, and how files name and shape them."""
+    """The layers of a model family that can have a LoRA, by every kohya name that files give them."""
 
     family: str
     """As Checkpoint.family."""
@@ -75,8 +88,8 @@ class LoraLayout(NamedTuple):
     """The shape of the layer's weight, [out, in, ...]."""
     peft_names: Mapping[str, str]
     """The name in PEFT's format without `.lora_A.weight`, such as unet.mid_block.resnets.0.conv1."""
-    checkpoint_keys: Mapping[str, str]
-    """The key of the layer's weight in a single-file checkpoint."""
+    stored: Mapping[str, Sequence[StoredWeight]]
+    """Where the layer's weight may be in a single-file checkpoint; a checkpoint has one of them."""
 
 
 class Fingerprints(NamedTuple):
@@ -94,11 +107,16 @@ class TextEncoder(Protocol):
     """Captions -> conditioning."""
 
     def encode(self, captions: Sequence[str]) -> list[Conditioning]:
-        """Encode each caption as one row, on the encoder's device. Rows may differ in length, and have no padding.
+        """Encode each caption as one row, on the encoder's device, read as ComfyUI reads it: weights in brackets, and
+        chunks of the encoder's length. Rows may differ in length, and have no padding.
 
         The cache stores floating-point tensors in float16, those above its maximum in float32, and returns all of them
         in float32; others keep their dtype.
         """
+        ...
+
+    def chunks(self, caption: str) -> int:
+        """Return the number of chunks in which a caption is encoded. No weights are needed."""
         ...
 
     def to(self, device: torch.device) -> TextEncoder:
@@ -180,8 +198,9 @@ class Model(Protocol):
     ) -> Tensor:
         """Predict x0 as `x0` does, with guidance scales w [B]; w = 1 is no guidance.
 
-        uncond: the empty caption, B rows or one, which may differ from cond in length. The engine chooses the kind of
-        guidance: classifier-free, u + w (c - u), or w as an input of a guidance-distilled network, without uncond.
+        uncond: the empty caption or a negative prompt, B rows or one, which may differ from cond in length. The engine
+        chooses the kind of guidance: classifier-free, u + w (c - u), or w as an input of a guidance-distilled network,
+        without uncond.
         """
         ...
 
@@ -212,8 +231,19 @@ class Model(Protocol):
         """
         ...
 
+    def lora_names(self, layer: str) -> Sequence[str]:
+        """Return every name that LoRA files give the layer at a path; the first is that of `lora_key`."""
+        ...
+
     def unloaded_keys(self, tensors: Mapping[str, Tensor]) -> list[str]:
         """Return the modules of a LoRA file, by lora_key, that the program for which it is written would not load."""
+        ...
+
+    def x0_as_loaded(self, path: Path, x_t: Tensor, t: TimePoint, cond: Conditioning, s: TimePoint) -> Tensor | None:
+        """Predict x0 of one row as the program does for which a LoRA file is written, when it has loaded the file.
+
+        None if the engine does not have that program. Raises ValueError if the program would not load the file.
+        """
         ...
 
     def blocks(self) -> list[nn.Module]:
@@ -264,8 +294,8 @@ class Checkpoint(Protocol):
         """
         ...
 
-    def load_text_encoder(self, dtype: torch.dtype, device: torch.device) -> TextEncoder:
-        """Load the text encoders, frozen, as `load` does. Raises UserError if one is incomplete."""
+    def load_text_encoder(self, device: torch.device) -> TextEncoder:
+        """Load the text encoders, frozen, to compute in float32. Raises UserError if one is incomplete."""
         ...
 
     def load_autoencoder(self, device: torch.device) -> Autoencoder:

@@ -27,8 +27,8 @@ from ...tcd import add_noise, scaled_linear_alpha_bar, vp_level
 from ...tcd.randomness import generator
 from ..models.unet import ldm
 from ..models.unet.families import empty_text_encoder, empty_unet, empty_vae
+from ..models.unet.prompt import read_prompt
 from ..models.unet.single_file import SingleFile
-from ..models.unet.text import tokenize
 from . import world
 
 NUM_TIMESTEPS = 1000
@@ -127,7 +127,7 @@ def train_unet(
     )
     optimizer = torch.optim.AdamW(models.parameters(), lr=1e-3, weight_decay=1e-3)
     alpha_bar = scaled_linear_alpha_bar(NUM_TIMESTEPS).float()
-    ids, empty = tokenize(captions), tokenize([""])
+    ids, empty = (torch.cat([read_prompt(text).ids for text in texts]) for texts in (captions, [""]))
     for step in _steps(steps, "unet", optimizer, peak_lr):
         picked = torch.randint(len(latents), (UNET_BATCH,), generator=generator)
         dropped = torch.rand(UNET_BATCH, generator=generator) < CAPTION_DROPOUT
@@ -184,7 +184,7 @@ def main() -> None:
     images, captions = pictures(options.pictures, options.seed)
     if options.start:
         file = SingleFile(options.start)
-        unet, vae, text_encoder = file.unet(torch.float32), file.vae("tiny"), file.text_encoder(torch.float32)[0]
+        unet, vae, text_encoder = file.unet(torch.float32), file.vae("tiny"), file.text_encoder()[0]
     else:
         train_vae(vae, images, steps=options.vae_steps, generator=generator(options.seed, "vae"))
     latents = encode_pictures(vae.eval(), images)

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from ..atomic import atomic_write
+from ...tcd.files.atomic import atomic_write
 from ..errors import UserError
+from .processes import ALONE, Processes
 
 log = logging.getLogger("trajectory-consistency")
 _NAME = re.compile(r"step-(\d{8})\.safetensors")
@@ -49,18 +49,21 @@ class Checkpoints:
         with atomic_write(path) as unfinished:
             on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             save_file(on_cpu, unfinished, metadata=dict(self.fingerprints))
-        for old in self.steps()[self.keep :]:
-            self._path(old).unlink()
+        self.prune(self.keep)
         return path
 
-    def load_latest(self) -> dict[str, Tensor] | None:
-        """Return the tensors of the newest readable checkpoint, or None; warn about damaged ones."""
-        for step in self.steps():
-            try:
-                return load_file(self._path(step))
-            except (SafetensorError, OSError) as error:
-                log.warning("%s is damaged and is skipped: %s", self._path(step), error)
-        return None
+    def prune(self, keep: int) -> None:
+        """Remove all but the newest `keep` checkpoints."""
+        for old in self.steps()[keep:]:
+            self._path(old).unlink()
+
+    def load_latest(self, processes: Processes = ALONE) -> dict[str, Tensor] | None:
+        """Return the tensors of the newest readable checkpoint, which the main process chooses, or None without any.
+
+        Raises UserError if it cannot be read by every process.
+        """
+        step = processes.on_main_process(self._latest)
+        return None if step is None else processes.on_every_process(lambda: self._load(step))
 
     def check_fingerprints(self) -> None:
         """Raise UserError, which lists the changes, if the newest readable checkpoint has different fingerprints."""
@@ -89,9 +92,25 @@ class Checkpoints:
         matches = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
         return sorted((int(match[1]) for match in matches if match), reverse=True)
 
-    def remove_all(self) -> None:
-        """Remove all checkpoints: a finished run needs none."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def _latest(self) -> int | None:
+        """Return the step of the newest readable checkpoint, or None without any; warn about damaged ones."""
+        for step in self.steps():
+            try:
+                with safe_open(self._path(step), "pt"):
+                    return step
+            except (SafetensorError, OSError) as error:
+                log.warning("%s is damaged and is skipped: %s", self._path(step), error)
+        return None
+
+    def _load(self, step: int) -> dict[str, Tensor]:
+        """Return the tensors of a checkpoint as copies in memory, because Windows removes no file that is mapped."""
+        try:
+            with safe_open(self._path(step), "pt") as file:
+                return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (no mapping)
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{self._path(step)} cannot be read: {error}; each process must reach output.folder"
+            ) from error
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}.safetensors"

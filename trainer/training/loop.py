@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Sequence
 
 from tqdm import tqdm
 
 from ...tcd import distill
 from ...tcd.distill import NonFiniteError, StepRecord
-from ..config.memory_advice import memory_advice, training_advice
+from ...tcd.distill.memory import memory_advice
+from ..config.memory_advice import training_advice
 from ..config.settings import Config
 from ..data.dataset import Dataset
 from ..errors import RunError, UserError
@@ -20,11 +23,12 @@ from .interrupt import Interrupted, watch_stop_signals
 from .optimizer import optimizer_class
 from .processes import ALONE, Processes
 
+log = logging.getLogger("trajectory-consistency")
 Observer = Callable[[StepRecord], None]
 
 
 class DivergedError(RunError):
-    """The loss or its gradient became NaN or infinite; training stopped before the weights were changed."""
+    """The loss or its gradient was NaN or infinite in several steps in a row, none of which changed the weights."""
 
 
 def train(
@@ -38,12 +42,14 @@ def train(
 ) -> list[float]:
     """Train the student's weights to step `config.training.steps`, from the newest checkpoint; return all losses.
 
-    observers: called after each step, in the main process only. Raises UserError if the checkpoint is of a different
-    adapter, DivergedError before a non-finite gradient is applied, MemoryFullError if memory runs out, OSError if a
-    checkpoint cannot be written, and Interrupted if the user stopped the run. Checkpoints already saved stay complete.
+    observers: called after each step, in the main process only. A loss is NaN if its step was skipped, because loss or
+    gradient were not finite.
+    Raises UserError if the checkpoint is of a different adapter, DivergedError after several such steps in a row,
+    MemoryFullError if memory runs out, OSError if a checkpoint cannot be written, and Interrupted if the user stopped
+    the run. Checkpoints already saved stay complete.
     """
     training = Training(model, dataset, config, processes)
-    _resume(training, checkpoints)
+    _resume(training, checkpoints, processes)
     steps, batch = config.training.steps, config.training.batch
     can_recompute = not (model.always_recomputes or config.training.gradient_checkpointing)
     bar = tqdm(
@@ -64,8 +70,8 @@ def train(
             record, stop = training.train_step(stop_requested)
             bar.update(batch)
             bar.set_postfix(loss=f"{_mean(training.losses[-50:]):.4f}", refresh=False)
-            for observe in observers if processes.is_main else ():
-                observe(record)
+            if processes.is_main:
+                _report(record, observers)
             save = checkpoints and (stop or training.step == steps or checkpoints.due(training.step))
             if checkpoints and save and processes.is_main:
                 checkpoints.save(training.step, training.state_dict())
@@ -83,7 +89,7 @@ class Training(distill.Training):
 
         Raises UserError if the batch cannot be divided over the processes, or bitsandbytes is needed and not installed.
         """
-        micro_batches = processes.micro_batches(config.training.batch, config.training.accumulate)
+        micro_batches = processes.micro_batches(config.training.batch, config.training.parts)
         kind = model.device.type
         self.prefetcher = Prefetcher(
             config, dataset, model.schedule, micro_batches, pin=kind == "cuda", ahead=kind != "cpu"
@@ -114,16 +120,25 @@ class Training(distill.Training):
         return max(rows.stop - rows.start for rows in self.micro_batches)
 
     def train_step(self, stop_requested: Callable[[], bool] = bool) -> tuple[StepRecord, bool]:
-        """Do one step, as `distill.Training`. Raises DivergedError before a non-finite gradient is applied."""
+        """Do one step, as `distill.Training`. Raises DivergedError where that raises NonFiniteError."""
         try:
             return super().train_step(stop_requested)
         except NonFiniteError as error:
-            raise DivergedError(f"{error}; try a smaller training.lr, or base.dtype=float32") from error
+            raise DivergedError(
+                f"{error}; try a smaller training.lr, or base.dtype=float32, with a different output.folder"
+            ) from error
 
 
-def _resume(training: Training, checkpoints: Checkpoints | None) -> None:
+def _report(record: StepRecord, observers: Sequence[Observer]) -> None:
+    if record.skipped:
+        log.warning("step %d is skipped: loss %g, gradient norm %g", record.step, record.loss, record.norm)
+    for observe in observers:
+        observe(record)
+
+
+def _resume(training: Training, checkpoints: Checkpoints | None, processes: Processes) -> None:
     """Load the newest checkpoint, if there is one."""
-    saved = checkpoints.load_latest() if checkpoints else None
+    saved = checkpoints.load_latest(processes) if checkpoints else None
     if saved is None:
         return
     try:
@@ -132,5 +147,7 @@ def _resume(training: Training, checkpoints: Checkpoints | None) -> None:
         raise UserError(f"{error}: choose another output.folder") from error
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _mean(losses: Sequence[float]) -> float:
+    """Return the mean of the losses that are not NaN; NaN without any."""
+    finite = [loss for loss in losses if not math.isnan(loss)]
+    return sum(finite) / len(finite) if finite else math.nan

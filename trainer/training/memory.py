@@ -5,6 +5,7 @@ Only torch's own allocations are counted. On a GPU, the CUDA context, library wo
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ from ..models.conditioning import Conditioning
 from ..models.seam import Autoencoder, Checkpoint, Model
 
 META = torch.device("meta")
+_USABLE = 0.9  # of the free memory, for "auto"; library workspaces and fragmentation take the rest
+log = logging.getLogger("trajectory-consistency")
 
 
 class MemorySettings(NamedTuple):
@@ -69,12 +72,12 @@ class MemorySettings(NamedTuple):
         device, _ = device_and_dtype(config)
         return MemorySettings(
             rank=config.adapter.rank,
-            batch=-(-training.batch // training.accumulate),
+            batch=-(-training.batch // training.parts),
             width=config.data.resolution,
             height=config.data.resolution,
             dtype=dtype,
             gradient_checkpointing=training.gradient_checkpointing,
-            accumulate=training.accumulate,
+            accumulate=training.parts,
             moment_bytes=1 if training.optimizer == "adamw8bit" else 4,
             ema=config.method.ema_decay > 0,
             student_calls=config.method.order,
@@ -125,22 +128,64 @@ class MemoryEstimate(NamedTuple):
 def estimate_memory(checkpoint: Checkpoint, settings: MemorySettings) -> MemoryEstimate:
     """Estimate the peak memory of each phase of a run with this model."""
     model = checkpoint.load(settings.dtype, META)
-    weights = model.adapter.add(STUDENT, _new_weights(model, settings))
-    trained = sum(parameter.numel() for parameter in weights.parameters())
-    frozen = sum(map(_bytes, (*model.network.parameters(), *model.network.buffers())))
-    adapter = (4 * (2 if settings.ema else 1) + 2 * settings.moment_bytes) * trained
+    estimate = _estimate_training(checkpoint, model, settings)
+    frozen, trained = estimate.weights, _trained(model)
     sampling = frozen + _teacher_sampling(checkpoint, model, settings) if settings.teacher_samples else 0
-    # In the optimizer step: the gradients, and one temporary float32 per weight.
-    step = max(_training(checkpoint, model, settings), 2 * 4 * trained)
     autoencoder = checkpoint.load_autoencoder(META)
     autoencoder_weights = sum(map(_bytes, autoencoder.parameters()))
     preview = 0
     if settings.preview:  # the preview loads the adapter from its file, beside the one in training
         decoding = _decoding(checkpoint, autoencoder, settings.preview)
-        preview = frozen + adapter + 4 * trained + autoencoder_weights + decoding
-    text_encoder = sum(map(_bytes, checkpoint.load_text_encoder(settings.dtype, META).parameters()))
+        preview = frozen + estimate.adapter + 4 * trained + autoencoder_weights + decoding
+    text_encoder = sum(map(_bytes, checkpoint.load_text_encoder(META).parameters()))
     encoding = autoencoder_weights + text_encoder + _encoding(autoencoder, settings)
-    return MemoryEstimate(frozen, adapter, step, preview, max(encoding, sampling))
+    return estimate._replace(preview=preview, caching=max(encoding, sampling))
+
+
+def estimate_training(checkpoint: Checkpoint, settings: MemorySettings) -> MemoryEstimate:
+    """Estimate the peak memory of training alone, without previews and caching."""
+    return _estimate_training(checkpoint, checkpoint.load(settings.dtype, META), settings)
+
+
+def _estimate_training(checkpoint: Checkpoint, model: Model, settings: MemorySettings) -> MemoryEstimate:
+    """Add a student to a model on the meta device, and return the estimate for training it."""
+    model.adapter.add(STUDENT, _new_weights(model, settings))
+    trained = _trained(model)
+    frozen = sum(map(_bytes, (*model.network.parameters(), *model.network.buffers())))
+    adapter = (4 * (2 if settings.ema else 1) + 2 * settings.moment_bytes) * trained
+    # In the optimizer step: the gradients, and one temporary float32 per weight.
+    step = max(_training(checkpoint, model, settings), 2 * 4 * trained)
+    return MemoryEstimate(frozen, adapter, step, preview=0, caching=0)
+
+
+def _trained(model: Model) -> int:
+    return sum(parameter.numel() for parameter in model.adapter.weights[STUDENT].parameters())
+
+
+def choose_accumulate(
+    config: Config, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, processes: int = 1
+) -> int:
+    """Return training.accumulate; for "auto", the smallest number with which a CUDA GPU has enough free memory.
+
+    If no number is enough, it is that with one picture at a time. Elsewhere than on a CUDA GPU "auto" is 1.
+    """
+    training = config.training
+    if training.accumulate != "auto" or device.type != "cuda":
+        return training.parts
+    free, _ = torch.cuda.mem_get_info(device)
+    rows = training.batch // processes
+    settings = MemorySettings.from_config(config, dtype)._replace(preview=None, teacher_samples=False)
+    for parts in (number for number in range(1, rows + 1) if rows % number == 0):
+        needed = estimate_memory(checkpoint, settings._replace(batch=rows // parts, accumulate=parts)).training
+        if needed <= _USABLE * free:
+            break
+    log.info(
+        "training.accumulate is auto: %d, for which training takes about %s of %s that are free",
+        parts,
+        format_bytes(needed),
+        format_bytes(free),
+    )
+    return parts
 
 
 def _new_weights(model: Model, settings: MemorySettings) -> AdapterWeights:

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, distributed
 
 from ..errors import RunError, UserError
+from .peers import Peers
 
 T = TypeVar("T")
 _BUCKET_BYTES = 32 * 2**20  # gradients per all-reduce; this much memory is needed for a copy of them
-# A process may wait this long for the others: one may have much more to encode, or previews to draw.
-_TIMEOUT = timedelta(days=1)
+# A collective begins when all processes have come to it (`Peers.meet`), so it takes no longer than the exchange.
+_TIMEOUT = timedelta(minutes=10)
 # Set by `accelerate launch`, torchrun and MPI in each of the processes that they start.
 _LAUNCHER_VARIABLES = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -33,6 +34,8 @@ class Processes:
 
     rank: int = 0
     count: int = 1
+    peers: Peers | None = None
+    """Waits for the other processes before each collective; None for a single process."""
 
     @property
     def is_main(self) -> bool:
@@ -60,6 +63,7 @@ class Processes:
         """
         if self.count == 1:
             return
+        self.barrier()
         for bucket in _buckets(tensors):
             flat = torch.cat([tensor.flatten() for tensor in bucket])
             distributed.all_reduce(flat)
@@ -75,22 +79,48 @@ class Processes:
             return function()
         result: list[Any] = [None]
         if self.is_main:
-            try:
-                result = [function()]
-            except (UserError, RunError, OSError) as error:
-                result = [error]
+            result = [_result_or_error(function)]
+        self.barrier()
         distributed.broadcast_object_list(result)
         if isinstance(result[0], Exception):
             raise result[0]
         returned: T = result[0]
         return returned
 
-    def barrier(self) -> None:
-        """Wait until every process has called this."""
-        if self.count > 1:
-            from accelerate import PartialState  # not at the top, as a single process needs no accelerate
+    def on_every_process(self, function: Callable[[], T]) -> T:
+        """Call `function` in every process, wait for all of them, and return this process's result.
 
-            PartialState().wait_for_everyone()
+        A UserError, RunError or OSError that it raises in one process is raised in every process.
+        """
+        if self.count == 1:
+            return function()
+        result = _result_or_error(function)
+        self.barrier()
+        errors: list[Exception | None] = [None] * self.count
+        distributed.all_gather_object(errors, result if isinstance(result, Exception) else None)
+        for error in errors:
+            if error is not None:
+                raise error
+        assert not isinstance(result, Exception)
+        return result
+
+    def barrier(self) -> None:
+        """Wait until every process has called this; raises RunError if one of them has ended."""
+        if self.peers is not None:
+            self.peers.meet()
+
+    def leave(self) -> None:
+        """Wait for the last time until every process has called this."""
+        if self.peers is not None:
+            self.peers.leave()
+
+
+def _result_or_error(function: Callable[[], T]) -> T | Exception:
+    """Return the function's result, or the UserError, RunError or OSError that it raises."""
+    try:
+        return function()
+    except (UserError, RunError, OSError) as error:
+        return error
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -129,4 +159,5 @@ def join_processes(device: torch.device) -> tuple[Processes, torch.device]:
     state = PartialState(cpu=device.type == "cpu", timeout=_TIMEOUT)
     if state.num_processes == 1:
         return ALONE, device
-    return Processes(state.process_index, state.num_processes), state.device
+    peers = Peers(state.process_index, state.num_processes)
+    return Processes(state.process_index, state.num_processes, peers), state.device

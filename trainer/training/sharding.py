@@ -23,6 +23,7 @@ def shard(model: Model, processes: Processes) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    processes.barrier()  # one may have loaded the base much sooner
     mesh = init_device_mesh(model.device.type, (processes.count,))
     for module in (*model.blocks(), model.network):
         fully_shard(module, mesh=mesh)

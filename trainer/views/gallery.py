@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...tcd.adapter import FILE
-from ..atomic import atomic_write
+from ...tcd.files.atomic import atomic_write
 from ..config.base import BaseConfig
 from ..config.device import resolve_dtype
 from ..config.settings import PreviewConfig
@@ -29,7 +29,7 @@ _CELL_PX = 512  # longer side of a picture in the grid; smaller pictures are enl
 def draw_gallery(lora: Path, base: BaseConfig, settings: PreviewConfig, folder: Path, device: torch.device) -> Path:
     """Draw every prompt with every seed and every number of steps into `folder`; return the path of the grid.
 
-    A width or height of 0 in `settings` means the resolution that the base was trained at.
+    A width or height of 0 in `settings` means the usual resolution of the base.
 
     Raises UserError if the LoRA does not fit the base, there is no prompt, a size is no multiple of the base's latent
     stride, the base takes no cfg, or a picture exists already.
@@ -43,7 +43,7 @@ def draw_gallery(lora: Path, base: BaseConfig, settings: PreviewConfig, folder: 
     checkpoint.latents.check_size("height", settings.height)
     side, dtype = checkpoint.resolution, resolve_dtype(base.dtype, device)
     size = Size(settings.height or side, settings.width or side)
-    prompts = encode_prompts(checkpoint, settings.prompts, settings.seeds, size, device=device, dtype=dtype)
+    prompts = encode_prompts(checkpoint, settings.prompts, settings.seeds, size, device=device)
     # A separate function, so that the network is freed before the autoencoder is loaded.
     latents = _sample(lora, checkpoint.load(dtype, device), prompts, settings)
     autoencoder = checkpoint.load_autoencoder(device)

@@ -6,6 +6,7 @@ A resumed run continues both files.
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...tcd.distill import StepRecord
-from ..atomic import atomic_write
+from ...tcd.files.atomic import atomic_write, write_advice
 from ..errors import RunError
 
 LOG_NAME, BY_TIME_NAME = "log.csv", "loss_by_time.csv"
@@ -32,6 +33,11 @@ class LogRow(NamedTuple):
     norm: float
     """Norm of the gradient before clipping."""
     images_per_second: float
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the step changed no weights, because its loss or gradient was not finite."""
+        return not (math.isfinite(self.loss) and math.isfinite(self.norm))
 
 
 class BinRow(NamedTuple):
@@ -84,7 +90,12 @@ class History:
 
 
 def loss_bins(record: StepRecord) -> list[BinRow]:
-    """Return the mean loss of a step in each bin of t and t - s that has a picture, in ascending order."""
+    """Return the mean loss of a step in each bin of t and t - s that has a picture, in ascending order.
+
+    A step that was skipped has none.
+    """
+    if record.skipped:
+        return []
     t, gap = (time.cpu() * BIN_COUNT // record.num_times for time in (record.t, record.t - record.s))
     indices, edges = t * BIN_COUNT + gap, bin_edges(record.num_times)
     rows = []
@@ -144,8 +155,8 @@ class _CsvFile:
                 file.write(_lines(rows))
         except OSError as error:
             raise RunError(
-                f"{self.path} could not be written: {error}; make room on the disk, then run the same command again "
-                "to resume from the last checkpoint"
+                f"{self.path} could not be written: {error}; {write_advice(self.path, error)}, then run the same "
+                "command again to resume from the last checkpoint"
             ) from error
 
 

@@ -15,13 +15,14 @@ from pathlib import Path
 import torch
 
 from ...tcd.distill import StepRecord
-from ..atomic import atomic_write
+from ...tcd.files.atomic import atomic_write
 from ..config.settings import Config
 from ..files.adapter_weights import using_file
 from ..files.write_lora import write_lora
 from ..models.seam import Checkpoint, Model
 from .grid import Row, draw_grid
 from .preview_prompts import PreviewPrompts, load_picture, sample_previews, save_picture
+from .trackers import Tracker
 
 PREVIEW_FOLDER = "previews"
 TEACHER_FOLDER, TEACHER_STEPS = "teacher", 50
@@ -34,11 +35,21 @@ class Previews:
     """An observer that draws previews every `preview.every` steps and after the last; `start` draws those of step 0."""
 
     def __init__(
-        self, model: Model, checkpoint: Checkpoint, prompts: PreviewPrompts, config: Config, metadata: dict[str, str]
+        self,
+        model: Model,
+        checkpoint: Checkpoint,
+        prompts: PreviewPrompts,
+        config: Config,
+        metadata: dict[str, str],
+        trackers: Sequence[Tracker] = (),
     ) -> None:
-        """Sample `prompts` on the model's device with the settings of config.preview; metadata: of the LoRA files."""
+        """Sample `prompts` on the model's device with the settings of config.preview.
+
+        metadata: of the LoRA files. trackers: are shown the grid of each training step with previews.
+        """
         self.model, self.checkpoint = model, checkpoint
         self.prompts, self.config, self.metadata = prompts, config, metadata
+        self.trackers = trackers
         self.folder = config.output_folder / PREVIEW_FOLDER
 
     def start(self) -> None:
@@ -64,7 +75,10 @@ class Previews:
             self._draw_student(record.step)
         if last:
             path.unlink()
-        log.info("step %d: look at %s", record.step, grid_path(self.folder, record.step))
+        grid = grid_path(self.folder, record.step)
+        for tracker in self.trackers:
+            tracker.show(record.step, grid)
+        log.info("step %d: look at %s", record.step, grid)
 
     def _remove_outdated(self) -> None:
         """Remove pictures of the teacher and of step 0 that were drawn with different settings.

@@ -15,11 +15,11 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from ..atomic import atomic_write
+from ...tcd.distill.sampling import Guidance, initial_noise, sample_latents
+from ...tcd.files.atomic import atomic_write
 from ..data.buckets import Size
 from ..models.conditioning import Conditioning
 from ..models.framing import Framing
-from ..models.sampling import Guidance, initial_noise, sample_latents
 from ..models.seam import Checkpoint, Model
 
 _MAX_CAPTION = 90  # characters of a prompt in a grid
@@ -34,7 +34,7 @@ class PreviewPrompts:
     cond: tuple[Conditioning, ...]
     """The conditioning of each prompt, one row each."""
     uncond: Conditioning
-    """The conditioning of the empty prompt, one row."""
+    """The conditioning of the negative prompt, one row."""
     shape: tuple[int, ...]
     """The shape [1, C, ...] of one latent."""
 
@@ -62,13 +62,13 @@ def encode_prompts(
     size: Size,
     *,
     device: torch.device,
-    dtype: torch.dtype,
+    negative: str = "",
 ) -> PreviewPrompts:
-    """Encode `prompts`, and the empty one, for pictures of `size` that were neither resized nor cropped.
+    """Encode `prompts`, and the negative one, for pictures of `size` that were neither resized nor cropped.
 
     Raises UserError if the text encoder is not complete.
     """
-    encoded = checkpoint.load_text_encoder(dtype, device).encode([*prompts, ""])
+    encoded = checkpoint.load_text_encoder(device).encode([*prompts, negative])
     framing = Framing.whole(*size, device=device)
     *cond, uncond = (checkpoint.collate([row], framing) for row in encoded)
     return PreviewPrompts(tuple(prompts), tuple(seeds), tuple(cond), uncond, (1, *checkpoint.latents.shape(*size)))

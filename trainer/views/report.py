@@ -12,7 +12,7 @@ from string import Template
 
 from PIL import Image
 
-from ..atomic import atomic_write
+from ...tcd.files.atomic import atomic_write
 from ..config import settings as config
 from ..config.settings import Config
 from ..errors import UserError
@@ -63,11 +63,12 @@ def _base_name(run: Config) -> str:
 
 
 def _facts(run: Config, rows: Sequence[LogRow]) -> str:
-    last = rows[-50:]
+    last, skipped = [row for row in rows[-50:] if not row.skipped], sum(row.skipped for row in rows)
     done = rows[-1].step if rows else 0
     facts = {
         "steps": f"{done} of {run.training.steps}",
         "pictures seen": f"{done * run.training.batch:,}",
+        **({"steps skipped, not finite": str(skipped)} if skipped else {}),
         "loss, mean of the last 50": f"{sum(row.loss for row in last) / len(last):.4g}" if last else "-",
         "images per second": f"{sorted(row.images_per_second for row in last)[len(last) // 2]:.3g}" if last else "-",
         "rank": str(run.adapter.rank),

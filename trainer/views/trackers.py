@@ -1,4 +1,4 @@
-"""Logs each training step to TensorBoard and Weights & Biases, if the configuration enables them."""
+"""Logs each training step and preview to TensorBoard and Weights & Biases, if the configuration enables them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,27 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
 
 from ...tcd.distill import StepRecord
 from ..config.settings import Config, LogConfig
 from ..errors import UserError
-from ..training.loop import Observer
 from .history import bin_edges, loss_bins
+
+
+class Tracker(Protocol):
+    """An observer of the training loop that is also shown the grids of the previews."""
+
+    def __call__(self, record: StepRecord) -> None:
+        """Log a step."""
+        ...
+
+    def show(self, step: int, grid: Path) -> None:
+        """Log a picture file, after the step itself."""
+        ...
 
 
 def check_installed(log: LogConfig) -> None:
@@ -27,9 +41,9 @@ def check_installed(log: LogConfig) -> None:
             raise UserError(f"{key} is set, but {package} is not installed: {command}, or leave it out")
 
 
-def start_trackers(config: Config) -> list[Observer]:
-    """Return an observer for each tracker that the configuration enables; `check_installed` must have passed."""
-    trackers: list[Observer] = []
+def start_trackers(config: Config) -> list[Tracker]:
+    """Return the trackers that the configuration enables; `check_installed` must have passed."""
+    trackers: list[Tracker] = []
     if config.log.tensorboard:
         trackers.append(TensorBoard(config.output_folder / "tensorboard"))
     if config.log.wandb_project:
@@ -71,15 +85,20 @@ class TensorBoard:
         for name, value in scalars(record).items():
             self.writer.add_scalar(name, value, record.step)
 
+    def show(self, step: int, grid: Path) -> None:
+        """Log a picture file, after the step itself."""
+        with Image.open(grid) as image:
+            self.writer.add_image("previews", np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
 
 class WeightsAndBiases:
     """An observer that logs to the user's Weights & Biases project; a resumed training continues the same W&B run."""
 
     def __init__(self, config: Config) -> None:
         """Start a W&B run, or resume that of the same output folder and seed."""
-        wandb = importlib.import_module("wandb")
+        self.wandb: Any = importlib.import_module("wandb")
         folder = str(config.output_folder.resolve())
-        self.run = wandb.init(
+        self.run = self.wandb.init(
             project=config.log.wandb_project,
             name=config.output_folder.name,
             id=hashlib.sha256(f"{folder}\n{config.training.seed}".encode()).hexdigest()[:16],
@@ -91,3 +110,7 @@ class WeightsAndBiases:
     def __call__(self, record: StepRecord) -> None:
         """Log a step."""
         self.run.log(scalars(record), step=record.step)
+
+    def show(self, step: int, grid: Path) -> None:
+        """Log a picture file, after the step itself."""
+        self.run.log({"previews": self.wandb.Image(str(grid))}, step=step)

@@ -7,5 +7,14 @@ from .conditions import from_tensors, to_tensors
 from .kernels import differentiable_kernels
 from .network import HostNetwork
 from .recompute import recomputing
+from .trainable import known_distillation, time_layer_of
 
-__all__ = ["HostNetwork", "differentiable_kernels", "from_tensors", "recomputing", "to_tensors"]
+__all__ = [
+    "HostNetwork",
+    "differentiable_kernels",
+    "from_tensors",
+    "known_distillation",
+    "recomputing",
+    "time_layer_of",
+    "to_tensors",
+]

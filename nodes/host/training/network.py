@@ -13,9 +13,13 @@ from torch import Tensor, nn
 
 from ....tcd import Adapter, AdapterWeights, FlowSchedule, TargetInput, TargetTime, TimePoint
 from ....tcd.adapter import OFF, layer_shapes, new_weights
+from ...lora_file import LoraFile
+from ..lora import with_lora
 from ..model_schedule import schedule_of
+from ..target_time import with_target_time
 from .conditions import Conditioning, ModelConds, equal_rows, model_conds
 from .kernels import differentiable_kernels
+from .layers import LayerNames
 from .recompute import recomputing
 
 
@@ -49,10 +53,17 @@ class HostNetwork:
         if self.device.type == "meta":  # only now, because the schedule is made from the tables' values
             self.model.model_sampling.to(self.device)
         self.adapter = Adapter(self.network, time_layer)
+        self.names = LayerNames(self.model)
         self.takes_guidance = takes_guidance(self.network)
         self.one_by_one = False
         """Whether each row is computed in a call of its own, so that the number of calls follows from that of rows."""
         self._undo = ExitStack()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the network computes."""
+        dtype: torch.dtype = self.model.get_dtype_inference()
+        return dtype
 
     def x0(self, x_t: Tensor, t: TimePoint, conds: Sequence[Conditioning], s: TimePoint | None = None) -> Tensor:
         """Predict x0, float32 [B, C, ...], from x_t [B, C, ...] at t, in the training scale; s: target time.
@@ -93,6 +104,29 @@ class HostNetwork:
             both = self._predict(torch.cat([x_t, x_t]), _twice(t), rows, None if s is None else _twice(s))
             conditional, unconditional = both.chunk(2)
             return unconditional + guidance.view(-1, *[1] * (x_t.ndim - 1)) * (conditional - unconditional)
+
+    @torch.no_grad()
+    def x0_as_loaded(self, lora: LoraFile, x_t: Tensor, t: TimePoint, cond: Conditioning, s: TimePoint) -> Tensor:
+        """Predict x0 of one row as the TCD sampler gets it with a LoRA file that TCDLoraLoader applies.
+
+        The LoRA is added beside all weights, so that none is copied and changed, and the network is as before after the
+        call. Raises ValueError if the file does not fit the model.
+        """
+        x, sigma = self._sampling_scale(x_t, t)
+        _, sigma_s = self._sampling_scale(x_t, s)
+        with self.adapter.off(), differentiable_kernels():
+            inputs = comfy.samplers.cond_cat(self._rows([cond], x_t, "positive"))
+            patched = with_lora(self.patcher, lora, 1.0, all_beside=True)
+            options = patched.model_options.get("transformer_options", {})
+            options = {**options, "wrappers": patched.wrappers, "sigmas": sigma}
+            told = with_target_time({"transformer_options": options}, self.schedule, sigma[0], sigma_s[0])
+            try:
+                patched.patch_model(load_weights=False)
+                return self.model.apply_model(x, sigma, **told, **inputs)
+            finally:
+                patched.unpatch_model(unpatch_weights=False)
+                self.patcher.patch_model(load_weights=False)  # what it had before, such as another shift
+                _remove_bound_forwards(self.model)
 
     def new_weights(
         self, layers: Sequence[str], *, rank: int, alpha: float, seed: int, target_input: TargetInput | None = None

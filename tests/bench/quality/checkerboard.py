@@ -36,11 +36,11 @@ from trajectory_consistency.tcd import (
     to_x0,
 )
 from trajectory_consistency.tcd.distill.optimizer import lr_factor
+from trajectory_consistency.tcd.files.atomic import atomic_write
 from trajectory_consistency.tcd.objective import Follow, distance_of, first_order, loss_weights, tcd_loss
 from trajectory_consistency.tcd.target_time import sinusoid
 from trajectory_consistency.tcd.times import Points as TimePoints
 from trajectory_consistency.tcd.times import sample_times, share_out
-from trajectory_consistency.trainer.atomic import atomic_write
 from trajectory_consistency.trainer.demo.metrics import Points, energy_distance
 
 NAME = "checkerboard"

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from trajectory_consistency.tcd import TimePoint, add_noise, jump, timestep_grid
 from trajectory_consistency.tcd.adapter import FILE
-from trajectory_consistency.trainer.atomic import atomic_write
+from trajectory_consistency.tcd.distill.teacher_sampling import dpm_solver_sample
+from trajectory_consistency.tcd.files.atomic import atomic_write
 from trajectory_consistency.trainer.demo import distill as demo_distill
 from trajectory_consistency.trainer.demo import methods as demo
 from trajectory_consistency.trainer.demo.classifier import Classifier, scene_labels, train_classifier
 from trajectory_consistency.trainer.demo.metrics import Judge, world_pictures
 from trajectory_consistency.trainer.files.adapter_weights import load_weights
-from trajectory_consistency.trainer.models.teacher_sampling import dpm_solver_sample
 from trajectory_consistency.trainer.tiny import world
 from trajectory_consistency.trainer.views.grid import Row, draw_grid
 

@@ -1,5 +1,7 @@
 """The smallest network of each model family that ComfyUI's own detection accepts, with seeded weights.
 
+Those of Z-Image and Qwen-Image would have gigabytes: the pack lent_models lets ComfyUI recognize smaller ones.
+
 To be run by ComfyUI's Python: `python families.py FOLDER NAME...` writes the files. Imported there, it also gives what
 a call of the network needs: the shape of a latent, and CONDITIONING as a text encoder of the family returns it.
 """
@@ -38,9 +40,8 @@ class Family:
     """The last Linear of the MLP that embeds t."""
     prefix: str = ""
     """Of the file's keys: CHECKPOINT_PREFIX for a checkpoint, none for the file of a network alone."""
-    dtype: torch.dtype = torch.float32
-    is_large: bool = False
-    """Whether the file has more than 1 GB, because the host accepts no smaller network."""
+    is_lent: bool = False
+    """Whether the host recognizes the network only with the pack lent_models."""
 
     def conditioning(self, seed: int) -> list[Any]:
         """Return random CONDITIONING with one entry."""
@@ -64,7 +65,7 @@ class Family:
 
         network = self.build(dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init)
         fill(network, seed)
-        state = {self.prefix + name: _contiguous(value, self.dtype) for name, value in network.state_dict().items()}
+        state = {self.prefix + name: _contiguous(value) for name, value in network.state_dict().items()}
         save_file(state, path)
 
     def load(self, path: Path, **options: Any) -> Any:
@@ -103,31 +104,30 @@ def fill(network: nn.Module, seed: int) -> None:
                 value.copy_(is_gain + 0.1 * noise)
 
 
-def _contiguous(value: Tensor, dtype: torch.dtype) -> Tensor:
-    value = value.detach()
-    return (value.to(dtype) if value.is_floating_point() else value).clone().contiguous()
+def _contiguous(value: Tensor) -> Tensor:
+    return value.detach().clone().contiguous()
 
 
 def _sd15(**settings: Any) -> nn.Module:
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
-    return UNetModel(
-        image_size=32,
-        in_channels=4,
-        out_channels=4,
-        model_channels=320,
-        num_res_blocks=[1],
-        channel_mult=[1],
-        num_heads=8,
-        num_head_channels=-1,
-        use_spatial_transformer=True,
-        context_dim=768,
-        transformer_depth=[1],
-        transformer_depth_middle=1,
-        transformer_depth_output=[1, 1],
-        use_linear_in_transformer=False,
-        **settings,
-    )
+    defaults = {
+        "image_size": 32,
+        "in_channels": 4,
+        "out_channels": 4,
+        "model_channels": 320,
+        "num_res_blocks": [1],
+        "channel_mult": [1],
+        "num_heads": 8,
+        "num_head_channels": -1,
+        "use_spatial_transformer": True,
+        "context_dim": 768,
+        "transformer_depth": [1],
+        "transformer_depth_middle": 1,
+        "transformer_depth_output": [1, 1],
+        "use_linear_in_transformer": False,
+    }
+    return UNetModel(**{**defaults, **settings})
 
 
 def _sd3(**settings: Any) -> nn.Module:
@@ -200,50 +200,35 @@ def _flux2(**settings: Any) -> nn.Module:
 
 def _z_image(**settings: Any) -> nn.Module:
     from comfy.ldm.lumina.model import NextDiT
+    from lent_models.small_networks import Z_IMAGE
 
-    return NextDiT(
-        patch_size=2,
-        in_channels=16,
-        qk_norm=True,
-        dim=3840,
-        cap_feat_dim=64,
-        n_layers=1,
-        n_heads=30,
-        n_kv_heads=30,
-        axes_dims=[32, 48, 48],
-        axes_lens=[1536, 512, 512],
-        rope_theta=256.0,
-        ffn_dim_multiplier=8 / 3,
-        z_image_modulation=True,
-        time_scale=1000.0,
-        pad_tokens_multiple=32,
-        **settings,
-    )
+    return NextDiT(**Z_IMAGE, **settings)
 
 
 def _qwen_image(**settings: Any) -> nn.Module:
     from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
+    from lent_models.small_networks import QWEN_IMAGE
 
-    return QwenImageTransformer2DModel(in_channels=64, num_layers=1, **settings)
+    return QwenImageTransformer2DModel(**QWEN_IMAGE, **settings)
 
 
 def _wan(**settings: Any) -> nn.Module:
     from comfy.ldm.wan.model import WanModel
 
-    return WanModel(
-        model_type="t2v",
-        patch_size=(1, 2, 2),
-        in_dim=16,
-        dim=128,  # a multiple of the head's 128
-        ffn_dim=256,
-        freq_dim=256,
-        text_dim=4096,
-        out_dim=16,
-        num_heads=1,
-        num_layers=2,
-        cross_attn_norm=True,
-        **settings,
-    )
+    defaults = {
+        "model_type": "t2v",
+        "patch_size": (1, 2, 2),
+        "in_dim": 16,
+        "dim": 128,  # a multiple of the head's 128
+        "ffn_dim": 256,
+        "freq_dim": 256,
+        "text_dim": 4096,
+        "out_dim": 16,
+        "num_heads": 1,
+        "num_layers": 2,
+        "cross_attn_norm": True,
+    }
+    return WanModel(**{**defaults, **settings})
 
 
 def _hunyuan_video(**settings: Any) -> nn.Module:
@@ -302,22 +287,14 @@ FAMILIES = {
     "ltxv": Family(
         _ltxv, (128, 2, 4, 4), (16, 4096), has_mask=True, time_linear="adaln_single.emb.timestep_embedder.linear_2"
     ),
-    "z-image": Family(
-        _z_image,
-        (16, 8, 8),
-        (16, 64),
-        has_mask=True,
-        time_linear="t_embedder.mlp.2",
-        dtype=torch.bfloat16,
-        is_large=True,
-    ),
+    "z-image": Family(_z_image, (16, 8, 8), (16, 64), has_mask=True, time_linear="t_embedder.mlp.2", is_lent=True),
     "qwen-image": Family(
         _qwen_image,
         (16, 1, 8, 8),
-        (12, 3584),
+        (12, 64),
         has_mask=True,
         time_linear="time_text_embed.timestep_embedder.linear_2",
-        is_large=True,
+        is_lent=True,
     ),
 }
 

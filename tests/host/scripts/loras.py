@@ -159,15 +159,18 @@ def numbers(part: Any) -> Any:
 
 
 def patches(model: Any) -> dict[str, Any]:
-    """Return {weight + rows: [strength, whether it is rearranged, up, down, alpha, core, DoRA scale]} of a patcher."""
+    """Return {weight + rows: [strength, whether it is rearranged, up, down, alpha, core, DoRA scale]} of a patcher.
+
+    For a difference, [strength, "diff", the difference].
+    """
     return {
         f"{weight}{'' if rows is None else tuple(rows)}": [
             strength,
-            function is not None,
-            *(numbers(part) for part in adapter.weights[:5]),
+            *([patch[0]] if isinstance(patch, tuple) else [function is not None]),
+            *(numbers(part) for part in (patch[1] if isinstance(patch, tuple) else patch.weights[:5])),
         ]
         for weight, held in model.patches.items()
-        for strength, adapter, _, rows, function in held
+        for strength, patch, _, rows, function in held
     }
 
 

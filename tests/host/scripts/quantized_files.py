@@ -20,13 +20,19 @@ def write_quantized(source: Path, target: Path, kind: str, prefix: str = "") -> 
     """
     state: dict[str, Tensor] = {}
     for key, value in load_file(source).items():
-        if key.endswith(".weight") and value.ndim == 2 and "block" in key:
+        if key.endswith(".weight") and value.ndim == 2 and ("block" in key or "layers." in key):
             state |= {f"{key.removesuffix('weight')}{part}": each for part, each in QUANTIZE[kind](value).items()}
         else:
             state[key] = value.bfloat16()
     if kind == "scaled float8":
         state[f"{prefix}scaled_fp8"] = torch.tensor([], dtype=FLOAT8)
     save_file(state, target)
+
+
+def write_float8(source: Path, target: Path) -> None:
+    """Write a network's file with all weights of layers cast to float8, and the other tensors to bfloat16."""
+    state = load_file(source)
+    save_file({key: value.to(FLOAT8 if value.ndim > 1 else torch.bfloat16) for key, value in state.items()}, target)
 
 
 def _scaled_float8(weight: Tensor) -> dict[str, Tensor]:

@@ -10,20 +10,15 @@ from typing import Any
 import torch
 
 from ....tcd import Schedule
-from ....tcd.lora_metadata import (
-    BASE_FINGERPRINT_KEY,
-    FAMILY_KEY,
-    HOST_FAMILIES,
-    SHIFT_KEY,
-    TARGET_TIME_MODULE_KEY,
-)
+from ....tcd.distill.distilled import distilled_note
+from ....tcd.files.safetensors_file import SafetensorsFile
+from ....tcd.fingerprint import combined
+from ....tcd.lora_metadata import BASE_FINGERPRINT_KEY, BASE_NAME_KEY, HOST_FAMILIES
 from ...config.base import BaseConfig
 from ...errors import UserError
-from ...safetensors_file import SafetensorsFile
 from ..base_loras import fingerprints_with, lora_note
 from ..conditioning import Conditioning
-from ..distilled import distilled_note
-from ..fingerprint import combined, fingerprint
+from ..fingerprint import fingerprint
 from ..framing import Framing
 from ..seam import Fingerprints
 from .autoencoder import HostAutoencoder, latents_of
@@ -32,10 +27,8 @@ from .conditioning import join, to_device
 from .library import find_model, load_comfyui
 from .model import HostModel
 from .recognize import META, TEXT, VAE, recognize, unquantised
-from .text_encoder import HostTextEncoder
+from .text_encoder import HostTextEncoder, skip_layers
 
-_UNETS = {host: family for family, host in HOST_FAMILIES.items()}
-"""The trainer's names of families that its other engine knows too."""
 _RESOLUTIONS = {"SD15": 512, "SD20": 768}
 _OTHER_RESOLUTION = 1024
 _LONG_CAPTION = "a word " * 100
@@ -53,6 +46,7 @@ class HostCheckpoint:
         """
         _check_settings(base)
         load_comfyui()
+        from ....nodes.host.training import known_distillation
         from ....nodes.host.training.network import default_guidance
 
         self._base = base
@@ -65,7 +59,7 @@ class HostCheckpoint:
         self.name = self.path.stem
         self._text_encoders = [find_model("text_encoders", name, "base.text_encoders") for name in base.text_encoders]
         self._vae = find_model("vae", base.vae, "base.vae") if base.vae else None
-        self._config, model, self._is_quantised, self._in_file = recognize(self.path)
+        self._config, model, self._is_quantised, self._float8, self._in_file = recognize(self.path)
         self._time_layer = check_trainable(self._config, model, self.path)
         self.guidance = default_guidance(model)
         self._loras = HostLoras(base.loras)
@@ -76,12 +70,19 @@ class HostCheckpoint:
         self.latents = latents_of(self._config.latent_format)
         self.resolution = _RESOLUTIONS.get(self.host_family, _OTHER_RESOLUTION)
         names = [self.path.stem, *(Path(lora.path).stem for lora in base.loras)]
-        self.notes = (*distilled_note(names, self._distillation()), *lora_note(base))
+        if base.clip_skip and self.host_family not in HOST_FAMILIES.values():
+            raise UserError(
+                f"base.clip_skip is {base.clip_skip}, but {self.path} is {self.host_family}: leave it out, it is for "
+                "SD1.5, SD2.x and SDXL"
+            )
+        self.notes = (*distilled_note(names, known_distillation(model, self.name)), *lora_note(base))
 
     @property
     def family(self) -> str:
         """ComfyUI's name of the architecture, such as Flux; for UNets that of the other engine, such as sdxl."""
-        return _UNETS.get(self.host_family, self.host_family)
+        from ....nodes.host.model_name import TRAINER_FAMILIES
+
+        return TRAINER_FAMILIES.get(self.host_family, self.host_family)
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -129,15 +130,19 @@ class HostCheckpoint:
         patcher = self._load_patcher(dtype, device)
         if device != META:
             patcher = self._loras.merge_into_network(patcher)
-        return HostModel(patcher, self._time_layer, self.latents, _unet_paths(patcher.model))
+        return HostModel(patcher, self._time_layer, self.latents)
 
-    def load_text_encoder(self, dtype: torch.dtype, device: torch.device) -> HostTextEncoder:
-        """Load the text encoders, frozen. Raises UserError if one is missing or not recognized."""
+    def load_text_encoder(self, device: torch.device) -> HostTextEncoder:
+        """Load the text encoders, frozen, to compute in float32, as they do in the host.
+
+        Weights are kept in float32; those of T5 and of language models, which the host keeps as they are stored, are
+        converted layer by layer. Raises UserError if a text encoder is missing or not recognized.
+        """
         import comfy.sd
 
         self.check_encoders()
         cpu = torch.device("cpu")
-        options = {"dtype": dtype, "load_device": device, "offload_device": cpu}
+        options = {"dtype": torch.float32, "load_device": device, "offload_device": cpu}
         if device == META:  # the weights alone: the host would ask its devices for their free memory
             options |= {"load_device": cpu, "initial_device": device}
         if self._text_encoders:
@@ -153,6 +158,8 @@ class HostCheckpoint:
                 raise UserError(f"{self.path} has no text encoder: name files in base.text_encoders")
         if device != META:
             clip = self._loras.merge_into_text_encoder(clip)
+        if self._base.clip_skip:
+            skip_layers(clip, self._base.clip_skip)
         return HostTextEncoder(clip)
 
     def load_autoencoder(self, device: torch.device) -> HostAutoencoder:
@@ -191,7 +198,7 @@ class HostCheckpoint:
 
     @cached_property
     def _long_caption(self) -> Conditioning:
-        (encoded,) = self.load_text_encoder(torch.float32, META).encode([_LONG_CAPTION])
+        (encoded,) = self.load_text_encoder(META).encode([_LONG_CAPTION])
         return Conditioning({name: torch.zeros_like(value, device="cpu") for name, value in encoded.tensors.items()})
 
     @cached_property
@@ -206,14 +213,10 @@ class HostCheckpoint:
 
     def lora_metadata(self) -> Mapping[str, str]:
         """Return the metadata about this model for a LoRA file."""
-        return {
-            "modelspec.architecture": f"{self.family}/lora",
-            "modelspec.implementation": "comfyui",
-            FAMILY_KEY: self.host_family,
-            BASE_FINGERPRINT_KEY: fingerprint(self.path),
-            TARGET_TIME_MODULE_KEY: self._time_layer,
-            **({} if self._shift is None else {SHIFT_KEY: f"{self._shift:g}"}),
-        }
+        from ....nodes.host.model_name import model_metadata
+
+        about_model = model_metadata(self.host_family, self._shift, self._time_layer)
+        return {**about_model, BASE_FINGERPRINT_KEY: fingerprint(self.path), BASE_NAME_KEY: self.path.name}
 
     def _clip_type(self) -> Any:
         """Return the host's value for base.clip_type; None if it is not set. Raises UserError for an unknown name."""
@@ -225,17 +228,6 @@ class HostCheckpoint:
             raise UserError(f"base.clip_type is {name}: use one of {', '.join(known)}")
         return known.get(name.lower())
 
-    def _distillation(self) -> str:
-        """Return what the model itself says about being distilled to few steps; empty if it does not."""
-        if self.host_family == "FluxSchnell":
-            return "it is Flux schnell"
-        name = self.name.lower()
-        if self.host_family == "Flux2" and "klein" in name and "base" not in name:
-            return f"{self.name} is Klein without base in its name"
-        if self._config.unet_config.get("meanflow"):
-            return "its network takes two times, as in MeanFlow"
-        return ""
-
     def _load_patcher(self, dtype: torch.dtype, device: torch.device) -> Any:
         import comfy.model_patcher
         import comfy.sd
@@ -244,8 +236,8 @@ class HostCheckpoint:
             model = recognize(self.path, dtype).model
             return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device)
         options: dict[str, Any] = {"load_device": device, "offload_device": device}
-        if not self._is_quantised:
-            options["dtype"] = dtype
+        if self._float8 or not self._is_quantised:  # unless it is told, the host chooses by the memory that is free
+            options["dtype"] = self._float8 or dtype
         if self._is_checkpoint:
             return comfy.sd.load_checkpoint_guess_config(
                 str(self.path), output_vae=False, output_clip=False, model_options=options, disable_dynamic=True
@@ -281,32 +273,11 @@ def check_trainable(config: Any, model: Any, path: Path) -> str:
     """Return the path of the layer whose output is the embedding of t.
 
     config: the host's supported_models config. model: its BaseModel, which may be on the meta device. Raises UserError
-    if the model is of a kind that the trainer cannot train.
+    if the model is of a kind that cannot be trained.
     """
-    import comfy.model_sampling
+    from ....nodes.host.training import time_layer_of
 
-    from ....nodes.host.time_layer import find_time_linear
-
-    refused = f"{path} is {type(config).__name__}, which cannot be trained: "
-    if isinstance(model.model_sampling, comfy.model_sampling.IMG_TO_IMG | comfy.model_sampling.IMG_TO_IMG_FLOW):
-        raise UserError(f"{refused}it starts from a picture instead of noise")
-    if getattr(model.model_sampling, "noise_scale", 1.0) != 1.0:
-        raise UserError(f"{refused}it is sampled with noise of another scale than 1")
-    if config.latent_format.latent_dimensions not in (2, 3):
-        raise UserError(f"{refused}its latents are no pictures or videos")
-    found = find_time_linear(model.diffusion_model)
-    if found is None:
-        raise UserError(f"{refused}no layer is known in its network that embeds t")
-    return found
-
-
-def _unet_paths(model: Any) -> dict[str, str]:
-    """Return the path in diffusers of each layer of a UNet, by its path in the host; empty for other networks."""
-    import comfy.utils
-
-    by_diffusers = comfy.utils.unet_to_diffusers(model.model_config.unet_config)
-    return {
-        path.removesuffix(".weight"): name.removesuffix(".weight")
-        for name, path in by_diffusers.items()
-        if name.endswith(".weight")
-    }
+    try:
+        return time_layer_of(model)
+    except ValueError as error:
+        raise UserError(f"{path} is {type(config).__name__}, which cannot be trained: {error}") from error

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ....tcd.distill.distilled import refuse_lcm
+from ....tcd.files.safetensors_file import SafetensorsFile
 from ...errors import UserError
-from ...safetensors_file import SafetensorsFile
 
 TEXT, VAE = "text encoder", "VAE"
 META = torch.device("meta")
@@ -24,6 +25,8 @@ class Recognized(NamedTuple):
     """The host's BaseModel, with its network on the meta device."""
     is_quantised: bool
     """Whether weights are stored in 8 bits or fewer."""
+    float8: torch.dtype | None
+    """The dtype of weights that are stored in 8 bits without scales, as float8; None if they are not."""
     others: tuple[str, ...]
     """The other parts that are in the file: TEXT, VAE."""
 
@@ -38,7 +41,7 @@ def recognize(path: Path, dtype: torch.dtype = torch.float32) -> Recognized:
     import comfy.model_detection
     import comfy.utils
 
-    SafetensorsFile(path)  # whose message says what is wrong with a damaged file
+    refuse_lcm(SafetensorsFile(path).shapes, path)  # SafetensorsFile says what is wrong with a damaged file
     state, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
     prefix = comfy.model_detection.unet_prefix_from_state_dict(state)
     if not any(key.startswith(prefix) for key in state):
@@ -55,13 +58,13 @@ def recognize(path: Path, dtype: torch.dtype = torch.float32) -> Recognized:
     others = tuple(part for part, is_there in found.items() if is_there)
     has_layouts, is_small = config.quant_config is not None, stored is not None and stored.itemsize == 1
     # Beside weights with layouts of their own, such as INT8, the host has the others in a usual dtype.
-    plain = stored if is_small and not has_layouts else dtype
-    config.set_inference_dtype(plain, dtype if has_layouts or is_small else None)
+    float8 = stored if is_small and not has_layouts else None
+    config.set_inference_dtype(float8 or dtype, dtype if has_layouts or is_small else None)
     model = config.get_model(state, prefix, device=META)
     if has_layouts:  # the host makes such weights when it loads them
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # of torch: nothing is copied to meta
             model.load_model_weights(state, prefix)
-    return Recognized(config, model, has_layouts or is_small, others)
+    return Recognized(config, model, has_layouts or is_small, float8, others)
 
 
 def unquantised(config: Any) -> Any:

@@ -8,12 +8,23 @@ from unittest import mock
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...errors import UserError
 from ..conditioning import Conditioning
 from .conditioning import to_row
+from .read_as_one import ReadAsOne
 from .recognize import META
+
+
+def skip_layers(clip: Any, clip_skip: int) -> None:
+    """Let a CLIP object use the layer `clip_skip` from the last, as the node CLIP Set Last Layer does with its sign.
+
+    Raises UserError if one of its text encoders has fewer layers; the host would use the last.
+    """
+    layers = min(model.num_layers for model in clip.cond_stage_model.children() if hasattr(model, "num_layers"))
+    if not 1 <= clip_skip <= layers:
+        raise UserError(f"base.clip_skip is {clip_skip}, but the text encoder has {layers} layers: use one of these")
+    clip.clip_layer(-clip_skip)
 
 
 class HostTextEncoder:
@@ -39,6 +50,10 @@ class HostTextEncoder:
                 raise UserError(f"the caption {caption!r} cannot be used: {error}") from error
         return rows
 
+    def chunks(self, caption: str) -> int:
+        """Return the number of chunks in which a caption is encoded, of the encoder that has the most."""
+        return max(len(chunks) for chunks in self.clip.tokenize(caption).values())
+
     @torch.no_grad()
     def _encode_shapes(self, tokens: Any) -> Any:
         """Return the CONDITIONING on the meta device, as CLIP.encode_from_tokens, without its memory management."""
@@ -47,7 +62,7 @@ class HostTextEncoder:
         network = self.clip.cond_stage_model
         network.reset_clip_options()
         network.set_clip_options({"execution_device": META})
-        with mock.patch.object(comfy.model_management, "intermediate_device", lambda: META), _ReadAsOne():
+        with mock.patch.object(comfy.model_management, "intermediate_device", lambda: META), ReadAsOne():
             context, pooled, *more = network.encode_token_weights(tokens)
         return [[context, {"pooled_output": pooled, **(more[0] if more else {})}]]
 
@@ -58,12 +73,3 @@ class HostTextEncoder:
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield all weights."""
         yield from self.clip.cond_stage_model.parameters()
-
-
-class _ReadAsOne(TorchDispatchMode):
-    """Within the block, numbers that are read from the meta device are 1, such as whether a mask is all ones."""
-
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        if function is torch.ops.aten._local_scalar_dense.default and arguments[0].is_meta:
-            return 1
-        return function(*arguments, **(options or {}))

@@ -12,26 +12,31 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from ....tcd import DiscreteSchedule, Prediction, scaled_linear_alpha_bar, zero_terminal_snr
-from ....tcd.lora_metadata import BASE_FINGERPRINT_KEY, FAMILY_KEY, HOST_FAMILIES
+from ....tcd.distill.distilled import distilled_note
+from ....tcd.lora_metadata import BASE_FINGERPRINT_KEY, BASE_NAME_KEY, FAMILY_KEY, HOST_FAMILIES
 from ...config.base import BaseConfig
 from ...errors import UserError
 from .. import TINY_NAME
 from ..base_loras import fingerprints_with, lora_note
 from ..conditioning import Conditioning
-from ..distilled import distilled_note
 from ..fingerprint import fingerprint
 from ..framing import Framing
 from ..seam import Fingerprints, LatentFormat
 from . import families
 from .autoencoder import Vae
-from .base_loras import UNET, MergedLoras
+from .base_loras import MergedLoras
+from .conditioning import join
 from .families import Family
 from .folder import DiffusersFolder
+from .lora_layouts import UNET
 from .model import UNetModel
+from .prompt import MAX_TOKENS
 from .single_file import SingleFile
-from .text import CLIPS, MAX_TOKENS, TextEncoder
+from .text import CLIPS, TextEncoder, check_clip_skip
 
 TINY_PATH = Path(__file__).parents[2] / "tiny" / TINY_NAME
+_LONG_CAPTION = 3 * MAX_TOKENS
+"""Length of a caption of up to 225 tokens, longer than almost any."""
 _PREDICTION_NAMES = {"eps": "epsilon", "v": "v", "x0": "sample", "flow": "flow"}
 
 
@@ -44,7 +49,8 @@ class UNetCheckpoint:
         """Open the model at base.path, and determine its family, prediction and schedule.
 
         Raises UserError if there is no model, the file is damaged, the family is not supported, the model is said to
-        predict eps at zero terminal SNR, a LoRA of base.loras does not fit, or a key is only for the other engine.
+        predict eps at zero terminal SNR, a LoRA of base.loras does not fit, base.clip_skip names no layer, or a key
+        is only for the other engine.
         """
         self._source = _open(base.path)
         self._vae_source = _open(base.vae) if base.vae else self._source
@@ -52,11 +58,13 @@ class UNetCheckpoint:
         self.name = self.path.stem if self.path.is_file() else self.path.name
         self.family: Family = self._source.family()
         base.refuse_comfyui_keys()
+        check_clip_skip(self.family, base.clip_skip)
+        self._clip_skip = base.clip_skip
         notes: list[str] = []
         self.prediction = self._resolve_prediction(base.prediction, notes)
         self.zero_snr = self._resolve_zero_snr(base.zero_snr, notes)
         names = [self.name, *(Path(lora.path).stem for lora in base.loras)]
-        self.notes = (*notes, *distilled_note(names), *lora_note(base))
+        self.notes = (*notes, *distilled_note(names, self._source.distillation()), *lora_note(base))
         self._loras, self._lora_names = MergedLoras(base.loras, self.family), base.lora_names
         alpha_bar = scaled_linear_alpha_bar()
         self.schedule = DiscreteSchedule.from_alpha_bar(zero_terminal_snr(alpha_bar) if self.zero_snr else alpha_bar)
@@ -85,13 +93,14 @@ class UNetCheckpoint:
             self._loras.merge_into(UNET, unet)
         return UNetModel(unet.requires_grad_(False).eval(), self.schedule.to(device), self.prediction)
 
-    def load_text_encoder(self, dtype: torch.dtype, device: torch.device) -> TextEncoder:
-        """Load the text encoders, frozen, with weights in dtype. Raises UserError if one is incomplete."""
+    def load_text_encoder(self, device: torch.device) -> TextEncoder:
+        """Load the text encoders, frozen, in float32. Raises UserError if one is incomplete."""
         if device.type == "meta":
             with torch.device("meta"):
                 models = [families.empty_text_encoder(self.family, clip.part) for clip in CLIPS[self.family]]
-            return TextEncoder(self.family, models).to(dtype)
-        encoder = self._source.text_encoder(dtype).requires_grad_(False).eval().to(device)
+            return TextEncoder(self.family, models)
+        encoder = self._source.text_encoder().requires_grad_(False).eval().to(device)
+        encoder.clip_skip = self._clip_skip
         for clip, model in zip(CLIPS[self.family], encoder.models(), strict=True):
             self._loras.merge_into(clip.part, model)
         return encoder
@@ -103,20 +112,22 @@ class UNetCheckpoint:
                 vae = families.empty_vae(self.family)
         else:
             vae = self._vae_source.vae(self.family).to(device)
+            if self._vae_source is not self._source:  # the network expects its family's scale, whatever this VAE's is
+                vae.register_to_config(scaling_factor=families.config(self.family, "vae")["scaling_factor"])
         return Vae(vae.requires_grad_(False).eval())
 
     def collate(self, captions: Sequence[Conditioning], framing: Framing) -> Conditioning:
-        """Join encoded captions, which all have 77 tokens; for SDXL, add the framing as `time_ids`, [B, 6]."""
-        batch = Conditioning.cat(captions)
+        """Join encoded captions, as `join` does; for SDXL, add the framing as `time_ids`, [B, 6]."""
+        batch = join(captions)
         if "pooled" not in batch.tensors:
             return batch
         time_ids = torch.cat([framing.original, framing.crop, framing.target], dim=1).float()
         return Conditioning({**batch.tensors, "time_ids": time_ids})
 
     def placeholder_conditioning(self, rows: int, device: torch.device) -> Conditioning:
-        """Return conditioning of the usual shape with arbitrary content, for measuring memory."""
+        """Return conditioning of long captions with arbitrary content, for measuring memory."""
         config = families.config(self.family, "unet")
-        context = torch.empty(rows, MAX_TOKENS, config["cross_attention_dim"], device=device)
+        context = torch.empty(rows, _LONG_CAPTION, config["cross_attention_dim"], device=device)
         if config.get("addition_embed_type") != "text_time":
             return Conditioning.of(context=context)
         # SDXL's vector conditioning is the pooled caption and six embedded sizes.
@@ -149,7 +160,7 @@ class UNetCheckpoint:
         if self.family in HOST_FAMILIES:  # the embedded tiny model is none of ComfyUI's
             metadata[FAMILY_KEY] = HOST_FAMILIES[self.family]
         if self.path.is_file():
-            metadata["ss_sd_model_name"] = self.path.name
+            metadata[BASE_NAME_KEY] = self.path.name
             metadata["ss_sd_model_hash"] = _short_hash(self.path)
         return metadata
 

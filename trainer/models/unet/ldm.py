@@ -5,7 +5,7 @@ The same `TensorLocation` of each tensor is used to read and to write files.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +37,8 @@ _UNET_TOP = {
     "conv_out": "out.2",
 }
 _VAE_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out", "group_norm": "norm"}
+# In files that diffusers wrote before its version 0.14.
+_OLD_VAE_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 _OPEN_CLIP = {
     "embeddings.token_embedding.weight": "token_embedding.weight",
     "embeddings.position_embedding.weight": "positional_embedding",
@@ -125,6 +127,17 @@ def vae_locations(
         attends = ".attentions." in key
         inner = _VAE_ATTENTION if attends else {"conv_shortcut": "nin_shortcut"}
         out[key] = TensorLocation(prefix + _rename(key, modules, inner, "."), convolution=attends)
+    return out
+
+
+def diffusers_vae_locations(keys: Iterable[str], stored: Container[str], prefix: str = "") -> dict[str, TensorLocation]:
+    """Return the locations of an AutoencoderKL's tensors in a file of diffusers; stored: the names in the file."""
+    out = {}
+    for key in keys:
+        stem, _, leaf = key.rpartition(".")
+        module, _, projection = stem.partition(".attentions.0.")
+        old = f"{prefix}{module}.attentions.0.{_OLD_VAE_ATTENTION.get(projection)}.{leaf}"
+        out[key] = TensorLocation(old if old in stored else prefix + key)
     return out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -13,9 +14,12 @@ from torch import Tensor, nn
 
 from ....tcd import Adapter, AdapterWeights, Prediction, Schedule, TargetInput, TargetTime, TimePoint, kohya_name, to_x0
 from ....tcd.adapter import new_weights
+from ....tcd.unet_layers import chosen_layers, kind_of
 from ..conditioning import Conditioning
 from ..seam import LatentFormat
-from ..unet_layers import chosen_layers, kind_of
+from .conditioning import MASK, join
+from .ldm import unet_locations
+from .lora_layouts import unet_names
 
 TIME_LAYER = "time_embedding.linear_2"
 _BLOCKS = (BasicTransformerBlock, ResnetBlock2D)
@@ -63,9 +67,9 @@ class UNetModel:
     ) -> Tensor:
         """Predict x0 with classifier-free guidance u + w (c - u) of the raw predictions, in one call of 2 B rows.
 
-        uncond: the empty caption, B rows or one; guidance: w, [B].
+        uncond: the empty caption or a negative prompt, B rows or one; guidance: w, [B].
         """
-        both = Conditioning.cat([cond, uncond.expand(len(cond))])
+        both = join([cond, uncond.expand(len(cond))])
         raw = self._predict(torch.cat([x_t, x_t]), _twice(t), both, None if s is None else _twice(s))
         conditional, unconditional = rearrange(raw, "(halves b) ... -> halves b ...", halves=2)
         guided = unconditional + rearrange(guidance, "b -> b 1 1 1") * (conditional - unconditional)
@@ -103,9 +107,17 @@ class UNetModel:
         """Return the layer's name in kohya's format, such as lora_unet_mid_block_resnets_0_conv1."""
         return kohya_name(layer)
 
+    def lora_names(self, layer: str) -> Sequence[str]:
+        """Return the layer's name in kohya's format, and the one by its key in a single file, as in SDXL's files."""
+        weight = f"{layer}.weight"
+        return unet_names(layer, unet_locations([weight], self.network.config)[weight])
+
     def unloaded_keys(self, tensors: Mapping[str, Tensor]) -> list[str]:
         """Return none: the names are in the tables of kohya's format, which tests compare with ComfyUI's."""
         return []
+
+    def x0_as_loaded(self, path: Path, x_t: Tensor, t: TimePoint, cond: Conditioning, s: TimePoint) -> None:
+        """Return None: ComfyUI is not here."""
 
     def blocks(self) -> list[nn.Module]:
         """Return the transformer and the residual blocks."""
@@ -126,7 +138,11 @@ class UNetModel:
             raise ValueError("the adapter has an embedding of the target time: give s")
         self.adapter.times = None if s is None else (t.network_time, s.network_time)
         output: Tensor = self.network(
-            x_t.to(dtype), t.network_time, tensors["context"].to(dtype), added_cond_kwargs=added
+            x_t.to(dtype),
+            t.network_time,
+            tensors["context"].to(dtype),
+            added_cond_kwargs=added,
+            encoder_attention_mask=tensors.get(MASK),
         ).sample
         return output.float()
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -12,8 +13,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
 from ....tcd import Prediction
+from ....tcd.distill.distilled import refuse_lcm
+from ....tcd.files.safetensors_file import SafetensorsFile, attached
 from ...errors import UserError
-from ...safetensors_file import SafetensorsFile
 from . import families, ldm
 from .families import Family, UNetSignature
 from .text import CLIPS, ClipEncoder, TextEncoder
@@ -21,8 +23,10 @@ from .text import CLIPS, ClipEncoder, TextEncoder
 log = logging.getLogger("trajectory-consistency")
 _Model = TypeVar("_Model", bound=nn.Module)
 _CONV_IN = ldm.UNET_PREFIX + "input_blocks.0.0.weight"
+_INTEGERS = ("I8", "U8", "I32")
 _CONTEXT = "attn2.to_k.weight"
 _LABEL = ldm.UNET_PREFIX + "label_emb.0.0.weight"
+_QUANTISED = 'a model with quantised weights, whose scales only ComfyUI reads (base.engine = "comfyui")'
 # Unsupported files, by a substring of a tensor's name.
 _UNSUPPORTED = {
     "lora_": "a LoRA, not a checkpoint",
@@ -33,9 +37,11 @@ _UNSUPPORTED = {
     "edm_vpred.sigma_max": "a CosXL model, whose noise schedule is EDM's",
     **dict.fromkeys(
         ("scale_weight", "weight_scale", "comfy_quant", "scaled_fp8"),
-        "a model with quantised weights, whose scales only ComfyUI reads",
+        _QUANTISED,
     ),
 }
+# Of these, a checkpoint of the same architecture has the same ones, also if it is damaged.
+_BLOCK = re.compile(r"((in|out)put_blocks\.\d+\.\d+|middle_block\.\d+)(\.transformer_blocks\.\d+)?")
 # SD2.x v-prediction models have a larger standard deviation of this bias: ComfyUI distinguishes them by it too.
 _SD2_BIAS = ldm.UNET_PREFIX + "output_blocks.11.1.transformer_blocks.0.norm1.bias"
 _SD2_V_STD = 0.09
@@ -47,11 +53,15 @@ class SingleFile(SafetensorsFile):
     def family(self) -> Family:
         """Return the family of the model, from the names and shapes of the tensors only.
 
-        Raises UnknownModelError if it is not supported; the message says what the file is instead.
+        Raises UnknownModelError if it is not supported; the message says what the file is instead. Raises UserError if
+        it is an LCM.
         """
+        refuse_lcm(self.shapes, self.path)
         for part_of_name, what in _UNSUPPORTED.items():
             if any(part_of_name in name for name in self.shapes):
                 raise families.UnknownModelError(f"{self.path} is {what}: {families.SUPPORTED}")
+        if any(name.endswith(".weight") and dtype in _INTEGERS for name, dtype in self.dtypes.items()):
+            raise families.UnknownModelError(f"{self.path} is {_QUANTISED}: {families.SUPPORTED}")
         widths = [
             shape[1]
             for name, shape in self.shapes.items()
@@ -65,7 +75,32 @@ class SingleFile(SafetensorsFile):
             )
         channels, in_channels = self.shapes[_CONV_IN][:2]
         label = self.shapes[_LABEL][1] if _LABEL in self.shapes else 0
-        return families.recognize_family(UNetSignature(in_channels, channels, widths[0], label), self.path)
+        family = families.recognize_family(UNetSignature(in_channels, channels, widths[0], label), self.path)
+        self._check_architecture(family)
+        return family
+
+    def _check_architecture(self, family: Family) -> None:
+        """Raise UnknownModelError if the UNet has another tensor or lacks a block; `unet` misses single tensors.
+
+        Raises UserError if a tensor changes what a weight means, because ComfyUI would leave it out too.
+        """
+        shapes = families.tensor_shapes(family)
+        locations = ldm.unet_locations(shapes, families.config(family, "unet"))
+        expected = {locations[key].name: shape for key, shape in shapes.items()}
+        found = {name: shape for name, shape in self.shapes.items() if name.startswith(ldm.UNET_PREFIX)}
+        self._refuse_attached(set(expected), f"{family} unet")
+        other = sorted(name for name, shape in found.items() if expected.get(name) != shape)
+        absent = sorted(_blocks(expected) - _blocks(found))
+        if other or absent:
+            parts = [f"{len(other)} tensors are others, such as {other[0]}"] if other else []
+            parts += [f"it lacks {len(absent)} blocks, such as {absent[0]}"] if absent else []
+            raise families.UnknownModelError(
+                f"{self.path} has another UNet than {family}: {'; '.join(parts)}; {families.SUPPORTED}"
+            )
+
+    def distillation(self) -> str:
+        """Return nothing: what the file says about being distilled is in its name alone."""
+        return ""
 
     def prediction(self) -> tuple[Prediction | None, str]:
         """Return (what the UNet predicts, where the file says so), or (None, "") if the file does not say.
@@ -100,29 +135,32 @@ class SingleFile(SafetensorsFile):
         with init_empty_weights():
             model = families.empty_unet(family)
         locations = ldm.unet_locations(model.state_dict(), model.config)
-        self._warn_about_unused_tensors(locations)
-        return self._load(model, locations, dtype, f"{family} unet")
+        return self._load(model, locations, dtype, f"{family} unet", ldm.UNET_PREFIX)
 
     def vae(self, family: Family) -> AutoencoderKL:
         """Load the VAE in float32. Raises UserError if it is missing or incomplete."""
         with init_empty_weights():
             model = families.empty_vae(family)
-        locations = ldm.vae_locations(model.state_dict(), model.config, self._vae_prefix())
-        return self._load(model, locations, torch.float32, f"{family} vae")
+        prefix = self._vae_prefix()
+        locations = ldm.vae_locations(model.state_dict(), model.config, prefix)
+        if f"{prefix}decoder.mid_block.resnets.0.conv1.weight" in self.shapes:
+            locations = ldm.diffusers_vae_locations(model.state_dict(), self.shapes, prefix)
+        return self._load(model, locations, torch.float32, f"{family} vae", prefix)
 
-    def text_encoder(self, dtype: torch.dtype) -> TextEncoder:
-        """Load the text encoders with weights in `dtype`. Raises UserError if one is missing or incomplete."""
+    def text_encoder(self) -> TextEncoder:
+        """Load the text encoders in float32. Raises UserError if one is missing or incomplete."""
         family = self.family()
-        return TextEncoder(family, [self._clip(family, clip, dtype) for clip in CLIPS[family]])
+        return TextEncoder(family, [self._clip(family, clip) for clip in CLIPS[family]])
 
-    def _clip(self, family: Family, clip: ClipEncoder, dtype: torch.dtype) -> Any:
+    def _clip(self, family: Family, clip: ClipEncoder) -> Any:
         with init_empty_weights(include_buffers=False):
             model = families.empty_text_encoder(family, clip.part)
-        locations = clip.locations(model.state_dict(), self._prefix_of(clip))
+        prefix = self._prefix_of(clip)
+        locations = clip.locations(model.state_dict(), prefix)
         for key, location in locations.items():  # some files store the projection as transformers does
             if location.transposed and f"{location.name}.weight" in self.shapes:
                 locations[key] = ldm.TensorLocation(f"{location.name}.weight")
-        return self._load(model, locations, dtype, f"{family} {clip.part}")
+        return self._load(model, locations, torch.float32, f"{family} {clip.part}", prefix)
 
     def _prefix_of(self, clip: ClipEncoder) -> str:
         for prefix in clip.prefixes:
@@ -146,15 +184,23 @@ class SingleFile(SafetensorsFile):
         return any(name.startswith(prefix) for name in self.shapes)
 
     def _load(
-        self, model: _Model, locations: Mapping[str, ldm.TensorLocation], dtype: torch.dtype, what: str
+        self, model: _Model, locations: Mapping[str, ldm.TensorLocation], dtype: torch.dtype, what: str, prefix: str
     ) -> _Model:
-        """Load the weights of `model`, which is on the meta device; what: its name for error messages."""
+        """Load the weights of `model`, which is on the meta device.
+
+        what: its name for messages. prefix: of its tensors in the file.
+        """
         missing = [location.name for location in locations.values() if location.name not in self.shapes]
         if missing:
             raise UserError(
                 f"{self.path} does not hold a whole {what}: {len(missing)} of its {len(locations)} tensors "
                 f"are missing, such as {missing[0]}"
             )
+        used = {location.name for location in locations.values()}
+        self._refuse_attached(used, what)
+        unused = [name for name in self.shapes if name.startswith(prefix) and name not in used]
+        if unused:
+            log.info("%s: %d tensors are not part of its %s, such as %s", self.path.name, len(unused), what, unused[0])
         state = {}
         for key, meta in model.state_dict().items():
             try:
@@ -165,9 +211,15 @@ class SingleFile(SafetensorsFile):
         model.load_state_dict(state, assign=True)
         return model
 
-    def _warn_about_unused_tensors(self, locations: Mapping[str, ldm.TensorLocation]) -> None:
-        """Log a warning if the file's UNet has tensors that the family lacks: its architecture may be different."""
-        used = {location.name for location in locations.values()}
-        unused = [name for name in self.shapes if name.startswith(ldm.UNET_PREFIX) and name not in used]
-        if unused:
-            log.warning("%s: %d tensors of its UNet are not used, such as %s", self.path, len(unused), unused[0])
+    def _refuse_attached(self, used: set[str], what: str) -> None:
+        """Raise UserError if a tensor that is not used changes what a used weight means."""
+        found = attached(self.shapes, used)
+        if found:
+            raise UserError(
+                f"{self.path} has {len(found)} tensors beside the weights of its {what} that are not used, such as "
+                f'{found[0]}: use a file with plain weights, or base.engine = "comfyui" if ComfyUI uses them'
+            )
+
+
+def _blocks(names: Iterable[str]) -> set[str]:
+    return {found.group() for name in names if (found := _BLOCK.search(name))}

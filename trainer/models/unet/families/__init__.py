@@ -41,6 +41,7 @@ SUPPORTED = "SD1.5, SD2.x and SDXL models, whose UNet has 4 input channels, can 
 _BY_INPUT_CHANNELS = {
     9: "an inpainting model",
     8: "a model that edits or animates a picture",
+    7: "an upscaler",
     5: "a depth-to-image model",
 }
 
@@ -79,6 +80,13 @@ def config(family: Family, part: str) -> dict[str, Any]:
 def empty_unet(family: Family) -> UNet2DConditionModel:
     """Build a UNet of the family with freshly initialized weights."""
     return UNet2DConditionModel.from_config(config(family, "unet"))
+
+
+@cache
+def tensor_shapes(family: Family) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor of a family's UNet, by its name in diffusers."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in empty_unet(family).state_dict().items()}
 
 
 @cache

@@ -4,9 +4,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
+
+from ..errors import UserError
 
 # Followed by no lowercase letter, as in hypernetwork. A model that was "de-distilled" is a teacher again.
 _MARKS = re.compile(r"(?i:turbo|lightning|lcm|hyper|schnell|(?<!un)(?<!de)(?<!de[-_])distilled)(?![a-z])")
+
+# The embedding of the guidance scale of an LCM, in the names of latent-diffusion and of diffusers.
+_LCM_TENSORS = ("time_embed.cond_proj.weight", "time_embedding.cond_proj.weight")
+
+
+def refuse_lcm(names: Iterable[str], where: Path) -> None:
+    """Raise UserError if a network, with tensors of these names, takes the guidance scale as LCMs do."""
+    found = next((name for name in names if name.endswith(_LCM_TENSORS)), None)
+    if found:
+        raise UserError(
+            f"{where} is an LCM, whose network takes the guidance scale as an input ({found}): it is distilled to few "
+            "steps already, so it is no teacher; use the base that it was made from"
+        )
 
 
 def distilled_note(names: Iterable[str], known: str = "") -> tuple[str, ...]:

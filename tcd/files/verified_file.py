@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..atomic import atomic_write
 from ..errors import RunError, UserError
-from ..safetensors_file import read_safetensors
+from .atomic import atomic_write
+from .safetensors_file import read_safetensors
 
 
 def check_target(path: Path) -> None:

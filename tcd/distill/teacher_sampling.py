@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ...tcd import Level, jump
-from ...tcd.timesteps import ORIGIN_STEPS
-from .conditioning import Conditioning
-from .seam import Model
+from ..timesteps import ORIGIN_STEPS
+from ..trajectory import Level, jump
+from .settings import Distillable
 
 
 @torch.no_grad()
 def dpm_solver_sample(
-    model: Model, cond: Conditioning, uncond: Conditioning, noise: Tensor, *, steps: int, guidance: float
+    model: Distillable, cond: Any, uncond: Any, noise: Tensor, *, steps: int, guidance: float
 ) -> Tensor:
     """Sample latents [B, C, ...] from unit noise of the same shape; the solver is deterministic.
 

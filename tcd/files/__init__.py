@@ -1,0 +1,1 @@
+"""Safetensors files: read, and written so that they are complete or absent. Needs safetensors beside torch."""
