@@ -15,11 +15,13 @@ INSTALLED := .venv/.installed
 demo: $(INSTALLED)
 	$(BIN)/python -m trajectory_consistency.trainer.demo --out demo-out
 
-# ComfyUI and the demo use all cores, so their tests run alone, after the others. tests/engine has its own environment.
+# Two processes of one thread each, as most tests keep one core busy. In the second group each process starts its own
+# ComfyUI, and the demo comes first, because it takes longest. tests/engine has its own environment.
+test: export OMP_NUM_THREADS = 1
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --ignore tests/host --ignore tests/demo/test_demo.py
-	$(BIN)/pytest tests/host tests/demo/test_demo.py
-	$(BIN)/python tests/engine
+	$(BIN)/pytest -n 2 --dist loadfile --ignore tests/host --ignore tests/demo/test_demo.py
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests/demo/test_demo.py tests/host
+	$(BIN)/python tests/engine -n 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -3,6 +3,7 @@
 And the extras and constraints by which all of it is installed.
 """
 
+import importlib.metadata
 import re
 import tomllib
 from collections.abc import Iterator
@@ -50,8 +51,8 @@ def steps() -> Iterator[dict[str, Any]]:
         yield from read(path)["runs"]["steps"]
 
 
-def test_there_are_the_two_workflows() -> None:
-    assert set(WORKFLOWS) == {"publish_action", "test"} and ACTIONS
+def test_there_are_the_three_workflows() -> None:
+    assert set(WORKFLOWS) == {"audit", "publish_action", "test"} and ACTIONS
     assert read(WORKFLOWS["test"])["on"].keys() >= {"push", "pull_request"}
     assert read(WORKFLOWS["publish_action"])["on"]["push"] == {"branches": ["main"], "paths": ["pyproject.toml"]}
 
@@ -140,12 +141,32 @@ def test_only_the_last_step_has_the_key_of_the_registry() -> None:
     assert TOKEN in str(last["env"]) and TOKEN not in str(before) and "uses" not in last
 
 
-def test_what_publishes_is_pinned_to_the_file() -> None:
-    (install,) = (step["run"] for step in steps() if "--require-hashes" in step.get("run", ""))
+@pytest.mark.parametrize(
+    ("workflow", "job", "program"), [("publish_action", "publish", "comfy-cli"), ("audit", "packages", "pip-audit")]
+)
+def test_what_publishes_and_what_audits_are_pinned_to_the_file(workflow: str, job: str, program: str) -> None:
+    (install,) = (step["run"] for step in jobs(workflow)[job]["steps"] if "pip install" in step.get("run", ""))
+    assert "--no-deps --only-binary=:all: --require-hashes" in install
     named = ROOT / install.split("-r ")[1].strip()
     lines = [line for line in named.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
-    assert any(line.startswith("comfy-cli==") for line in lines)
+    assert any(line.startswith(f"{program}==") for line in lines)
     assert all(re.fullmatch(r"[a-z0-9-]+==[\w.]+ --hash=sha256:[0-9a-f]{64}", line) for line in lines)
+
+
+def test_every_list_of_versions_is_audited_each_week_and_when_it_changes() -> None:
+    """Without --strict, a package that the service does not know would pass; with an `if`, a finding could."""
+    on, packages = read(WORKFLOWS["audit"])["on"], jobs("audit")["packages"]
+    assert on["schedule"] and on["push"]["paths"] == on["pull_request"]["paths"] == ["constraints.txt", ".github/**"]
+    assert packages["env"]["AUDIT"].startswith("pip-audit --strict ")
+    lines = [step["run"] for step in packages["steps"] if step.get("run", "").startswith("$AUDIT ")]
+    lists = ["constraints.txt", *(str(path.relative_to(ROOT)) for path in sorted(GITHUB.glob("*/requirements.txt")))]
+    assert len(lists) == 3 and {f"$AUDIT -r {name}" for name in lists} <= set(lines)
+    assert packages["steps"][-1]["with"]["path"] == lines[-1].split("--output ")[1], "the list of packages is kept"
+
+
+def test_builds_take_the_tested_setuptools() -> None:
+    """An isolated build ignores -c, and would take the newest."""
+    assert read(WORKFLOWS["test"])["env"] == {"PIP_BUILD_CONSTRAINT": "constraints.txt"}
 
 
 def test_the_package_names_the_pythons_on_which_it_is_tested_and_the_oldest_of_the_nodes() -> None:
@@ -175,6 +196,37 @@ def test_the_extras_are_sorted_and_ask_for_nothing_twice() -> None:
         for each in map(Requirement, texts):
             bounds.setdefault(canonicalize_name(each.name), set()).add(str(each.specifier))
     assert not {name: found for name, found in bounds.items() if len(found) > 1}, "one bound, wherever it is asked for"
+
+
+def licence_rows() -> list[tuple[str, str, str]]:
+    """Return (extra, package, licence) of each row of the table in CONTRIBUTING.md."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("| extra | package | licence | why |\n")[1]
+    rows, extra = [], ""
+    for line in text.split("\n\n")[0].splitlines()[1:]:
+        named, package, licence, _ = (cell.strip() for cell in line.strip("|").split("|"))
+        extra = named.strip("`") or extra
+        rows.append((extra, package, licence))
+    return rows
+
+
+def test_every_package_that_an_extra_asks_for_is_listed() -> None:
+    asked = {(extra, Requirement(text).name) for extra, texts in EXTRAS.items() for text in texts}
+    listed = [(extra, package) for extra, package, _ in licence_rows()]
+    assert len(listed) == len(set(listed)) and set(listed) == asked
+
+
+@pytest.mark.parametrize(("package", "licence"), sorted({row[1:] for row in licence_rows()}))
+def test_the_licence_of_each_package_is_the_one_that_it_states(package: str, licence: str) -> None:
+    """Older metadata have no SPDX expression but words, such as "Apache 2.0 License"."""
+    try:
+        metadata = importlib.metadata.metadata(package)
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip(f"{package} is not installed")
+    expression = metadata.get_all("License-Expression", [])
+    words = [word for word in metadata.get_all("Classifier", []) if word.startswith("License ::")]
+    stated = " ".join(expression or metadata.get_all("License", []) + words)
+    for part in re.split(" and | or ", licence):
+        assert (part if expression else part.split("-")[0]) in stated
 
 
 def test_the_versions_that_are_tested_together_are_of_all_that_the_extras_ask_for() -> None:

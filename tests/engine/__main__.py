@@ -15,6 +15,7 @@ from trajectory_consistency.trainer.find_comfyui import Host, HostNotFoundError,
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 ENVIRONMENT = ROOT / ".venv-comfyui"
+TOOLS = ("pytest", "pytest-xdist")
 PROGRAMS = ENVIRONMENT / ("Scripts" if os.name == "nt" else "bin")
 
 
@@ -37,12 +38,12 @@ def main() -> int:
 def install(host: Host) -> None:
     """Make the environment, unless there is one that is up to date."""
     done = ENVIRONMENT / ".installed"
-    wanted = f"{host.python}\n{(ROOT / 'pyproject.toml').read_text(encoding='utf-8')}"
+    wanted = f"{host.python} {TOOLS}\n{(ROOT / 'pyproject.toml').read_text(encoding='utf-8')}"
     if done.is_file() and done.read_text(encoding="utf-8") == wanted:
         return
     _run(host.python, "-m", "venv", "--clear", ENVIRONMENT)
     python = PROGRAMS / "python"
-    _run(python, "-m", "pip", "install", "--quiet", "pytest", "-e", f"{ROOT}[comfyui]", "-c", ROOT / "constraints.txt")
+    _run(python, "-m", "pip", "install", "--quiet", *TOOLS, "-e", f"{ROOT}[comfyui]", "-c", ROOT / "constraints.txt")
     # Not by --system-site-packages: those would be of the interpreter from which ComfyUI's environment was made. And
     # only now, because pip would build this project with an old setuptools of ComfyUI's.
     folders = _run(host.python, "-c", "import site; print(*site.getsitepackages(), sep='\\n')").splitlines()

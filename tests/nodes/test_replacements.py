@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -31,7 +32,9 @@ def test_an_older_host_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     _register(monkeypatch, io=SimpleNamespace(), ComfyAPI=no_api)
 
 
-def test_each_node_of_another_pack_is_replaced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The replacements that a host with the API gets."""
     found: list[Any] = []
 
     async def register(replacement: Any) -> None:
@@ -39,9 +42,19 @@ def test_each_node_of_another_pack_is_replaced_once(monkeypatch: pytest.MonkeyPa
 
     api = SimpleNamespace(node_replacement=SimpleNamespace(register=register))
     _register(monkeypatch, io=SimpleNamespace(NodeReplace=SimpleNamespace), ComfyAPI=lambda: api)
-    assert sorted(each.old_node_id for each in found) == [
+    return found
+
+
+def test_each_node_of_another_pack_is_replaced_once(registered: list[Any]) -> None:
+    assert sorted(each.old_node_id for each in registered) == [
         "SamplerTCD",
         "SamplerTCD EulerA",
         "TCDModelSamplingDiscrete",
         "TCDScheduler",
     ]
+
+
+def test_the_page_about_migrating_names_the_same_nodes(registered: list[Any]) -> None:
+    page = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8").split("## Older TCD nodes")[1]
+    rows = re.findall(r"^\|[^|]*\| `(.+?)` \| (TCD\w+)", page, re.MULTILINE)
+    assert set(rows) == {(each.old_node_id, each.new_node_id) for each in registered}
