@@ -25,6 +25,8 @@ class SafetensorsFile:
             raise UserError(f"there is no file {path}")
         if path.is_dir():
             raise UserError(f"{path} is a folder: name the .safetensors file in it")
+        if not path.is_file():
+            raise UserError(f"{path} is not a file, but a device or a pipe: name a .safetensors file")
         try:
             self._file: Any = safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
