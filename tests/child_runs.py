@@ -160,15 +160,15 @@ def die(*_: object, **__: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _half_written(module: Any) -> None:
-    save = module.save_file
+def _half_written(module: Any, save: str) -> None:
+    whole = getattr(module, save)
 
-    def half(tensors: dict[str, torch.Tensor], path: Path, **options: Any) -> None:
-        save(tensors, path, **options)
+    def half(tensors: dict[str, torch.Tensor], path: Path, *arguments: Any, **options: Any) -> None:
+        whole(tensors, path, *arguments, **options)
         os.truncate(path, path.stat().st_size // 2)
         die()
 
-    module.save_file = half
+    setattr(module, save, half)
 
 
 def _at(method: str, name: str, *, after: bool) -> None:
@@ -197,13 +197,13 @@ def _asked_to_stop() -> None:
 POINTS: dict[str, Callable[[], None]] = {
     "in a step": lambda: setattr(distill_training, "step_losses", die),
     "half a configuration": lambda: _at("write_text", ".config*", after=True),
-    "half a checkpoint": lambda: _half_written(checkpoint),
+    "half a checkpoint": lambda: _half_written(checkpoint, "save_checked"),
     "a checkpoint without its name": lambda: _at("replace", ".step-*", after=False),
     "a checkpoint with its name": lambda: _at("replace", ".step-*", after=True),
     "a third checkpoint": lambda: _at("replace", ".step-00000003*", after=False),
     "an old checkpoint removed": lambda: _at("unlink", "step-*", after=True),
     "after the last step": lambda: setattr(run, "write_lora", die),
-    "half a LoRA": lambda: _half_written(write_lora),
+    "half a LoRA": lambda: _half_written(write_lora, "save_file"),
     "a LoRA without its name": lambda: _at("replace", ".tcd-lora*", after=False),
     "a LoRA with its name": lambda: _at("replace", ".tcd-lora*", after=True),
 }

@@ -218,7 +218,7 @@ def _other_metadata(weights: Weights, rng: Random) -> None:
         value = weights.metadata[key]
         try:
             inner = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             inner = value
         text = damaged_json(inner, rng).decode("utf-8", "replace")
         weights.metadata[key] = text if rng.random() < 0.7 else str(odd_value(rng))

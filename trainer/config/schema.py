@@ -62,7 +62,7 @@ def override(values: dict[str, Any], text: str) -> None:
         raise UserError(f"{text!r} is not an override: write section.key=value, such as training.steps=500")
     try:
         value = tomllib.loads(f"value = {given}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         value = given
     table = values
     for section in sections:

@@ -255,7 +255,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         values = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows write a BOM
     except FileNotFoundError:
         raise UserError(f"there is no configuration file at {path}, nor a recipe of that name") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError, RecursionError) as error:
         raise UserError(f"{path} is not a TOML file: {error}; a path with backslashes needs single quotes") from error
     for text in overrides:
         override(values, text)

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ...tcd.files.atomic import atomic_write
+from ..checked_file import open_checked, save_checked
 from ..config.settings import Config
 from ..errors import UserError
 from ..models import open_checkpoint
@@ -160,7 +160,7 @@ class Index:
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as temporary:
-            save_file(tensors, temporary, metadata={"index": json.dumps(header)})
+            save_checked(tensors, temporary, {"index": json.dumps(header)})
 
     @staticmethod
     def read(path: Path) -> Index:
@@ -168,9 +168,8 @@ class Index:
 
         Raises OSError or SafetensorError if the file does not exist or is damaged.
         """
-        tensors = open_shard(path)
-        with safe_open(path, "pt") as file:
-            header = json.loads(file.metadata()["index"])
+        tensors, metadata = open_checked(path, content=True)
+        header = json.loads(metadata["index"])
         groups = {
             GroupKey(source, repeats, Size(*size)): GroupRows(tensors[f"{number}.keys"], tensors[f"{number}.locations"])
             for number, (source, repeats, *size) in enumerate(header["groups"])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -16,11 +15,11 @@ from time import monotonic
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ...tcd.files.atomic import atomic_write, remove_unfinished
+from ..checked_file import open_checked, save_checked
 
 DIGESTS = "digest"
 """Name of the tensor in a shard that holds the digests of its rows, uint8 [n, 16]."""
@@ -57,8 +56,8 @@ class Store:
     def __init__(self, folder: Path, *, verify: bool = False) -> None:
         """List the rows that the folder already contains; several processes may add rows to it at the same time.
 
-        Damaged files are removed, so that their rows are computed again.  A file is damaged if its length does not
-        match its header or, with `verify`, if its content does not match its checksum.
+        Damaged files are removed, so that their rows are computed again.  A file is damaged if its length or a checksum
+        does not match; that of the content is compared only with `verify`.
         """
         self.folder = folder
         self.locations: dict[bytes, RowLocation] = {}
@@ -106,7 +105,7 @@ class Store:
         # Named after its rows, so that two processes never write different rows under the same name.
         path = self.folder / f"{kind}-{digest(b''.join(keys)).hex()}.safetensors"
         with atomic_write(path, by_content=True) as temporary:
-            save_file(tensors, temporary, metadata={"crc32": _checksum(tensors)})
+            save_checked(tensors, temporary)
         for row, key in enumerate(keys):
             self.locations[key] = RowLocation(path.name, row)
             self._kinds.pop(key)
@@ -114,14 +113,9 @@ class Store:
 
     def _add_shard(self, path: Path, verify: bool) -> None:
         try:
-            tensors = open_shard(path)
-            with safe_open(path, "pt") as file:
-                expected = (file.metadata() or {}).get("crc32")
+            tensors, _ = open_checked(path, content=verify)
         except (SafetensorError, OSError) as error:
             _remove_damaged(path, str(error))
-            return
-        if expected is None or (verify and _checksum(tensors) != expected):
-            _remove_damaged(path, "its checksum does not match")
             return
         keys = tensors[DIGESTS].numpy().tobytes()
         self.locations |= {keys[at : at + 16]: RowLocation(path.name, at // 16) for at in range(0, len(keys), 16)}
@@ -146,10 +140,10 @@ class ShardFiles(Sequence[Mapping[str, Tensor]]):
 def open_shard(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a shard, memory-mapped, so that only the rows in use are read.
 
-    Raises OSError if the file cannot be read, and SafetensorError if its format or length is wrong.
+    Raises OSError if the file cannot be read or its header is damaged, and SafetensorError if its format or length is
+    wrong.
     """
-    with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
+    return open_checked(path, content=False)[0]
 
 
 @lru_cache(maxsize=64)  # far below the limit on open files of a process
@@ -157,11 +151,6 @@ def _open_shard_cached(path: Path) -> dict[str, Tensor]:
     return open_shard(path)
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    value = 0
-    for name in sorted(tensors):
-        value = zlib.crc32(tensors[name].view(torch.uint8).numpy().data, value)
-    return f"{value:08x}"
 
 
 def _remove_damaged(path: Path, reason: str) -> None:

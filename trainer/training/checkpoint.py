@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ...tcd.files.atomic import atomic_write
+from ..checked_file import open_checked, save_checked
 from ..errors import UserError
 from .processes import ALONE, Processes
 
@@ -48,7 +48,7 @@ class Checkpoints:
         path = self._path(step)
         with atomic_write(path) as unfinished:
             on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            save_file(on_cpu, unfinished, metadata=dict(self.fingerprints))
+            save_checked(on_cpu, unfinished, self.fingerprints)
         self.prune(self.keep)
         return path
 
@@ -69,8 +69,7 @@ class Checkpoints:
         """Raise UserError, which lists the changes, if the newest readable checkpoint has different fingerprints."""
         for step in self.steps():
             try:
-                with safe_open(self._path(step), "pt") as file:
-                    saved = file.metadata() or {}
+                saved = open_checked(self._path(step), content=False)[1]
             except (SafetensorError, OSError):
                 continue  # `load_latest` warns about it
             changed = [
@@ -96,8 +95,8 @@ class Checkpoints:
         """Return the step of the newest readable checkpoint, or None without any; warn about damaged ones."""
         for step in self.steps():
             try:
-                with safe_open(self._path(step), "pt"):
-                    return step
+                open_checked(self._path(step), content=True)
+                return step
             except (SafetensorError, OSError) as error:
                 log.warning("%s is damaged and is skipped: %s", self._path(step), error)
         return None
@@ -105,8 +104,8 @@ class Checkpoints:
     def _load(self, step: int) -> dict[str, Tensor]:
         """Return the tensors of a checkpoint as copies in memory, because Windows removes no file that is mapped."""
         try:
-            with safe_open(self._path(step), "pt") as file:
-                return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (no mapping)
+            tensors, _ = open_checked(self._path(step), content=True)
+            return {name: tensor.clone() for name, tensor in tensors.items()}
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{self._path(step)} cannot be read: {error}; each process must reach output.folder"

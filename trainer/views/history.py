@@ -9,14 +9,14 @@ import csv
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
 
 from ...tcd.distill import StepRecord
 from ...tcd.files.atomic import atomic_write, write_advice
-from ..errors import RunError
+from ..errors import RunError, UserError
 
 LOG_NAME, BY_TIME_NAME = "log.csv", "loss_by_time.csv"
 BIN_COUNT = 10
@@ -55,6 +55,9 @@ class BinRow(NamedTuple):
     """Mean loss of these pictures."""
 
 
+Row = TypeVar("Row", LogRow, BinRow)
+
+
 class LossByTime(NamedTuple):
     """The losses of many steps by t (rows) and t - s (columns)."""
 
@@ -74,8 +77,8 @@ class History:
 
     def __init__(self, folder: Path) -> None:
         """Write into `folder`, which must exist when the first step is complete."""
-        self.log = _CsvFile(folder / LOG_NAME, LogRow._fields)
-        self.by_time = _CsvFile(folder / BY_TIME_NAME, BinRow._fields)
+        self.log = _CsvFile(folder / LOG_NAME, LogRow)
+        self.by_time = _CsvFile(folder / BY_TIME_NAME, BinRow)
         self.started = False
 
     def __call__(self, record: StepRecord) -> None:
@@ -115,22 +118,26 @@ def bin_edges(num_times: int) -> list[int]:
 
 
 def read_log(folder: Path) -> list[LogRow]:
-    """Return the rows of the log.csv in a run's folder; an empty list if there is no such file."""
-    return [LogRow(int(row[0]), *map(float, row[1:])) for row in _read(folder / LOG_NAME, LogRow._fields)]
+    """Return the rows of the log.csv in a run's folder; an empty list if there is no such file.
+
+    Raises UserError if the file is damaged.
+    """
+    return list(_read(folder / LOG_NAME, LogRow))
 
 
 def read_loss_by_time(folder: Path, since: int = 0) -> LossByTime | None:
     """Return the losses in the loss_by_time.csv of a run's folder, or None if it has none.
 
-    since: only later steps count.
+    since: only later steps count. Raises UserError if the file is damaged.
     """
     total, count = torch.zeros(2, BIN_COUNT, BIN_COUNT, dtype=torch.float64)
     num_times = 0
-    for row in _read(folder / BY_TIME_NAME, BinRow._fields):
-        step, t, gap, num_times, pictures = map(int, row[:-1])
+    for step, t, gap, num_times, pictures, loss in _read(folder / BY_TIME_NAME, BinRow):
+        if not (0 <= t < num_times and 0 <= gap < num_times and 0 <= pictures < 2**31):
+            raise UserError(f"{folder / BY_TIME_NAME} is damaged (step {step}, t {t}, gap {gap}): repair or remove it")
         if step > since:
             index = t * BIN_COUNT // num_times, gap * BIN_COUNT // num_times
-            total[index] += pictures * float(row[-1])
+            total[index] += pictures * loss
             count[index] += pictures
     return LossByTime(total / count, count, bin_edges(num_times)) if count.any() else None
 
@@ -138,14 +145,14 @@ def read_loss_by_time(folder: Path, since: int = 0) -> LossByTime | None:
 class _CsvFile:
     """A CSV file with a header, whose first column is the step."""
 
-    def __init__(self, path: Path, columns: Sequence[str]) -> None:
-        self.path, self.columns = path, columns
+    def __init__(self, path: Path, kind: type[LogRow] | type[BinRow]) -> None:
+        self.path, self.kind = path, kind
 
     def drop_from(self, step: int) -> None:
-        """Remove the rows from `step` on; creates the file if there is none."""
-        kept = [row for row in _read(self.path, self.columns) if int(row[0]) < step]
+        """Remove the rows from `step` on; creates the file if there is none. Raises UserError if it is damaged."""
+        kept = [row for row in _read(self.path, self.kind) if row.step < step]
         with atomic_write(self.path) as unfinished:
-            unfinished.write_text(_lines([self.columns, *kept]), encoding="utf-8")
+            unfinished.write_text(_lines([self.kind._fields, *kept]), encoding="utf-8")
 
     def append(self, rows: Iterable[Sequence[object]]) -> None:
         """Append rows; raises RunError, with advice, if that fails."""
@@ -166,11 +173,20 @@ def _lines(rows: Iterable[Sequence[object]]) -> str:
     )
 
 
-def _read(path: Path, columns: Sequence[str]) -> Iterator[list[str]]:
-    """Yield the complete rows of a file, without its header; a last line that was cut off is skipped."""
+def _read(path: Path, kind: type[Row]) -> Iterator[Row]:
+    """Yield the complete rows of a file, without its header; a last line that was cut off is skipped.
+
+    Raises UserError if a row is not of numbers, as when the file is damaged.
+    """
     if not path.exists():
         return
+    types = get_type_hints(kind).values()
     with open(path, encoding="utf-8", newline="") as file:
         complete = (line for line in file if line.endswith("\n"))
-        next(complete, None)
-        yield from (row for row in csv.reader(complete) if len(row) == len(columns))
+        try:
+            next(complete, None)
+            for row in csv.reader(complete):
+                if len(row) == len(kind._fields):
+                    yield kind(*(number(text) for number, text in zip(types, row, strict=True)))
+        except (ValueError, csv.Error) as error:
+            raise UserError(f"{path} is damaged ({error}): repair or remove it") from error

@@ -15,6 +15,7 @@ from PIL import Image
 from ...tcd.files.atomic import atomic_write
 from ..config import settings as config
 from ..config.settings import Config
+from ..data.pictures import BrokenPictureError, decode
 from ..errors import UserError
 from ..models import TINY_NAME
 from .curves import color_map, curve
@@ -115,7 +116,7 @@ def _by_time(folder: Path, rows: Sequence[LogRow]) -> str:
 
 def _pictures(run: Config, folder: Path) -> str:
     """Return a table of pictures for each prompt and seed."""
-    training_steps = sorted(int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.jpg"))
+    training_steps = sorted(int(path.stem[5:]) for path in folder.glob("step-*.jpg") if path.stem[5:].isdecimal())
     if not training_steps:
         return '<p class="sub">None were drawn: set preview.prompts for the next run.</p>'
     shown, preview = _evenly_spaced(training_steps, _MAX_COLUMNS), run.preview
@@ -162,8 +163,10 @@ def _image(path: Path, description: str) -> str:
     """Embed a picture in the page; empty if there is no such file because preview.prompts or steps were changed."""
     if not path.is_file():
         return ""
-    with Image.open(path) as image:
-        small = image.convert("RGB")
+    try:
+        small = decode(path.read_bytes())
+    except BrokenPictureError as error:
+        return f'<p class="empty">{escape(path.name)} does not decode: {escape(str(error))}</p>'
     small.thumbnail((_MAX_SIDE_PX, _MAX_SIDE_PX), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=85)

@@ -200,7 +200,7 @@ class DiffusersFolder:
             return {}
         try:
             loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is not JSON: {error}") from error
         if not isinstance(loaded, dict):
             raise UserError(f"{path} is no configuration of a model, but {str(loaded)[:40]!r}: use a complete folder")
