@@ -28,7 +28,7 @@ BLOCKS = ast.If | ast.For | ast.AsyncFor | ast.While | ast.With | ast.AsyncWith 
 
 # The rooms of trainer/, and the modules that stand in none; each may import those before it, and itself.
 ROOMS = (
-    *("errors", "lock", "log_file", "checked_file", "format_bytes", "lora_file", "find_comfyui"),
+    *("errors", "lock", "log_file", "checked_file", "user_path", "format_bytes", "lora_file", "find_comfyui"),
     *("config", "models", "data", "files", "training", "views"),
     *("preflight", "run", "commands", "cli", "__main__", "tiny", "demo"),
 )

@@ -210,7 +210,9 @@ def test_sigmas_of_a_run_descend_to_zero(schedule: Schedule, steps: int, denoise
 
 @few
 @given(schedules, st.floats(0, 1), st.integers(2, 6), st.data())
-def test_a_run_that_is_split_is_the_whole_run(schedule: Schedule, gamma: float, steps: int, data: st.DataObject) -> None:
+def test_a_run_that_is_split_is_the_whole_run(
+    schedule: Schedule, gamma: float, steps: int, data: st.DataObject
+) -> None:
     assume(schedule.num_times >= 50)
     sigmas = schedule.sigmas_for(steps)
     at = data.draw(st.integers(1, steps - 1))

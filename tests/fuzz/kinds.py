@@ -33,14 +33,14 @@ from mangle import (
     damaged_weights,
     odd_caption,
     odd_value,
-    random_tensor,
 )
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 import trajectory_consistency
 from tiny_base import random_dataset, with_adapter, write_inputs
-from trajectory_consistency.tcd import PEFT_CONFIG_KEY, TargetTime, to_kohya
+from trajectory_consistency.tcd import PEFT_CONFIG_KEY, AdapterWeights, to_kohya
+from trajectory_consistency.tcd.adapter import FILE
 from trajectory_consistency.tcd.target_time import PREFIX
 from trajectory_consistency.trainer import preflight
 from trajectory_consistency.trainer.config import settings as config
@@ -51,13 +51,12 @@ from trajectory_consistency.trainer.data.encode import load_or_encode
 from trajectory_consistency.trainer.data.store import Store
 from trajectory_consistency.trainer.data.survey import data_report, survey
 from trajectory_consistency.trainer.errors import RunError, UserError
-from trajectory_consistency.trainer.files.adapter_weights import load_weights, start_from
+from trajectory_consistency.trainer.files.adapter_weights import file_tensors, start_from, using_file
 from trajectory_consistency.trainer.files.convert import convert
 from trajectory_consistency.trainer.files.describe_file import describe_file
 from trajectory_consistency.trainer.files.merge import merge
 from trajectory_consistency.trainer.lora_file import read_lora
 from trajectory_consistency.trainer.models import open_checkpoint
-from trajectory_consistency.trainer.models.unet import families
 from trajectory_consistency.trainer.models.unet.base_loras import MergedLoras
 from trajectory_consistency.trainer.models.unet.checkpoint import TINY_PATH, UNetCheckpoint
 from trajectory_consistency.trainer.models.unet.model import UNetModel
@@ -74,16 +73,15 @@ CPU, F32 = torch.device("cpu"), torch.float32
 @cache
 def _loras() -> tuple[Weights, ...]:
     """A file as the trainer writes it, with an embedding; one of PEFT; one with DoRA, Tucker form and text weights."""
-    rng = Random(0)
-    shapes = list(families.layer_shapes("tiny").items())[::9]
-    kohya, peft = {}, {}
-    for path, (out, into, *kernel) in shapes:
-        down, up = random_tensor(rng, 4, into, *kernel), random_tensor(rng, out, 4, *[1] * len(kernel))
+    model = _model()
+    tensors = {name: each.clone() for name, each in file_tensors(model, _new_weights(model)).items()}
+    embedding = {name: each for name, each in tensors.items() if name.startswith(PREFIX)}
+    kohya = {name: each.half() for name, each in tensors.items() if name not in embedding}
+    peft = {}
+    for path in [path for path, _ in _new_weights(model).items()][:6]:
         name = "lora_unet_" + path.replace(".", "_")
-        kohya |= {f"{name}.lora_down.weight": down.half(), f"{name}.lora_up.weight": up.half()}
-        kohya[f"{name}.alpha"] = torch.tensor(2.0)
+        down, up = kohya[f"{name}.lora_down.weight"].float(), kohya[f"{name}.lora_up.weight"].float()
         peft |= {f"unet.{path}.lora_A.weight": down, f"unet.{path}.lora_B.weight": up}
-    embedding = {f"{PREFIX}{name}": each for name, each in TargetTime(32, 128).state_dict().items()}
     known = {"tcd.steps": "4", "tcd.eta": "0.3", "tcd.cfg": "1.0", "tcd.shift": "3", "tcd.family": "SD15"}
     known |= {"tcd.target_time": "s", "tcd.base_loras": "a at 1", "modelspec.architecture": "tiny-sd/lora"}
     settings = {"unet.lora_alpha": 8, "unet.r": 4, "unet.alpha_pattern": {"to_q": 4}, "unet.use_rslora": False}
@@ -100,8 +98,12 @@ def _loras() -> tuple[Weights, ...]:
 
 
 @cache
-def _meta_model() -> UNetModel:
-    return UNetCheckpoint(BaseConfig(path="tiny")).load(F32, torch.device("meta"))
+def _model() -> UNetModel:
+    return UNetCheckpoint(BaseConfig(path="tiny")).load(F32, CPU)
+
+
+def _new_weights(model: UNetModel) -> AdapterWeights:
+    return model.new_weights(rank=4, alpha=2.0, seed=0, targets=("to_q", "conv1"), target_input="s")
 
 
 def _write_lora(rng: Random, folder: Path) -> Path:
@@ -136,11 +138,11 @@ def export_lora(rng: Random, folder: Path) -> None:
 def start_from_lora(rng: Random, folder: Path) -> None:
     """`adapter.start_from`, and the LoRA of `tcd-train sample`."""
     path = _write_lora(rng, folder)
-    weights = load_weights(_meta_model(), path)
-    assert all(each.isfinite().all() for each in weights.tensors().values()) or True
-    model = _meta_model()
-    own = model.new_weights(rank=4, alpha=2.0, seed=0, targets=("all",), target_input="s")
-    start_from(model, own, path)
+    if rng.random() < 0.5:
+        start_from(_model(), _new_weights(_model()), path)
+        return
+    with using_file(_model(), path):
+        assert _model().adapter.state == FILE
 
 
 def node_lora(rng: Random, folder: Path) -> None:
@@ -160,7 +162,7 @@ def node_lora(rng: Random, folder: Path) -> None:
         settings = lora.recommended_settings()
         assert 1 <= settings.steps <= 50 and 0 <= settings.eta <= 1 and math.isfinite(settings.cfg)
         lora.differences("SD15", 3.0)
-        to_kohya(lora.lora_tensors, lora.alpha_from_metadata)
+        to_kohya(lora.lora_tensors, lora.alpha)
 
 
 @contextmanager
@@ -196,7 +198,7 @@ def _use_base(rng: Random, path: Path) -> None:
     assert checkpoint.describe() and checkpoint.fingerprints()
     if rng.random() < 0.5:
         checkpoint.load(F32, CPU)
-        checkpoint.load_text_encoder(F32, CPU)
+        checkpoint.load_text_encoder(CPU)
         checkpoint.load_autoencoder(CPU)
 
 
@@ -215,7 +217,7 @@ def _folder_of_base() -> Path:
     source: Any = checkpoint._source
     source.unet(F32).save_pretrained(folder / "unet")
     source.vae("tiny").save_pretrained(folder / "vae")
-    next(source.text_encoder(F32).models()).save_pretrained(folder / "text_encoder")
+    next(source.text_encoder().models()).save_pretrained(folder / "text_encoder")
     scheduler = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085}
     scheduler |= {"beta_end": 0.012, "prediction_type": "epsilon", "rescale_betas_zero_snr": False}
     (folder / "scheduler").mkdir()
@@ -284,7 +286,18 @@ def paths(rng: Random, folder: Path) -> None:
     (folder / "loop").symlink_to(folder / "loop")
     (folder / "bad.tar").symlink_to(folder / "gone")
     odd = ("a\0b", "x" * 5000, "~nobody-here/x", str(folder), "[", "**", "\ud800", "", " ", "/dev/null", "/dev/zero")
-    inside = ("file.txt", "empty", "pipe.txt", "loop", "bad.tar", "file.txt/x", "*.tar", "[a.tar", "**/*.tar", "none.txt")
+    inside = (
+        "file.txt",
+        "empty",
+        "pipe.txt",
+        "loop",
+        "bad.tar",
+        "file.txt/x",
+        "*.tar",
+        "[a.tar",
+        "**/*.tar",
+        "none.txt",
+    )
 
     def path() -> str:
         return rng.choice(odd) if rng.random() < 0.5 else str(folder / rng.choice(inside))
@@ -315,7 +328,9 @@ def _pictures() -> dict[str, bytes]:
     for kind, each in modes.items():
         for number, mode in enumerate(each):
             image = Image.frombytes("RGB", (72, 96), rng.randbytes(72 * 96 * 3))
-            image = image.convert(mode) if mode != "I;16" else Image.frombytes(mode, (72, 96), rng.randbytes(72 * 96 * 2))
+            image = (
+                image.convert(mode) if mode != "I;16" else Image.frombytes(mode, (72, 96), rng.randbytes(72 * 96 * 2))
+            )
             out = io.BytesIO()
             image.save(out, kind, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0") if kind == "JPEG" else image.save(out, kind)
             found[f"{number}{mode[0]}.{kind.lower()}"] = out.getvalue()
@@ -436,7 +451,9 @@ def _training() -> tuple[Training, Weights]:
     model = UNetCheckpoint(BaseConfig(path="tiny")).load(F32, CPU)
     with_adapter(model, rank=1, alpha=1.0, targets=("to_q",), target_input="s")
     method = {"ema_decay": 0.5, "target_time": True}
-    settings = config.from_mapping({**_inputs(), "method": method, "training": {"steps": 9, "batch": 2, "device": "cpu"}})
+    settings = config.from_mapping(
+        {**_inputs(), "method": method, "training": {"steps": 9, "batch": 2, "device": "cpu"}}
+    )
     training = Training(model, random_dataset(), settings)
     training.train_step()
     return training, Weights.of({name: each.detach().clone() for name, each in training.state_dict().items()})

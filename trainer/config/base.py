@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import UserError
+from ..user_path import user_path
 from .schema import PATH, number
 
 
@@ -101,5 +102,5 @@ class BaseConfig:
 
 
 def _absolute(name: str) -> str:
-    path = Path(name).expanduser()
+    path = user_path(name)
     return os.path.abspath(path) if name and path.exists() else name

@@ -16,6 +16,7 @@ from ...tcd.lora_metadata import DEFAULT_CFG, DEFAULT_STEPS
 from ...tcd.objective import DistanceName, Weighting
 from ...tcd.times import Law
 from ..errors import UserError
+from ..user_path import user_path
 from .base import BaseConfig
 from .cache_place import default_cache
 from .cross_checks import check_together
@@ -217,13 +218,13 @@ class Config:
     @property
     def output_folder(self) -> Path:
         """The folder of the LoRA and its configuration."""
-        return Path(self.output.folder).expanduser()
+        return user_path(self.output.folder)
 
     @property
     def cache_folder(self) -> Path:
         """The folder of cached latents and embeddings."""
         data = self.data
-        return Path(data.cache).expanduser() if data.cache else default_cache(data.named_sources[0][1].path)
+        return user_path(data.cache) if data.cache else default_cache(data.named_sources[0][1].path)
 
     @property
     def lora_path(self) -> Path:

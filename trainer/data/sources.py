@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ..config.data import DataConfig
 from ..errors import UserError
+from ..user_path import user_path
 from .listing import HIDDEN, OTHER, UNREAD, Entry, kind_of, sort_files
 from .metadata_files import METADATA_NAMES, listed_captions
 from .pictures import SUFFIXES
@@ -157,7 +158,7 @@ def open_sources(data: DataConfig) -> list[Source]:
 
 
 def _open_source(key: str, text: str) -> Source:
-    path = Path(text).expanduser()
+    path = user_path(text)
     if path.is_dir():
         source = PictureFolder(path)
         source.check(key)

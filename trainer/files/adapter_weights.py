@@ -17,6 +17,7 @@ from ..config.settings import Config
 from ..errors import UserError
 from ..lora_file import by_layer, check_plain_lora, read_lora
 from ..models.seam import Model
+from ..user_path import user_path
 
 
 def load_weights(model: Model, path: Path) -> AdapterWeights:
@@ -71,7 +72,7 @@ def initial_weights(model: Model, config: Config) -> AdapterWeights:
         target_input=config.method.embedded_input,
     )
     if adapter.start_from:
-        path = Path(adapter.start_from).expanduser()
+        path = user_path(adapter.start_from)
         if not path.is_file():
             raise UserError(f"adapter.start_from is {path}, where there is no file")
         start_from(model, weights, path)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config.base import BaseConfig
 from ..errors import UserError
+from ..user_path import user_path
 
 TINY_NAME = "tiny-sd.safetensors"
 """File name of the embedded model, in trainer/tiny."""
@@ -41,7 +41,7 @@ def _open_unet(base: BaseConfig) -> Checkpoint | None:
     try:
         return UNetCheckpoint(base)
     except UnknownModelError as error:
-        if base.engine == "diffusers" or Path(base.path).expanduser().is_dir():  # ComfyUI opens files alone
+        if base.engine == "diffusers" or user_path(base.path).is_dir():  # ComfyUI opens files alone
             raise
         return _open_comfyui(base, error)
 

@@ -12,6 +12,7 @@ import torch
 
 from ...errors import UserError
 from ...find_comfyui import PACK, Host, HostNotFoundError, find_host
+from ...user_path import user_path
 
 OLDEST_TESTED = "0.33.0"
 _VERSION_FILE = "comfyui_version.py"
@@ -75,7 +76,7 @@ def find_model(folder: str, name: str, key: str) -> Path:
     """
     import folder_paths
 
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_file():
         return path
     found = folder_paths.get_full_path(folder, name)

@@ -13,6 +13,7 @@ from ....tcd import LoraModule, coverage
 from ...config.base import BaseLora
 from ...errors import UserError
 from ...lora_file import by_layer, check_plain_lora, module_update, read_lora, refuse_target_time
+from ...user_path import user_path
 from ..base_loras import PlacedLora
 from .families import Family
 from .lora_layouts import UNET, LoraLayer, lora_layers
@@ -28,7 +29,7 @@ class MergedLoras:
         layers = lora_layers(family) if loras else {}
         for number, lora in enumerate(loras):
             try:
-                self._add(Path(lora.path).expanduser(), lora.strength, layers)
+                self._add(user_path(lora.path), lora.strength, layers)
             except UserError as error:
                 raise UserError(f"base.loras[{number}]: {error}") from error
 

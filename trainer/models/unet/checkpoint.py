@@ -16,6 +16,7 @@ from ....tcd.distill.distilled import distilled_note
 from ....tcd.lora_metadata import BASE_FINGERPRINT_KEY, BASE_NAME_KEY, FAMILY_KEY, HOST_FAMILIES
 from ...config.base import BaseConfig
 from ...errors import UserError
+from ...user_path import user_path
 from .. import TINY_NAME
 from ..base_loras import fingerprints_with, lora_note
 from ..conditioning import Conditioning
@@ -214,7 +215,7 @@ class UNetCheckpoint:
 
 
 def _open(path: str) -> SingleFile | DiffusersFolder:
-    source = TINY_PATH if path == "tiny" else Path(path).expanduser()
+    source = TINY_PATH if path == "tiny" else user_path(path)
     if not source.exists():
         raise UserError(f"there is no model at {source}: give a .safetensors checkpoint, a diffusers folder, or tiny")
     return DiffusersFolder(source) if source.is_dir() else SingleFile(source)

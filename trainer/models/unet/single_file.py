@@ -63,9 +63,7 @@ class SingleFile(SafetensorsFile):
         if any(name.endswith(".weight") and dtype in _INTEGERS for name, dtype in self.dtypes.items()):
             raise families.UnknownModelError(f"{self.path} is {_QUANTISED}: {families.SUPPORTED}")
         widths = [
-            shape[1]
-            for name, shape in self.shapes.items()
-            if name.startswith(ldm.UNET_PREFIX) and name.endswith(_CONTEXT)
+            self._size(name, 1) for name in self.shapes if name.startswith(ldm.UNET_PREFIX) and name.endswith(_CONTEXT)
         ]
         if _CONV_IN not in self.shapes or not widths:
             examples = ", ".join(sorted(self.shapes)[:3])
@@ -73,11 +71,18 @@ class SingleFile(SafetensorsFile):
                 f"{self.path} is no checkpoint of Stable Diffusion: it has no UNet under {ldm.UNET_PREFIX!r} "
                 f"(its tensors: {examples} ...); {families.SUPPORTED}"
             )
-        channels, in_channels = self.shapes[_CONV_IN][:2]
-        label = self.shapes[_LABEL][1] if _LABEL in self.shapes else 0
+        channels, in_channels = self._size(_CONV_IN, 0), self._size(_CONV_IN, 1)
+        label = self._size(_LABEL, 1) if _LABEL in self.shapes else 0
         family = families.recognize_family(UNetSignature(in_channels, channels, widths[0], label), self.path)
         self._check_architecture(family)
         return family
+
+    def _size(self, name: str, dim: int) -> int:
+        """Return the size of a tensor in a dimension; raises UserError if it has no such dimension."""
+        shape = self.shapes[name]
+        if len(shape) <= dim:
+            raise UserError(f"{self.path} has {name} in the shape {list(shape)}: it is damaged")
+        return shape[dim]
 
     def _check_architecture(self, family: Family) -> None:
         """Raise UnknownModelError if the UNet has another tensor or lacks a block; `unet` misses single tensors.
