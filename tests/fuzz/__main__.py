@@ -55,7 +55,7 @@ def _watched(kind: str, seed: int) -> Outcome:
 
 
 def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
+    sys.stdout.write(f"{text}\n".encode("ascii", "backslashreplace").decode())
     sys.stdout.flush()
 
 

@@ -286,18 +286,7 @@ def paths(rng: Random, folder: Path) -> None:
     (folder / "loop").symlink_to(folder / "loop")
     (folder / "bad.tar").symlink_to(folder / "gone")
     odd = ("a\0b", "x" * 5000, "~nobody-here/x", str(folder), "[", "**", "\ud800", "", " ", "/dev/null", "/dev/zero")
-    inside = (
-        "file.txt",
-        "empty",
-        "pipe.txt",
-        "loop",
-        "bad.tar",
-        "file.txt/x",
-        "*.tar",
-        "[a.tar",
-        "**/*.tar",
-        "none.txt",
-    )
+    inside = ("file.txt", "empty", "pipe.txt", "loop", "bad.tar", "file.txt/x", "*.tar", "[a.tar", "{0..99999999}.tar")
 
     def path() -> str:
         return rng.choice(odd) if rng.random() < 0.5 else str(folder / rng.choice(inside))
@@ -327,9 +316,9 @@ def _pictures() -> dict[str, bytes]:
     modes |= {"GIF": ("P",), "BMP": ("RGB",), "TIFF": ("RGB", "F", "I;16"), "AVIF": ("RGB",)}
     for kind, each in modes.items():
         for number, mode in enumerate(each):
-            image = Image.frombytes("RGB", (72, 96), rng.randbytes(72 * 96 * 3))
+            deep = Image.frombytes("I;16", (72, 96), rng.randbytes(72 * 96 * 2))
             image = (
-                image.convert(mode) if mode != "I;16" else Image.frombytes(mode, (72, 96), rng.randbytes(72 * 96 * 2))
+                deep if mode == "I;16" else Image.frombytes("RGB", deep.size, rng.randbytes(72 * 96 * 3)).convert(mode)
             )
             out = io.BytesIO()
             image.save(out, kind, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0") if kind == "JPEG" else image.save(out, kind)

@@ -15,7 +15,7 @@ def default_cache(source: str) -> Path:
     So every run on the same data finds what an earlier one has encoded, whatever its output folder.
     source: a folder or file, or a pattern of tar files; the cache is in the closest folder above it that exists.
     """
-    path = Path(source).expanduser().resolve()
+    path = user_path(source).resolve()
     beside = next(folder for folder in path.parents if folder.is_dir()) / NAME
     if beside.is_dir() or os.access(beside.parent, os.W_OK):
         return beside

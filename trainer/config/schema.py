@@ -133,10 +133,21 @@ def _check_single(hint: Any, value: Any, key: str, limits: Mapping[str, Any]) ->
             f"{key} is {value!r}, with a character that no path has: in double quotes TOML takes a backslash for the "
             "start of such a character, so write / for it, or the path in single quotes"
         )
+    if isinstance(value, str) and not _is_unicode(value):
+        raise UserError(f"{key} is {value!r}, which is not valid Unicode: rename the file, or leave the character out")
     if "low" in limits and not (limits["low"] <= value <= limits["high"] and math.isfinite(value)):
         upper = "" if limits["high"] == math.inf else f" and at most {limits['high']:g}"
         raise UserError(f"{key} is {value!r}, but must be at least {limits['low']:g}{upper}")
     return value
+
+
+def _is_unicode(text: str) -> bool:
+    """Return whether a text can be written to a file; an argument of other bytes than UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _list_hint(hint: Any, value: object, key: str, limits: Mapping[str, Any]) -> str:
