@@ -6,6 +6,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 NO_CAPTION, NOT_UTF8 = "have no caption", "have a caption that is not UTF-8"
+MAX_CAPTION = 10_000
+"""The number of characters of the longest caption that is read. A prompt has a few hundred to thousand; some other
+file, taken for a caption, would be encoded in thousands of chunks of tokens."""
+TOO_LONG = f"have a caption of more than {MAX_CAPTION} characters"
 """Problems of samples; each completes a message "3 of 9 pictures ..."."""
 JOINED = "captions of several lines, joined into one line"
 """A note; each completes a message "...: 3 (a.png, b.png, c.png)"."""
@@ -38,4 +42,7 @@ def make_sample(name: str, read: Callable[[], bytes], text: bytes | None, repeat
         return Sample(name, read, problem=NOT_UTF8)
     if not lines:
         return Sample(name, read, problem=NO_CAPTION)
-    return Sample(name, read, " ".join(lines), note=JOINED if len(lines) > 1 else "", repeats=repeats)
+    caption = " ".join(lines)
+    if len(caption) > MAX_CAPTION:
+        return Sample(name, read, problem=TOO_LONG)
+    return Sample(name, read, caption, note=JOINED if len(lines) > 1 else "", repeats=repeats)

@@ -20,7 +20,7 @@ from ..user_path import user_path
 from .listing import HIDDEN, OTHER, UNREAD, Entry, kind_of, sort_files
 from .metadata_files import METADATA_NAMES, listed_captions
 from .pictures import SUFFIXES
-from .samples import Sample, make_sample
+from .samples import MAX_CAPTION, Sample, make_sample
 from .shards import SHARD_SUFFIXES, TarShards, open_shards
 
 UNREADABLE_CAPTION = "have a caption that cannot be read"
@@ -134,7 +134,7 @@ class PromptFile:
     def captions(self) -> list[str]:
         """Return all lines that are not blank.
 
-        Raises UserError if there is none or the file is not UTF-8.
+        Raises UserError if there is none, one is longer than MAX_CAPTION, or the file is not UTF-8.
         """
         try:
             captions = [line.strip() for line in self.path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
@@ -142,6 +142,11 @@ class PromptFile:
             raise UserError(f"{self.path} is not UTF-8 text: {error}") from error
         if not captions:
             raise UserError(f"{self.path} has no prompts in it: write one a line")
+        longest = max(captions, key=len)
+        if len(longest) > MAX_CAPTION:
+            raise UserError(
+                f"{self.path} has a prompt of {len(longest)} characters, {longest[:40]!r} ...: use at most {MAX_CAPTION}"
+            )
         return captions
 
 
