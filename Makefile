@@ -10,7 +10,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint bench bench-gpu bench-quality teacher
+.PHONY: demo test lint fuzz kills bench bench-gpu bench-quality teacher
 
 demo: $(INSTALLED)
 	$(BIN)/python -m trajectory_consistency.trainer.demo --out demo-out
@@ -27,6 +27,14 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# Reads 10,000 mangled files, in about five minutes on one core. `make test` has a short version.
+fuzz: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz
+
+# Kills runs fifty times, in every phase, and compares each result with a run that was never killed, in three minutes.
+kills: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/kills.py
 
 # Takes a quarter of an hour and needs ComfyUI; run nothing else meanwhile. To compare with other packs, pass the folders
 # of their clones: PEERS="--pack JettHu=FOLDER --pack dfl=FOLDER --pack licyk=FOLDER".

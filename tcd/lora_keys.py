@@ -192,6 +192,9 @@ def _refuse_other_kinds(name: str) -> None:
 def _module(path: str, names: Mapping[str, str], state_dict: Mapping[str, Tensor]) -> LoraModule:
     """Build one module from its tensors, given their names by part. Raises ValueError if it is damaged."""
     tensors = {part: state_dict[name] for part, name in names.items()}
+    for part, tensor in tensors.items():
+        if tensor.is_complex():
+            raise ValueError(f"{path} has {part} of {tensor.dtype}, which is no weight: the LoRA is damaged")
     if tensors.keys() <= {DIFF, DIFF_BIAS}:
         return LoraModule(path, tensors)
     absent = [part for part in (DOWN, UP) if part not in names]

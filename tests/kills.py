@@ -1,7 +1,7 @@
 """Kill runs in every phase, start them again, and compare with a run that was never killed: `python tests/kills.py`.
 
-The run has shards, prompts without pictures, the target time (TCF(S+)), the average and previews. Each kill is a SIGKILL
-before, during or after a call that is drawn by the seed. The exit status is 1 if a result differs.
+The run has shards, prompts without pictures, the target time (TCF(S+)), the average and previews. Each kill is a
+SIGKILL before, during or after a call that is drawn by the seed. The exit status is 1 if a result differs.
 """
 
 import argparse
@@ -33,7 +33,6 @@ from trajectory_consistency.trainer.data import encode, survey
 from trajectory_consistency.trainer.data.cache import Index
 from trajectory_consistency.trainer.data.store import Store
 from trajectory_consistency.trainer.files import write_lora
-from trajectory_consistency.trainer.tiny import world
 from trajectory_consistency.trainer.training.checkpoint import Checkpoints
 from trajectory_consistency.trainer.training.loop import Training
 from trajectory_consistency.trainer.views.history import History

@@ -175,3 +175,27 @@ def test_a_file_of_a_windows_editor_is_read(written: Path) -> None:
     )
     assert (loaded.base.path, loaded.data.folder) == (r"C:\new\base.safetensors", r"D:\tiny")
     assert loaded.preview.prompts == ("a\nb",), "a line break in a prompt is none of a path"
+
+
+def test_text_that_no_file_can_hold_is_refused() -> None:
+    """As an argument is whose bytes are not UTF-8."""
+    for section, key in (("output", "folder"), ("base", "path")):
+        with pytest.raises(UserError, match=rf"{section}\.{key} is 'a\\udcff', which is not valid Unicode"):
+            config.from_mapping(with_value(section, key, "a\udcff"))
+    with pytest.raises(UserError, match=r"preview\.prompts\[0\] is .*, which is not valid Unicode"):
+        config.from_mapping(with_value("preview", "prompts", ["\ud800"]))
+
+
+def test_nesting_that_cannot_be_followed_is_no_configuration(tmp_path: Path) -> None:
+    path = tmp_path / "deep.toml"
+    path.write_text(f"a = {'[' * 100_000}", encoding="utf-8")
+    with pytest.raises(UserError, match=r"deep\.toml is not a TOML file"):
+        config.load(path)
+    path.write_text(config.from_mapping(RIGHT).to_toml(), encoding="utf-8")
+    with pytest.raises(UserError, match=r"data\.folder is '\[\[.* is not|data\.sources is"):
+        config.load(path, [f"data.sources={'[' * 100_000}"])
+
+
+def test_a_name_without_a_home_is_part_of_the_path() -> None:
+    assert config.from_mapping(with_value("output", "folder", "~nobody-here/x")).output_folder == Path("~nobody-here/x")
+    assert config.from_mapping(with_value("data", "cache", "~/x")).cache_folder == Path.home() / "x"

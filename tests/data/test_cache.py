@@ -586,14 +586,14 @@ from pathlib import Path
 from trajectory_consistency.trainer.config import settings as config
 from trajectory_consistency.trainer.data import cache, encode, store
 from trajectory_consistency.trainer.models import open_checkpoint
-def slowly(*arguments, save=store.save_file, **options):
+def slowly(*arguments, save=store.save_checked, **options):
     save(*arguments, **options)
     time.sleep(0.02)  # so that the others write meanwhile
-store.save_file = cache.save_file = slowly
+store.save_checked = cache.save_checked = slowly
 store.SHARD_BYTES = 10_000  # many shards, so that many moments are between two
 cpu, path = torch.device("cpu"), Path(sys.argv[1])
 base = open_checkpoint(config.load(path).base)  # loaded here, so that no child has to import what that needs
-base.load_autoencoder(cpu), base.load_text_encoder(torch.float32, cpu)
+base.load_autoencoder(cpu), base.load_text_encoder(cpu)
 def fill(folder):
     encode.load_or_encode(config.load(path, [f"data.cache={folder}"]), cpu, torch.float32)
     os._exit(0)
@@ -648,3 +648,25 @@ def test_a_changed_learning_rate_encodes_nothing(
     other = {**first, "training": {"lr": 1e-5}, "output": {"folder": str(tmp_path / "other")}}
     encode.load_or_encode(config.from_mapping(other), CPU, FLOAT)
     assert not loads.count
+
+
+def test_two_processes_may_write_the_same_rows_at_the_same_time(tmp_path: Path) -> None:
+    path = tmp_path / "rows.safetensors"
+    with atomic_write(path, shared=True) as first, atomic_write(path, shared=True) as second:
+        for temporary in (first, second):
+            temporary.write_bytes(b"rows")
+    assert [each.name for each in tmp_path.iterdir()] == ["rows.safetensors"]
+
+
+def test_a_damaged_index_is_written_anew(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
+    settings = configured(checkpoint, tmp_path, folder=str(pictures))
+    first = [tuple(tensor.clone() for tensor in row) for row in rows(filled(settings))]
+    (index,) = (tmp_path / "cache").glob("index-*.safetensors")
+    content = bytearray(index.read_bytes())
+    content[-1] ^= 0x40  # a row far behind the end of its shard
+    index.write_bytes(content)
+    assert open_cached(settings, FLOAT) is None and "the data" not in input_fingerprints(settings, FLOAT)
+    again = rows(filled(settings))
+    assert all(
+        torch.equal(a, b) for one, other in zip(first, again, strict=True) for a, b in zip(one, other, strict=True)
+    )

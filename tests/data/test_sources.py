@@ -168,7 +168,12 @@ def test_prompts_are_the_lines_that_are_not_blank(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("\ufeffone\n\n  two # not a comment  \r\n", encoding="utf-8")
     (source,) = opened(prompts=str(tmp_path / "p.txt"))
     assert isinstance(source, PromptFile) and source.captions() == ["one", "two # not a comment"]
-    for content, message in ((b" \n", "has no prompts"), (b"\xff\xfe", "is not UTF-8")):
+    long = b"a fox\n" + b"word " * 2001
+    for content, message in (
+        (b" \n", "has no prompts"),
+        (b"\xff\xfe", "is not UTF-8"),
+        (long, "10004 characters, 'word "),
+    ):
         (tmp_path / "p.txt").write_bytes(content)
         with pytest.raises(UserError, match=message):
             source.captions()
@@ -509,3 +514,11 @@ def test_repeats_count_as_they_are_written(tmp_path: Path) -> None:
     keys = [GroupKey(0, 1, Size(64, 64)), GroupKey(0, 7, Size(64, 64)), GroupKey(1, 1, Size(64, 64))]
     groups = make_groups(data, zip(keys, (10, 10, 30), strict=True))
     assert [group.shown(1) for group in groups] == [3, 21, 33]
+
+
+def test_a_caption_that_is_some_other_file_is_not_encoded(tmp_path: Path) -> None:
+    write(tmp_path, "0.png", "x" * 10_000)
+    write(tmp_path, "1.png", "x" * 10_001)
+    (source,) = opened(folder=str(tmp_path))
+    problems = {sample.name: sample.problem for sample in source.samples()}  # type: ignore[union-attr]
+    assert problems == {"0.png": "", "1.png": "have a caption of more than 10000 characters"}

@@ -1,6 +1,7 @@
 """A checkpoint file comes back as the model that was written, and anything else is refused with what it is."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +76,6 @@ def test_nothing_there(tmp_path: Path) -> None:
         opened(tmp_path / "none.safetensors")
 
 
-@pytest.mark.parametrize("size", [0, 5, 1000, -1000])
-def test_a_truncated_file(checkpoint: Path, tmp_path: Path, size: int) -> None:
-    path = tmp_path / "cut.safetensors"
-    path.write_bytes(checkpoint.read_bytes()[:size])
-    with pytest.raises(UserError, match="is not a complete safetensors file"):
-        opened(path)
-
-
 CONV_IN, LABEL = "input_blocks.0.0.weight", "label_emb.0.0.weight"
 CONTEXT = "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
 
@@ -91,6 +84,29 @@ def unet_of(inputs: int, width: int, label: int = 0, channels: int = 320) -> dic
     """The shapes by which a UNet is recognized."""
     shapes = {CONV_IN: (channels, inputs, 3, 3), CONTEXT: (8, width)} | ({LABEL: (8, label)} if label else {})
     return {ldm.UNET_PREFIX + name: shape for name, shape in shapes.items()}
+
+
+def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")  # whoever reads it waits for somebody who writes
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(UserError, match=f"{path} is not a file, but a device or a pipe"):
+            opened(path)
+
+
+@pytest.mark.parametrize("name", [CONV_IN, CONTEXT, LABEL])
+def test_a_tensor_without_its_dimensions_is_named(tmp_path: Path, name: str) -> None:
+    shapes = unet_of(4, 2048, 2816) | {ldm.UNET_PREFIX + name: (8,)}
+    save_file({key: torch.zeros(shape) for key, shape in shapes.items()}, tmp_path / "flat.safetensors")
+    with pytest.raises(UserError, match=rf"flat\.safetensors has .*{name} in the shape \[8\]: it is damaged"):
+        opened(tmp_path / "flat.safetensors")
+
+
+@pytest.mark.parametrize("size", [0, 5, 1000, -1000])
+def test_a_truncated_file(checkpoint: Path, tmp_path: Path, size: int) -> None:
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes(checkpoint.read_bytes()[:size])
+    with pytest.raises(UserError, match="is not a complete safetensors file"):
+        opened(path)
 
 
 @pytest.mark.parametrize(
@@ -193,6 +209,27 @@ def test_a_folder_of_another_kind_is_named(tmp_path: Path, files: dict[str, dict
         (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(UserError, match=message):
         opened(tmp_path).check_encoders()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norm_num_groups": 0}, "a config.json of no model"),
+        ({"block_out_channels": [None]}, "a config.json of no model|is not a complete diffusers folder"),
+        ({"latent_channels": "four"}, "a config.json of no model|is not a complete diffusers folder"),
+    ],
+)
+def test_settings_that_build_no_model_are_named(
+    checkpoint: Path, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    config = bases.config("tiny", "vae") | change
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        opened(checkpoint, vae=str(tmp_path)).load_autoencoder(CPU)
+    (tmp_path / "vae" / "config.json").write_text("[" * 100_000, encoding="utf-8")
+    with pytest.raises(UserError, match=r"config\.json is not JSON"):
+        opened(checkpoint, vae=str(tmp_path)).load_autoencoder(CPU)
 
 
 def test_text_encoder_files_are_only_for_the_other_engine(checkpoint: Path) -> None:

@@ -234,6 +234,15 @@ def test_parts_of_different_rank_are_damaged(
         to_kohya(parts)
 
 
+@pytest.mark.parametrize("part", ["lora_down.weight", "lora_up.weight", "alpha"])
+def test_complex_numbers_are_no_lora(part: str) -> None:
+    shapes: dict[str, tuple[int, ...]] = {"lora_down.weight": (2, 5), "lora_up.weight": (6, 2), "alpha": ()}
+    parts = {f"lora_unet_x.{name}": torch.zeros(shape) for name, shape in shapes.items()}
+    parts[f"lora_unet_x.{part}"] = parts[f"lora_unet_x.{part}"].to(torch.complex64)
+    with pytest.raises(ValueError, match=f"lora_unet_x has {part} of torch.complex64, which is no weight"):
+        lora_modules(parts)
+
+
 def test_an_alpha_of_many_numbers_is_damaged() -> None:
     with pytest.raises(ValueError, match=f"{LINEAR} has .*alpha 2, which are not of one rank"):
         to_kohya({**peft_halves(), f"{LINEAR}.alpha": torch.zeros(2)})

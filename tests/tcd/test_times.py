@@ -47,7 +47,14 @@ def test_s_is_never_above_t_next_which_is_below_t(law: Law, skip: int, clock: st
 @pytest.mark.parametrize("origin_steps", DIVISORS)
 def test_the_law_target_alone_needs_a_grid_of_8(law: Law, origin_steps: int) -> None:
     values = {"base": {"path": "tiny"}, "data": {"folder": "."}, "output": {"folder": "out"}}
-    method = {"law": law, "origin_steps": origin_steps, "phases": [1], "weighting": "gap", "diagonal": 0.0, "to_clean": 0.0}
+    method = {
+        "law": law,
+        "origin_steps": origin_steps,
+        "phases": [1],
+        "weighting": "gap",
+        "diagonal": 0.0,
+        "to_clean": 0.0,
+    }
     if law == "target" and origin_steps < 8:
         with pytest.raises(UserError, match=f"origin_steps is {origin_steps}, but the law target .* use 8 or more"):
             from_mapping({**values, "method": method})

@@ -276,10 +276,16 @@ def test_a_file_of_the_loras_name_that_this_run_has_not_written_is_refused(
     assert config.lora_path.read_bytes() == content
 
 
-def test_a_damaged_checkpoint_is_passed_over(half_way: Values, whole: Values, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("damage", ["cut", "a bit"])
+def test_a_damaged_checkpoint_is_passed_over(
+    half_way: Values, whole: Values, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
     folder = Path(half_way["output"]["folder"], "checkpoints")
     newest = Checkpoints(folder, 1, 2).steps()[0]
-    os.truncate(folder / f"step-{newest:08d}.safetensors", 1000)
+    path = folder / f"step-{newest:08d}.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content[:1000] if damage == "cut" else content)
     tensors = Checkpoints(folder, 1, 2).load_latest()
     assert tensors is not None and len(tensors["losses"]) == newest - 1
     assert f"step-{newest:08d}.safetensors is damaged and is skipped" in caplog.text

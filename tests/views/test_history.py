@@ -188,3 +188,27 @@ def test_weights_and_biases_gets_every_number_under_a_name_that_lasts(
     assert Wandb.logged[0] == (trackers.scalars(record(3)), 3)
     observer.show(3, tmp_path / "grid.jpg")
     assert Wandb.logged[-1] == ({"previews": f"the picture {tmp_path / 'grid.jpg'}"}, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "message"),
+    [
+        ("log.csv", b"1,0.5,x,1,1", "could not convert string to float: 'x'"),
+        ("log.csv", b"1.5,0.5,0.1,1,1", "invalid literal for int"),
+        ("log.csv", b"1,0.5,0.1,1,\xff", "codec can't decode"),
+        ("loss_by_time.csv", b"1,900,100,0,2,0.5", "step 1, t 900, gap 100"),
+        ("loss_by_time.csv", b"1,1000,100,1000,2,0.5", "step 1, t 1000"),
+        ("loss_by_time.csv", b"1,900,-1,1000,2,0.5", "gap -1"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, line: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(b"step and more\n" + line + b"\n")
+    with pytest.raises(UserError, match=f"{name} is damaged .*{message}.*: repair or remove it"):
+        read_log(tmp_path) if name == "log.csv" else read_loss_by_time(tmp_path)
+
+
+def test_a_damaged_log_is_not_continued(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("step and more\nx,1,1,1,1\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"log\.csv is damaged"):
+        History(tmp_path)(record(2))
+    assert (tmp_path / "log.csv").read_text(encoding="utf-8").endswith("x,1,1,1,1\n")

@@ -91,6 +91,21 @@ def test_a_run_without_a_step_or_a_picture_has_a_page_too(run: Config, tmp_path:
     assert "0 of 40" in page and page.count("nothing yet") == 5 and "None were drawn" in page
 
 
+def test_a_picture_that_does_not_decode_is_named_and_other_files_are_left_alone(run: Config) -> None:
+    folder = run.output_folder / PREVIEW_FOLDER
+    path = picture_path(folder, step_label(20), picture_names(PROMPTS, [5])[0], 4)
+    content = path.read_bytes()
+    path.write_bytes(content[:300])
+    (folder / "step-mine.jpg").write_bytes(b"")
+    try:
+        page = write_report(run.output_folder).read_text(encoding="utf-8")
+    finally:
+        path.write_bytes(content)
+        (folder / "step-mine.jpg").unlink()
+    assert page.count(f"{path.name} does not decode: ") == 1
+    assert page.count("<img ") == len(PROMPTS) * (len(TIMES) + 1) * len(STEPS) - 1
+
+
 def test_a_folder_of_something_else_is_said_to_be_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path)]) == 2
     assert "is not the folder of a run" in capsys.readouterr().err and list(tmp_path.iterdir()) == []

@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+from ..user_path import user_path
+
 NAME = ".tcd-cache"
 
 

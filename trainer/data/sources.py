@@ -145,7 +145,8 @@ class PromptFile:
         longest = max(captions, key=len)
         if len(longest) > MAX_CAPTION:
             raise UserError(
-                f"{self.path} has a prompt of {len(longest)} characters, {longest[:40]!r} ...: use at most {MAX_CAPTION}"
+                f"{self.path} has a prompt of {len(longest)} characters, {longest[:40]!r} ...: "
+                f"write at most {MAX_CAPTION}"
             )
         return captions
 

@@ -151,8 +151,6 @@ def _open_shard_cached(path: Path) -> dict[str, Tensor]:
     return open_shard(path)
 
 
-
-
 def _remove_damaged(path: Path, reason: str) -> None:
     log.warning("%s is damaged (%s): removed, its rows are computed again", path, reason)
     path.unlink(missing_ok=True)
