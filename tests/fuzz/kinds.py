@@ -43,6 +43,7 @@ from trajectory_consistency.tcd import PEFT_CONFIG_KEY, AdapterWeights, to_kohya
 from trajectory_consistency.tcd.adapter import FILE
 from trajectory_consistency.tcd.target_time import PREFIX
 from trajectory_consistency.trainer import preflight
+from trajectory_consistency.trainer.checked_file import save_checked
 from trajectory_consistency.trainer.config import settings as config
 from trajectory_consistency.trainer.config.base import BaseConfig, BaseLora
 from trajectory_consistency.trainer.data import pictures
@@ -415,9 +416,8 @@ def cached_rows(rng: Random, folder: Path) -> None:
     files = sorted((folder / "cache").rglob("*.safetensors"))
     index = [file for file in files if file.name.startswith("index")]
     path = rng.choice([*files, *index])
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        whole = Weights.of(tensors, file.metadata())
+    whole = _weights_in(path)
+    path.unlink()
     path.write_bytes(damaged_weights(whole, rng))
     read = config.from_mapping(values)
     for rows in sorted(folder.glob("cache/*-*/")):
@@ -445,20 +445,26 @@ def _training() -> tuple[Training, Weights]:
     )
     training = Training(model, random_dataset(), settings)
     training.train_step()
-    return training, Weights.of({name: each.detach().clone() for name, each in training.state_dict().items()})
+    path = Path(_inputs()["output"]["folder"]).with_name("checkpoint.safetensors")
+    save_checked({name: each.detach().clone() for name, each in training.state_dict().items()}, path, {"the base": "x"})
+    return training, _weights_in(path)
+
+
+def _weights_in(path: Path) -> Weights:
+    with safe_open(path, "pt") as file:
+        return Weights.of({name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata())  # noqa: SIM118
 
 
 def training_checkpoint(rng: Random, folder: Path) -> None:
     """A checkpoint of a run: it is resumed, passed over or refused."""
     training, whole = _training()
-    whole.metadata = {"the base": "x"}
     for step in (1, 2):
         data = damaged_weights(whole, rng) if step == 2 else whole.to_bytes()
         (folder / f"step-{step:08d}.safetensors").write_bytes(data)
     checkpoints = Checkpoints(folder, 1, 2, {"the base": "x"})
     checkpoints.check_fingerprints()
     _resume(training, checkpoints)
-    assert training.losses and all(isinstance(loss, float) for loss in training.losses)
+    assert len(training.losses) == 1, "both checkpoints are after one step, and the first is whole"
     if rng.random() < 0.05:
         training.train_step()
 

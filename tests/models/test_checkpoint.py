@@ -223,7 +223,7 @@ def test_settings_that_build_no_model_are_named(
     checkpoint: Path, tmp_path: Path, change: dict[str, object], message: str
 ) -> None:
     config = bases.config("tiny", "vae") | change
-    (tmp_path / "vae").mkdir()
+    bases.empty_vae("tiny").save_pretrained(tmp_path / "vae")
     (tmp_path / "vae" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(UserError, match=message):
         opened(checkpoint, vae=str(tmp_path)).load_autoencoder(CPU)

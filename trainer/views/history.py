@@ -9,7 +9,7 @@ import csv
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar, get_type_hints
+from typing import Generic, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -142,11 +142,12 @@ def read_loss_by_time(folder: Path, since: int = 0) -> LossByTime | None:
     return LossByTime(total / count, count, bin_edges(num_times)) if count.any() else None
 
 
-class _CsvFile:
+class _CsvFile(Generic[Row]):
     """A CSV file with a header, whose first column is the step."""
 
-    def __init__(self, path: Path, kind: type[LogRow] | type[BinRow]) -> None:
-        self.path, self.kind = path, kind
+    def __init__(self, path: Path, kind: type[Row]) -> None:
+        self.path = path
+        self.kind: type[Row] = kind
 
     def drop_from(self, step: int) -> None:
         """Remove the rows from `step` on; creates the file if there is none. Raises UserError if it is damaged."""
@@ -185,8 +186,7 @@ def _read(path: Path, kind: type[Row]) -> Iterator[Row]:
         complete = (line for line in file if line.endswith("\n"))
         try:
             next(complete, None)
-            for row in csv.reader(complete):
-                if len(row) == len(kind._fields):
-                    yield kind(*(number(text) for number, text in zip(types, row, strict=True)))
+            rows = (row for row in csv.reader(complete) if len(row) == len(kind._fields))
+            yield from (kind(*(number(text) for number, text in zip(types, row, strict=True))) for row in rows)
         except (ValueError, csv.Error) as error:
             raise UserError(f"{path} is damaged ({error}): repair or remove it") from error
