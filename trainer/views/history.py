@@ -151,7 +151,7 @@ class _CsvFile(Generic[Row]):
 
     def drop_from(self, step: int) -> None:
         """Remove the rows from `step` on; creates the file if there is none. Raises UserError if it is damaged."""
-        kept = [row for row in _read(self.path, self.kind) if row.step < step]
+        kept: list[Row] = [row for row in _read(self.path, self.kind) if row.step < step]
         with atomic_write(self.path) as unfinished:
             unfinished.write_text(_lines([self.kind._fields, *kept]), encoding="utf-8")
 
