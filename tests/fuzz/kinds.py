@@ -3,6 +3,7 @@
 A reader returns, or raises UserError or RunError. What a kind asserts of the result is what later code relies on.
 """
 
+import atexit
 import io
 import json
 import math
@@ -66,6 +67,13 @@ from trajectory_consistency.trainer.training.loop import Training, _resume
 from trajectory_consistency.trainer.views.report import write_report
 
 CPU, F32 = torch.device("cpu"), torch.float32
+
+
+def _shared_folder() -> Path:
+    """Make a folder for the inputs that all cases of a kind begin with; it goes when the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 # ---- LoRA files
@@ -213,7 +221,7 @@ def base_file(rng: Random, folder: Path) -> None:
 @cache
 def _folder_of_base() -> Path:
     """The tiny base as a diffusers folder."""
-    folder = Path(tempfile.mkdtemp(prefix="fuzz-base-"))
+    folder = _shared_folder()
     checkpoint = UNetCheckpoint(BaseConfig(path="tiny"))
     source: Any = checkpoint._source
     source.unet(F32).save_pretrained(folder / "unet")
@@ -402,7 +410,7 @@ def shard(rng: Random, folder: Path) -> None:
 
 @cache
 def _inputs() -> dict[str, Any]:
-    folder = Path(tempfile.mkdtemp(prefix="fuzz-run-"))
+    folder = _shared_folder()
     values = write_inputs(folder, pictures=4)
     load_or_encode(config.from_mapping(values), CPU, F32)
     return values
