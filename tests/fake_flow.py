@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint as recompute
 
 import oracles
-from tiny_base import PLAIN
+from plain_method import PLAIN
 from trajectory_consistency.tcd import (
     Adapter,
     AdapterWeights,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from plain_method import PLAIN
 from trajectory_consistency.tcd import AdapterWeights, TargetInput, timestep_grid
 from trajectory_consistency.tcd.adapter import FILE, STUDENT
 from trajectory_consistency.tcd.distill.order import Group
@@ -98,17 +99,6 @@ def drawn_by_hand(
 def context(tensor: torch.Tensor) -> Conditioning:
     """Conditioning of text embeddings [B, 77, D] alone."""
     return Conditioning.of(context=tensor)
-
-
-PLAIN: dict[str, object] = {
-    "target_time": False,
-    "weighting": "none",
-    "diagonal": 0.0,
-    "to_clean": 0.0,
-    "ema_decay": 0.0,
-    "huber_c": 0.001,
-}
-"""TCD without any addition, for tests that add one at a time; the default is the recommended method."""
 
 
 def small_config(values: dict[str, dict[str, object]], **training: object) -> config.Config:

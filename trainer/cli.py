@@ -9,12 +9,13 @@ import sys
 from collections.abc import Sequence
 
 from .commands import COMMANDS, RESUMABLE
-from .errors import RunError, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 if it failed, 2 for bad input, 130 if interrupted."""
     options = _parse(sys.argv[1:] if arguments is None else arguments)
+    from .errors import RunError, UserError  # not at the top: torch comes with them, and --help must not wait for it
+
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         code: int = options.execute(options)

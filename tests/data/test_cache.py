@@ -650,14 +650,6 @@ def test_a_changed_learning_rate_encodes_nothing(
     assert not loads.count
 
 
-def test_two_processes_may_write_the_same_rows_at_the_same_time(tmp_path: Path) -> None:
-    path = tmp_path / "rows.safetensors"
-    with atomic_write(path, shared=True) as first, atomic_write(path, shared=True) as second:
-        for temporary in (first, second):
-            temporary.write_bytes(b"rows")
-    assert [each.name for each in tmp_path.iterdir()] == ["rows.safetensors"]
-
-
 def test_a_damaged_index_is_written_anew(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
     settings = configured(checkpoint, tmp_path, folder=str(pictures))
     first = [tuple(tensor.clone() for tensor in row) for row in rows(filled(settings))]

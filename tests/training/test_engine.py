@@ -101,7 +101,7 @@ def test_small_gradients_are_not_lost_in_float16(
     config = small_config(values, steps=1)
     exact = records(adapted(checkpoint)[0], config)[0].norm
     assert records(adapted(checkpoint, torch.float16)[0], config)[0].norm == pytest.approx(exact, rel=0.3)
-    monkeypatch.setattr(distill_training, "FLOAT16_SCALE", 1.0)
+    monkeypatch.setattr("trajectory_consistency.tcd.distill.loss_scale.FIRST", 1.0)
     lost = records(adapted(checkpoint, torch.float16)[0], config)[0].norm
     assert abs(lost - exact) > 0.3 * exact
 

@@ -10,8 +10,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from plain_method import PLAIN
 from small_bases import random_parts, shrink, to_state, write
-from tiny_base import PLAIN, context, model_of, random_dataset, small_config, with_adapter, write_inputs
+from tiny_base import context, model_of, random_dataset, small_config, with_adapter, write_inputs
 from trajectory_consistency.tcd import (
     DiscreteSchedule,
     Level,

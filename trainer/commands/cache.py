@@ -6,7 +6,6 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from ..errors import UserError
 from .run import add_config, load_config
 
 if TYPE_CHECKING:
@@ -60,6 +59,8 @@ def _print_report(config: Config, data: Survey) -> None:
 
 
 def _parse_part(text: str) -> tuple[int, int]:
+    from ..errors import UserError
+
     part, slash, parts = text.partition("/")
     if not (slash and part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
         raise UserError(f"--part is {text!r}: write K/N with K from 0 to N - 1, such as 0/8")

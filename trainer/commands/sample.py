@@ -10,8 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import UserError
-
 if TYPE_CHECKING:
     from ..config.base import BaseConfig
 
@@ -96,6 +94,7 @@ def _base(options: argparse.Namespace) -> BaseConfig:
     """Return the base named by --base, or else the base in the config.toml beside the LoRA."""
     from ..config.base import BaseConfig
     from ..config.settings import FILE_NAME, load
+    from ..errors import UserError
 
     given = {
         key: getattr(options, key)
@@ -115,6 +114,8 @@ def _recommended(metadata: Mapping[str, str], key: str, default: float, option: 
 
     option: of the command, in place of the key's name. Raises UserError if the value is not a number of that type.
     """
+    from ..errors import UserError
+
     text = metadata.get(key, default)
     try:
         return type(default)(text)
