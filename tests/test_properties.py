@@ -4,7 +4,7 @@ import math
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -266,6 +266,8 @@ def setting(hint: Any, limits: Any) -> st.SearchStrategy[Any]:
     """Values of one setting that are valid by themselves."""
     if get_origin(hint) is Literal:
         return st.sampled_from(get_args(hint))
+    if get_origin(hint) is Union:  # a number or a word
+        return st.one_of([setting(each, limits) for each in get_args(hint)])
     if get_origin(hint) is tuple:
         return st.lists(setting(get_args(hint)[0], limits), max_size=3)
     if is_dataclass(hint):

@@ -64,6 +64,7 @@ from trajectory_consistency.trainer.models.unet.checkpoint import TINY_PATH, UNe
 from trajectory_consistency.trainer.models.unet.model import UNetModel
 from trajectory_consistency.trainer.training.checkpoint import Checkpoints
 from trajectory_consistency.trainer.training.loop import Training, _resume
+from trajectory_consistency.trainer.training.processes import ALONE
 from trajectory_consistency.trainer.views.report import write_report
 
 CPU, F32 = torch.device("cpu"), torch.float32
@@ -471,7 +472,7 @@ def training_checkpoint(rng: Random, folder: Path) -> None:
         (folder / f"step-{step:08d}.safetensors").write_bytes(data)
     checkpoints = Checkpoints(folder, 1, 2, {"the base": "x"})
     checkpoints.check_fingerprints()
-    _resume(training, checkpoints)
+    _resume(training, checkpoints, ALONE)
     assert len(training.losses) == 1, "both checkpoints are after one step, and the first is whole"
     if rng.random() < 0.05:
         training.train_step()
