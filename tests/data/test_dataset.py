@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from tiny_base import random_dataset
 from trajectory_consistency.tcd.distill.order import Group
+from trajectory_consistency.trainer.checked_file import save_checked
 from trajectory_consistency.trainer.data.buckets import Size
 from trajectory_consistency.trainer.data.dataset import Batch, Dataset, Shard, Table, caption_of
 from trajectory_consistency.trainer.data.store import ShardFiles
@@ -52,7 +52,7 @@ def on_disk(folder: Path, std: float = 0.5, pooled: bool = True) -> Dataset:
     pictures, captions = shards(std, pooled)
     paths = [folder / f"{k}.safetensors" for k in range(3)]
     for path, tensors in zip(paths, [*pictures, captions], strict=True):
-        save_file(dict(tensors), path)
+        save_checked(tensors, path)
     dataset = in_memory(std, pooled)
     tables = [Table(table.index, ShardFiles(paths[:2]), ShardFiles(paths[2:])) for table in dataset.tables]
     return replace(dataset, tables=tables)
