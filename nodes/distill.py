@@ -136,6 +136,7 @@ def _training_inputs() -> list[Any]:
             default=0,
             min=0,
             max=2**53 - 1,  # the largest whole number of a browser
+            control_after_generate=False,  # a browser would draw another seed at each run: no cache, and no resume
             tooltip="Seed of the initial weights, the order of the pictures, the times and the noise.",
         ),
     ]

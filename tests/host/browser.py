@@ -34,8 +34,8 @@ _DRAWN = """() => {
 }"""
 _SHOWN = """() => app.graph.nodes.flatMap(node => (node.imgs ?? []).map(image =>
     ({node: node.id, type: node.type, width: image.naturalWidth, height: image.naturalHeight})))"""
-_SHRINK = """size => { for (const node of app.graph.nodes) for (const widget of node.widgets ?? [])
-    if (["width", "height"].includes(widget.name)) widget.value = Math.min(widget.value, size) }"""
+_SET_WIDGETS = """values => { for (const node of app.graph.nodes) for (const widget of node.widgets ?? [])
+    widget.value = values[node.type]?.[widget.name] ?? widget.value }"""
 _SELECT = """type => {
     const node = app.graph.nodes.find(node => node.type === type)
     app.canvas.selectNode(node)
@@ -102,9 +102,9 @@ class Frontend:
         prompt = self.page.evaluate("async () => (await app.graphToPrompt()).output")
         return {node: {key: value[key] for key in ("class_type", "inputs")} for node, value in prompt.items()}
 
-    def shrink(self, size: int = 64) -> None:
-        """Reduce every width and height in the graph to at most `size`."""
-        self.page.evaluate(_SHRINK, size)
+    def set_widgets(self, values: Mapping[str, Mapping[str, Any]]) -> None:
+        """Set widgets of all nodes of a type, {type: {name: value}}."""
+        self.page.evaluate(_SET_WIDGETS, values)
 
     def close_dialogs(self) -> None:
         while self.page.get_by_role("dialog").count():

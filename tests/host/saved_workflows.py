@@ -3,6 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+SIZE = 64
+_PIXELS = {"width": SIZE, "height": SIZE}
+_IN_PIXELS = ("EmptyLatentImage", "EmptySD3LatentImage", "EmptyHunyuanLatentVideo", "ImageScale")
+_TRAINING = {"training_steps": 2, "batch": 2, "accumulate": 1, "rank": 2, "per_prompt": 1, "preview_every": 1}
+SMALL: Mapping[str, Mapping[str, int]] = {**dict.fromkeys(_IN_PIXELS, _PIXELS), "TCDDistill": _PIXELS | _TRAINING}
+"""By type of node: the values with which the tests run a workflow, which is otherwise as in its file."""
+
 NOTES = {"Note", "MarkdownNote"}  # nodes that exist only in the browser
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 

@@ -28,6 +28,7 @@ from trajectory_consistency.tcd import TargetTime
 from trajectory_consistency.trainer.demo.comfy_server import ComfyServer
 from trajectory_consistency.trainer.models.unet import families as bases
 from trajectory_consistency.trainer.models.unet import ldm
+from trajectory_consistency.trainer.tiny import world
 
 HUB = "https://huggingface.co/"
 RECOMMENDED_STEPS = 2
@@ -62,14 +63,15 @@ class StandIns:
     def __init__(self, server: ComfyServer, unet: UNet2DConditionModel) -> None:
         self._models, self._unet = server.models, unet
         self._addresses: dict[Path, str] = {}
-        _picture().save(server.base / "input" / PICTURE)
+        self._input = server.base / "input"
+        _picture().save(self._input / PICTURE)
         self._split = server.base / "split"
         """The files that only the host's own code can write."""
         self._split.mkdir()
         self._time_layers = run_script(server.host, "split_files.py", str(self._split))
 
     def provide(self, workflow: Mapping[str, Any]) -> None:
-        """Write each model file for which a workflow has a download URL, and the LoRAs that a user trains.
+        """Write each model file for which a workflow has a download URL, and the LoRAs and pictures that a user has.
 
         A file of the same name from a different URL is replaced: both official TCD LoRAs have the same name.
         """
@@ -78,6 +80,10 @@ class StandIns:
                 self._provide(self._models / model["directory"] / model["name"], model["url"])
             if node["type"] == "TCDLoraLoader" and node["widgets_values"][0] in TRAINED:
                 self._provide(self._models / "loras" / node["widgets_values"][0], "trained by the user")
+            if node["type"] == "LoraLoader":
+                self._provide(self._models / "loras" / node["widgets_values"][0], STYLE)
+            if node["type"] == "LoadImageTextDataSetFromFolder":
+                world.write_folder(self._input / node["widgets_values"][0], 3, seed=0)
 
     def _provide(self, path: Path, address: str) -> None:
         if self._addresses.get(path) == address:
@@ -268,6 +274,7 @@ TRAINED = {  # the LoRAs that the recipes of the same models write, and the netw
     "tcd-wan.safetensors": "wan",
 }
 _CONTROLNETS = f"{HUB}comfyanonymous/ControlNet-v1-1_fp16_safetensors/resolve/main/"
+STYLE = "a style LoRA that the user has"
 _HYPER = f"{HUB}ByteDance/Hyper-SD/resolve/main/"
 WRITERS: dict[str, Callable[[Path, UNet2DConditionModel], object]] = {
     f"{HUB}Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/v1-5-pruned-emaonly-fp16.safetensors": _sd15,
@@ -276,6 +283,7 @@ WRITERS: dict[str, Callable[[Path, UNet2DConditionModel], object]] = {
     f"{HUB}h1t/TCD-SD15-LoRA/resolve/main/pytorch_lora_weights.safetensors": _sd15_lora,
     f"{HUB}h1t/TCD-SDXL-LoRA/resolve/main/pytorch_lora_weights.safetensors": _sdxl_lora,
     f"{_HYPER}Hyper-SD15-8steps-lora.safetensors": _sd15_lora,
+    STYLE: _sd15_lora,
     f"{_HYPER}Hyper-SDXL-1step-lora.safetensors": _sdxl_lora,
     f"{_HYPER}Hyper-SD3-8steps-CFG-lora.safetensors": _sd3_lora,
     f"{_CONTROLNETS}control_v11p_sd15_canny_fp16.safetensors": write_controlnet_mini,

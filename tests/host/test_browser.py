@@ -11,7 +11,7 @@ import pytest
 import torch
 from browser import Frontend, open_browser
 from safetensors.torch import save_file
-from saved_workflows import api_prompt
+from saved_workflows import SMALL, api_prompt
 from stand_ins import StandIns
 from test_host_workflows import NAMES, SAVING
 
@@ -31,7 +31,10 @@ REPLACED = {  # the type in the file, and the node and widgets that replace it
 }
 PICTURE_WIDTH = 1280
 HELP = PACK / "nodes" / "web" / "docs"
-NODES = ("TCDSampler", "TCDSigmas", "TCDSamplingSetup", "TCDLoraLoader", "TCDModelSettings")
+NODES = (
+    *("TCDSampler", "TCDSigmas", "TCDSamplingSetup", "TCDLoraLoader", "TCDModelSettings"),
+    *("TCDDistill", "TCDSaveLora", "TCDLoraModelLoader"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +93,7 @@ def test_a_workflow_opens_as_it_was_saved_and_runs(
     frontend.load(frontend.served(name))
     assert_as_saved(frontend.graph(), workflow)
     assert frontend.prompt() == api_prompt(workflow, server.get("/object_info"))
-    frontend.shrink()
+    frontend.set_widgets(SMALL)
     saved = next(picture for picture in frontend.run() if picture["type"] in SAVING)
     assert saved["width"] >= saved["height"] >= 64
     assert frontend.errors == []

@@ -111,7 +111,7 @@ NUMERIC = ("default", "min", "max", "step")
 # Keywords known to the oldest supported host (0.3.48); with an unknown keyword it would load none of the nodes.
 OLDEST_SCHEMA = {"node_id", "display_name", "category", "inputs", "outputs", "description"}
 OLDEST_SCHEMA |= {"is_input_list", "is_output_node"}
-OLDEST_INPUT = {"default", "min", "max", "step", "tooltip", "optional", "options"}
+OLDEST_INPUT = {"default", "min", "max", "step", "tooltip", "optional", "options", "control_after_generate"}
 OLDEST_OUTPUT = {"display_name", "tooltip"}
 
 

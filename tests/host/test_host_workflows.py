@@ -13,12 +13,14 @@ from graphs import Graph
 from loras import RANK, random_lora
 from PIL import Image
 from safetensors.torch import save_file
-from saved_workflows import NOTES, api_prompt, inputs_of, widget_values
+from saved_workflows import NOTES, SIZE, SMALL, api_prompt, inputs_of, widget_values
 from stand_ins import RECOMMENDED_STEPS, TRAINED, StandIns
 
+from trajectory_consistency.tcd.lora_metadata import DEFAULT_STEPS
 from trajectory_consistency.trainer.demo.comfy_server import PACK_NAME, ComfyError, ComfyServer
 from trajectory_consistency.trainer.find_comfyui import PACK
 
+DISTILLING = ["distil-a-lora-from-a-folder-of-pictures", "distil-from-prompts-alone", "my-style-in-four-steps"]
 NAMES = [
     "tcd-sd15-text-to-image",
     "tcd-sd15-image-to-image",
@@ -36,6 +38,7 @@ NAMES = [
     "tcd-z-image-text-to-image",
     "tcd-qwen-image-text-to-image",
     "tcd-wan-text-to-video",
+    *DISTILLING,
 ]
 MODEL_KEYS = {"name", "url", "directory"}
 DIRECTORIES = {
@@ -47,13 +50,16 @@ DIRECTORIES = {
     "TCDLoraLoader": "loras",
     "ControlNetLoader": "controlnet",
 }
-IN_PIXELS = {"EmptyLatentImage", "EmptySD3LatentImage", "EmptyHunyuanLatentVideo", "ImageScale"}
 SAVING = {"SaveImage", "SaveAnimatedWEBP"}
 FRAMES = {"tcd-wan-text-to-video": 33}
-SIZE = 64  # the value that the tests set for inputs in pixels
-SIZES = {"tcd-sd15-two-stage": (96, 96), "tcd-sd15-eta-comparison": (4 * SIZE + 3 * 8, SIZE)}  # else SIZE x SIZE
+SIZES = {  # else SIZE x SIZE
+    "tcd-sd15-two-stage": (96, 96),
+    "tcd-sd15-eta-comparison": (4 * SIZE + 3 * 8, SIZE),
+    **dict.fromkeys(DISTILLING, (2 * SIZE + 8, SIZE)),
+}
 COMPLAINTS = ("not loaded", "error", "missing", "does not fit", "applied in part")  # in upper or lower case
 SAMPLERS = {"SamplerCustom", "SamplerCustomAdvanced", "KSampler"}
+RECOMMENDED = {"TCDLoraLoader": RECOMMENDED_STEPS, "TCDLoraModelLoader": DEFAULT_STEPS}
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -154,8 +160,7 @@ def test_it_runs(server: ComfyServer, stand_ins: StandIns, name: str) -> None:
             _check_widgets(node, info[node["type"]])
     prompt = api_prompt(workflow, info)
     for node in prompt.values():
-        if node["class_type"] in IN_PIXELS:
-            node["inputs"] |= {"width": SIZE, "height": SIZE}  # everything that differs from the file
+        node["inputs"] |= SMALL.get(node["class_type"], {})
     before = len(server.log_text())
     outputs = server.run(prompt)
     (save,) = [node_id for node_id, node in prompt.items() if node["class_type"] in SAVING]
@@ -224,6 +229,6 @@ def _asked_steps(prompt: Mapping[str, Any]) -> list[int]:
             source = node["inputs"].get("sigmas")
             inputs = prompt[source[0]]["inputs"] if source else node["inputs"]
             steps = len(inputs["timesteps"].split(",")) if inputs.get("timesteps") else inputs["steps"]
-            asked.append(RECOMMENDED_STEPS if isinstance(steps, list) else steps)
+            asked.append(RECOMMENDED[prompt[steps[0]]["class_type"]] if isinstance(steps, list) else steps)
     assert asked
     return asked
