@@ -43,6 +43,12 @@ _SELECT = """type => {
 }"""
 _TITLES = """() => app.graph.nodes.map(({type, title, inputs}) => ({type, title,
     inputs: Object.fromEntries(inputs.map(slot => [slot.name, slot.label ?? slot.localized_name]))}))"""
+_PREVIEW = """type => {
+    const node = app.graph.nodes.find(node => node.type === type)
+    return node.imgs?.length && node.widgets.find(widget => widget.name === "$$node-text-preview")?.value
+}"""
+_SHOW = """outputs => { for (const [node, output] of Object.entries(outputs))
+    app.api.dispatchCustomEvent("executed", {node, display_node: node, output}) }"""
 _FRAME = """margin => {
     const boxes = app.graph.nodes.map(node => node.boundingRect)
     const [left, top] = [0, 1].map(i => Math.min(...boxes.map(box => box[i])) - margin)
@@ -113,13 +119,30 @@ class Frontend:
     def run(self) -> list[dict[str, Any]]:
         """Press Run, wait, and return the images in the graph; raises AssertionError with the headline of an error."""
         self.press_run()
-        self.page.wait_for_function(f"document.querySelector('[data-testid=error-overlay]') || ({_DRAWN})()")
-        assert not self.complaint(), self.complaint()
+        self.wait_for_pictures()
         shown: list[dict[str, Any]] = self.page.evaluate(_SHOWN)
         return shown
 
     def press_run(self) -> None:
         self.page.get_by_test_id("queue-button").click()
+
+    def cancel_run(self) -> None:
+        self.page.get_by_role("button", name="Cancel current run").click()
+
+    def wait_for_pictures(self) -> None:
+        """Wait until each node that shows pictures has them; raises AssertionError with the headline of an error."""
+        self.page.wait_for_function(f"document.querySelector('[data-testid=error-overlay]') || ({_DRAWN})()")
+        assert not self.complaint(), self.complaint()
+
+    def wait_for_preview(self, node_type: str) -> str:
+        """Wait until a node that runs shows a preview picture, and return its line of text."""
+        text: str = self.page.wait_for_function(_PREVIEW, arg=node_type).json_value()
+        return text
+
+    def show(self, outputs: Mapping[str, Any]) -> None:
+        """Show the outputs of another run, {node id: output} as in the host's history."""
+        self.page.evaluate(_SHOW, outputs)
+        self.page.wait_for_function(_DRAWN)
 
     def complaint(self) -> str:
         """Return the text of the error box, or "" if there is none."""
