@@ -56,7 +56,7 @@ def comfy_host() -> Host:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--pictures", metavar="FOLDER", help="write each workflow's thumbnail, as the browser shows it")
+    parser.addoption("--pictures", metavar="FOLDER", help="write the pictures of ComfyUI into its workflows and docs")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

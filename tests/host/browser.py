@@ -129,9 +129,10 @@ class Frontend:
     def cancel_run(self) -> None:
         self.page.get_by_role("button", name="Cancel current run").click()
 
-    def wait_for_pictures(self) -> None:
+    def wait_for_pictures(self, timeout_ms: int = TIMEOUT_MS) -> None:
         """Wait until each node that shows pictures has them; raises AssertionError with the headline of an error."""
-        self.page.wait_for_function(f"document.querySelector('[data-testid=error-overlay]') || ({_DRAWN})()")
+        finished = f"document.querySelector('[data-testid=error-overlay]') || ({_DRAWN})()"
+        self.page.wait_for_function(finished, timeout=timeout_ms)
         assert not self.complaint(), self.complaint()
 
     def wait_for_preview(self, node_type: str) -> str:

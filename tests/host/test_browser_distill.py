@@ -37,11 +37,12 @@ GUIDANCE = 1.5
 TRAINED = {
     **SMALL,
     "TCDDistill": {
-        **{"training_steps": 300, "batch": 8, "accumulate": 1, "rank": 32, "learning_rate": 2e-3, "preview_every": 20},
+        **{"training_steps": 200, "batch": 8, "accumulate": 1, "rank": 32, "learning_rate": 2e-3, "preview_every": 20},
         **{"guidance_min": GUIDANCE, "guidance_max": GUIDANCE, "width": SIZE, "height": SIZE},
     },
     "KSampler": {"cfg": GUIDANCE},
 }
+TRAINING_MS = 600_000
 PICTURE_WIDTH, DOCS_WIDTH = 1280, 1600
 
 
@@ -98,7 +99,7 @@ def test_pictures_of_distilling_are_made_on_request(
         while not frontend.wait_for_preview("TCDDistill").startswith("Step 2"):
             time.sleep(0.5)
         frontend.photograph(folder / "docs" / "distil-in-the-graph.jpg", width=DOCS_WIDTH)
-    frontend.wait_for_pictures()
+    frontend.wait_for_pictures(TRAINING_MS)
     outputs = enlarged(server)
     if name == FROM_PICTURES:
         frontend.show(outputs)

@@ -107,6 +107,15 @@ def test_each_node_has_a_help_page(server: ComfyServer, nodes: dict[str, Any], p
         assert (CHINESE_OR_JAPANESE.search(text) is None) == (page == "{node}.md")
 
 
+def test_the_page_about_the_graph_has_each_input_and_the_same_presets(nodes: dict[str, Any]) -> None:
+    page = (PACK / "docs" / "graph.md").read_text(encoding="utf-8")
+    rows = page.split("## Inputs")[1].split("\n## ")[0].splitlines()
+    named = [name for row in rows if row.startswith("| `") for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert sorted(named) == sorted(_inputs(nodes["TCDDistill"]))
+    presets = page.split("## Presets\n\n")[1].split("\n\n")[0]
+    assert f"{presets}\n\n" in (DOCS / "TCDDistill.md").read_text(encoding="utf-8")
+
+
 def test_every_help_page_belongs_to_a_node(nodes: dict[str, Any]) -> None:
     pages = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*") if path.is_file()}
     assert pages == {f"{node}{end}" for node in nodes for end in (".md", *(f"/{each}.md" for each in LANGUAGES))}
