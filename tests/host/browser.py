@@ -49,6 +49,7 @@ _PREVIEW = """type => {
 }"""
 _SHOW = """outputs => { for (const [node, output] of Object.entries(outputs))
     app.api.dispatchCustomEvent("executed", {node, display_node: node, output}) }"""
+_VIEW = "() => ({scale: app.canvas.ds.scale, offset: [...app.canvas.ds.offset]})"
 _FRAME = """margin => {
     const boxes = app.graph.nodes.map(node => node.boundingRect)
     const [left, top] = [0, 1].map(i => Math.min(...boxes.map(box => box[i])) - margin)
@@ -173,6 +174,7 @@ class Frontend:
 
     def photograph(self, path: Path, width: int) -> None:
         """Save a screenshot of the complete graph alone, with this width in pixels."""
+        view = self.page.evaluate(_VIEW)
         self.page.set_viewport_size(self.page.evaluate(_FRAME, MARGIN))
         self.page.evaluate(_FRAME, MARGIN)
         self.page.wait_for_timeout(1000)  # the page draws asynchronously
@@ -180,6 +182,7 @@ class Frontend:
         height = round(picture.height * width / picture.width)
         picture.resize((width, height), Image.Resampling.LANCZOS).save(path, quality=80, optimize=True)
         self.page.set_viewport_size(VIEW)
+        self.page.evaluate("view => Object.assign(app.canvas.ds, view)", view)  # what is out of sight is not drawn
 
     def _listen(self, message: ConsoleMessage) -> None:
         if message.type != "error":
