@@ -32,7 +32,7 @@ def widget_values(node: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str,
     found = {}
     for name, (kind, *rest) in inputs_of(info).items():
         options = rest[0] if rest else {}
-        if isinstance(kind, list) or kind in WIDGETS:
+        if (isinstance(kind, list) or kind in WIDGETS) and not options.get("forceInput"):
             found[name] = next(values) if "default" not in options else next(values, options["default"])
             if options.get("control_after_generate"):
                 assert next(values) in {"fixed", "increment", "decrement", "randomize"}
