@@ -54,7 +54,7 @@ def test_every_command_takes_the_file_of_a_run(
     said = capsys.readouterr().out
     family = {"sd3": "SD3", "flux": "Flux"}[name]
     assert f"a LoRA for {family}\n" in said and "the network gets the target time, as s" in said
-    for fact in ("base      ", "shift     ", "steps     4", "eta       0.3", "cfg       1.0"):
+    for fact in ("base      ", "shift     ", "steps     4", "eta       0.0", "cfg       1.0"):
         assert f"\n{fact}" in said, said
 
     other = tmp_path / "bfloat16.safetensors"
@@ -83,7 +83,7 @@ def test_peft_names_are_refused_with_what_works(
     world.write_folder(folder / "pictures", 4, seed=0)
     values = settings("sd3", folder, tmp_path / "out")
     del values["preview"]
-    values["method"] = {}
+    values["method"] = {"target_time": False, "diagonal": 0.0, "to_clean": 0.0}
     with lend(FAMILIES["sd3"]):
         lora = run(from_mapping(values))
     assert main(["export", str(lora), str(tmp_path / "peft.safetensors"), "--names", "peft"]) == 2

@@ -89,7 +89,13 @@ SETTINGS: list[dict[str, Any]] = [
     arguments_of(comfy.ldm.flux.model.Flux, "flux"),
     arguments_of(comfy.ldm.flux.model.Flux, "flux2"),
     arguments_of(comfy.ldm.hunyuan_video.model.HunyuanVideo, "hunyuan-video"),
-    arguments_of(comfy.ldm.lumina.model.NextDiT, "z-image"),
+    # The host's class has the width of the whole model.
+    {
+        **arguments_of(comfy.ldm.lumina.model.NextDiT, "z-image"),
+        "n_heads": 30,
+        "n_kv_heads": 30,
+        "axes_dims": [32, 48, 48],
+    },
     DIT,
     CHROMA,
     HIDREAM,

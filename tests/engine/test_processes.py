@@ -41,7 +41,15 @@ def config_of(name: str, folder: Path) -> Config:
         {
             "base": FAMILIES[name].base(written(name, folder)),
             "data": {"folder": str(folder)},
-            "method": {"target_time": True, "ema_decay": 0.9, "huber_c": 0.1, "skip": 100, "diagonal": 0.5},
+            "method": {
+                "target_time": True,
+                "ema_decay": 0.9,
+                "huber_c": 0.1,
+                "skip": 100,
+                "diagonal": 0.5,
+                "to_clean": 0.0,
+                "weighting": "none",
+            },
             "adapter": {"rank": 2, "alpha": 2.0},
             "training": {"steps": STEPS, "batch": 4, "lr": 1e-3, "device": "cpu"},
             "output": {"folder": str(folder / "out")},

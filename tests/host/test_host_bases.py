@@ -14,6 +14,7 @@ from stand_ins import CLIP_G, CLIP_L, clip, open_clip, save_with_holes, vae
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from plain_method import PLAIN
 from small_bases import use_unet
 from trajectory_consistency.tcd.adapter import FILE
 from trajectory_consistency.tcd.distill.sampling import initial_noise, sample_latents
@@ -62,6 +63,7 @@ def lora(server: ComfyServer, folder: Path) -> Path:
     config = {
         "base": {"path": str(folder)},
         "data": {"folder": str(folder.parent / "pictures"), "resolution": 64},
+        "method": PLAIN,  # the host's own loader takes it whole
         "adapter": {"rank": 4, "alpha": 2.0},
         "training": {"steps": 2, "batch": 1, "lr": 1e-3},
         "output": {"folder": str(folder.parent / "out")},
