@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from . import host
-from .ranges import check_range
+from .lora_inputs import check_strength, model_input, strength_input
 
 
 class TCDLoraLoader(io.ComfyNode):
@@ -21,18 +21,9 @@ class TCDLoraLoader(io.ComfyNode):
                 "that the file recommends. A file for another architecture is refused."
             ),
             inputs=[
-                io.Model.Input(
-                    "model", tooltip="The model that the LoRA turns into a TCD student, the paper's f_theta."
-                ),
+                model_input(),
                 io.Combo.Input("lora_name", options=host.lora_names(), tooltip="The file, in models/loras."),
-                io.Float.Input(
-                    "strength_model",
-                    default=1.0,
-                    min=-100.0,
-                    max=100.0,
-                    step=0.01,
-                    tooltip="How much of the LoRA is added to the weights theta. 0 leaves the model as it is.",
-                ),
+                strength_input(),
                 io.Boolean.Input(
                     "allow_partial",
                     default=False,
@@ -66,7 +57,7 @@ class TCDLoraLoader(io.ComfyNode):
         cls, model: object, lora_name: str, strength_model: float, allow_partial: bool = False
     ) -> io.NodeOutput:
         """Return the model with the LoRA applied, and the recommended settings."""
-        check_range("strength_model", strength_model, -100.0, 100.0)
+        check_strength(strength_model)
         lora = host.read_lora(lora_name)
         settings = lora.recommended_settings()
         patched = host.apply_lora(model, lora, strength_model, allow_partial=allow_partial)

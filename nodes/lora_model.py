@@ -4,8 +4,8 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from . import host
+from .lora_inputs import check_strength, model_input, strength_input
 from .lora_types import LoraModel
-from .ranges import check_range
 
 
 class TCDLoraModelLoader(io.ComfyNode):
@@ -23,18 +23,9 @@ class TCDLoraModelLoader(io.ComfyNode):
                 "time. Also returns the steps, eta and cfg to sample with."
             ),
             inputs=[
-                io.Model.Input(
-                    "model", tooltip="The model that the LoRA turns into a TCD student, the paper's f_theta."
-                ),
+                model_input(),
                 LoraModel.Input("lora", tooltip="The LoRA from TCD Distill."),
-                io.Float.Input(
-                    "strength_model",
-                    default=1.0,
-                    min=-100.0,
-                    max=100.0,
-                    step=0.01,
-                    tooltip="How much of the LoRA is added to the weights theta. 0 leaves the model as it is.",
-                ),
+                strength_input(),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The model with the LoRA."),
@@ -47,6 +38,6 @@ class TCDLoraModelLoader(io.ComfyNode):
     @classmethod
     def execute(cls, model: object, lora: dict[str, Tensor], strength_model: float) -> io.NodeOutput:
         """Return the model with the LoRA applied, and the recommended settings."""
-        check_range("strength_model", strength_model, -100.0, 100.0)
+        check_strength(strength_model)
         file = host.lora_in_memory(lora)
         return io.NodeOutput(host.apply_lora(model, file, strength_model), *file.recommended_settings())
