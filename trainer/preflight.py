@@ -169,7 +169,7 @@ def _check_settings(config: Config, processes: Processes) -> Checkpoint:
             f"method.negative_prompt is {config.method.negative_prompt!r}, but the network of this base takes the "
             "guidance scale as an input, without a negative prompt: leave it out"
         )
-    _check_weighting(config, checkpoint)
+    check_weighting(config.method, checkpoint.schedule)
     model = checkpoint.load(torch.float32, torch.device("meta"))
     if config.training.compile and model.always_recomputes:
         raise UserError(
@@ -178,13 +178,6 @@ def _check_settings(config: Config, processes: Processes) -> Checkpoint:
         )
     initial_weights(model, config)  # raises if adapter.* is invalid
     return checkpoint
-
-
-def _check_weighting(config: Config, checkpoint: Checkpoint) -> None:
-    try:
-        check_weighting(config.method, checkpoint.schedule)
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def _find_data(config: Config, dtype: torch.dtype) -> Survey:

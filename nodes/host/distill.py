@@ -31,7 +31,7 @@ from ..lora_file import LoraFile
 from .distill_progress import Progress
 from .lora_files import read_tensors
 from .lora_model import LoraModel
-from .model_name import model_metadata, model_name, model_shift
+from .model_name import model_metadata, model_name, model_path, model_shift
 from .model_schedule import schedule_of
 from .training import HostNetwork, known_distillation, time_layer_of
 from .training.conditions import Conditioning
@@ -113,8 +113,8 @@ def _loaded(model: Any) -> Any:
 
 def _distilled_notes(patcher: Any) -> tuple[str, ...]:
     """Return a warning if the model is distilled already, by what it says itself or by the name of its file."""
-    _, (file, *_), *_ = getattr(patcher, "cached_patcher_init", None) or (None, ("",))
-    name = Path(file).stem if isinstance(file, str) else ""
+    path = model_path(patcher)
+    name = path.stem if path else ""
     return distilled_note([name], known_distillation(patcher.model, name))
 
 

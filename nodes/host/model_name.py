@@ -22,11 +22,17 @@ def model_shift(model_sampling: Any) -> float | None:
     return None if shift is None else float(shift)
 
 
-def model_file(model: Any) -> Path | None:
-    """Return the file from which the host has loaded a model, or None if the host does not say."""
+def model_path(model: Any) -> Path | None:
+    """Return the path from which the host has loaded a model, or None if the host does not say."""
     loaded = getattr(model, "cached_patcher_init", None)  # (the host's function, its arguments, ...)
     path = loaded[1][0] if loaded and loaded[1] else None
-    return Path(path) if isinstance(path, str) and Path(path).is_file() else None
+    return Path(path) if isinstance(path, str) else None
+
+
+def model_file(model: Any) -> Path | None:
+    """Return the file at `model_path`, or None if there is none, or it is gone."""
+    path = model_path(model)
+    return path if path is not None and path.is_file() else None
 
 
 def file_fingerprint(path: Path) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..adapter import AVERAGE
+from ..errors import UserError
 from ..objective import Follow, distance_of, first_order, loss_weights, second_order, tcd_loss
 from ..schedule import Schedule, TimePoint
 from ..times import Points
@@ -17,7 +18,7 @@ from .sharded import is_sharded
 
 
 def check_weighting(method: Method, schedule: Schedule) -> None:
-    """Raise ValueError if method.weighting could give a jump an infinite weight; `schedule` is on the CPU.
+    """Raise UserError if method.weighting could give a jump an infinite weight; `schedule` is on the CPU.
 
     The weighting "x0" divides by the coefficient of x0 in the jump. The coefficient is 0 between two times of the same
     level. A model that was distilled to every k-th timestep has such times: the k lowest ones.
@@ -25,7 +26,7 @@ def check_weighting(method: Method, schedule: Schedule) -> None:
     lowest = schedule.grid(method.origin_steps)[:2]
     alpha, sigma = (torch.as_tensor(part) for part in schedule.point(lowest).level)
     if method.weighting == "x0" and alpha[0] == alpha[1] and sigma[0] == sigma[1]:
-        raise ValueError(
+        raise UserError(
             f'method.weighting is "x0", but this model has one noise level for all times up to {int(lowest[1])}, which '
             "gives jumps between them an infinite weight: use another weighting, or fewer method.origin_steps"
         )

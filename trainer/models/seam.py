@@ -29,7 +29,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ...tcd import Adapter, AdapterWeights, Schedule, TargetInput, TimePoint
+from ...tcd import AdapterWeights, Schedule, TargetInput, TimePoint
+from ...tcd.distill import Distillable
 from ..errors import UserError
 from .conditioning import Conditioning
 from .framing import Framing
@@ -151,33 +152,15 @@ class Autoencoder(Protocol):
         ...
 
 
-class Model(Protocol):
-    """A frozen network with its schedule and its adapter."""
+class Model(Distillable, Protocol):
+    """A frozen network with its schedule and its adapter: what a step of training needs, and what a run needs beside.
 
-    adapter: Adapter
+    Its `network` may be compiled or sharded.
+    """
+
     latents: LatentFormat
     always_recomputes: bool
     """Whether activations are recomputed in the backward pass also without `enable_gradient_checkpointing`."""
-
-    @property
-    def network(self) -> nn.Module:
-        """The network itself, to be compiled or sharded."""
-        ...
-
-    @property
-    def schedule(self) -> Schedule:
-        """The noise schedule, with its training tables on the network's device."""
-        ...
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the network."""
-        ...
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype in which the network computes."""
-        ...
 
     def x0(self, x_t: Tensor, t: TimePoint, cond: Conditioning, s: TimePoint | None = None) -> Tensor:
         """Predict x0, float32 [B, C, ...], from x_t [B, C, ...] at t; s: target time, for an adapter that embeds it.
