@@ -11,9 +11,10 @@ import pytest
 import torch
 
 GPU = Path(__file__).parent / "bench" / "gpu"
-sys.path.append(str(GPU))
+sys.path += [str(GPU), str(GPU.parent)]
 
-from measure import busy_share, relative_and_cosine  # noqa: E402
+from gradients import relative_and_cosine  # noqa: E402
+from measure import busy_share  # noqa: E402
 
 
 def dry_run(out: Path, *parts: str) -> dict[str, Any]:

@@ -32,8 +32,11 @@ from trajectory_consistency.trainer.models.seam import Autoencoder, Checkpoint, 
 from trajectory_consistency.trainer.run import load_student
 from trajectory_consistency.trainer.training.loop import Training
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
 # The script trains an LCM: it has no moving average, and the network does not get s.
-PLAIN = {"target_time": False, "weighting": "none", "diagonal": 0.0, "to_clean": 0.0, "ema_decay": 0.0}
+from plain_method import PLAIN
+
 CAPTIONS = (
     "a lighthouse on a cliff above a calm sea",
     "a red fox in the snow",

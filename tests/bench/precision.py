@@ -7,28 +7,18 @@ gradient of the next batch is computed in each dtype and for each c of the dista
 """
 
 import argparse
-import sys
-from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from torch import Tensor
+from gradients import errors_while_training
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE / "gpu")]
-
-from measure import relative_and_cosine  # noqa: E402
-
-from trajectory_consistency.tcd.adapter import AVERAGE, STUDENT  # noqa: E402
-from trajectory_consistency.tcd.distill import Examples, step_losses  # noqa: E402
-from trajectory_consistency.trainer.config.settings import Config, from_mapping  # noqa: E402
-from trajectory_consistency.trainer.data.encode import load_or_encode  # noqa: E402
-from trajectory_consistency.trainer.models import open_checkpoint  # noqa: E402
-from trajectory_consistency.trainer.models.seam import Model  # noqa: E402
-from trajectory_consistency.trainer.run import load_student  # noqa: E402
-from trajectory_consistency.trainer.tiny import world  # noqa: E402
-from trajectory_consistency.trainer.training.loop import Training  # noqa: E402
+from trajectory_consistency.trainer.config.settings import Config, from_mapping
+from trajectory_consistency.trainer.data.encode import load_or_encode
+from trajectory_consistency.trainer.models import open_checkpoint
+from trajectory_consistency.trainer.run import load_student
+from trajectory_consistency.trainer.tiny import world
+from trajectory_consistency.trainer.training.loop import Training
 
 CPU, FLOAT = torch.device("cpu"), torch.float32
 HUBER_C, DTYPES = (0.03, 0.001), (torch.bfloat16, torch.float16)
@@ -68,33 +58,13 @@ def compared(config: Config, at: list[int]) -> dict[torch.dtype, list[dict[str, 
     """Error and cosine of the gradient in each dtype, after each number of steps."""
     checkpoint = open_checkpoint(config.base)
     dataset = load_or_encode(config, CPU, FLOAT)
-    exact = load_student(config, checkpoint, CPU, FLOAT)
-    training = Training(exact, dataset, config)
+    training = Training(load_student(config, checkpoint, CPU, FLOAT), dataset, config)
     others = {dtype: load_student(config, checkpoint, CPU, dtype) for dtype in DTYPES}
-    for model in others.values():
-        model.adapter.add(AVERAGE, deepcopy(exact.adapter.weights[AVERAGE]))
     found: dict[torch.dtype, list[dict[str, float]]] = {dtype: [] for dtype in DTYPES}
-    for steps in at:
-        while training.step < steps:
-            training.train_step()
-        examples = training.read(training.step, 0)
-        expected = gradient(exact, examples, config)
-        for dtype, model in others.items():
-            for state in (STUDENT, AVERAGE):
-                model.adapter.weights[state].load_state_dict(exact.adapter.weights[state].state_dict())
-            found[dtype].append(relative_and_cosine(gradient(model, examples, config), expected))
-        print(config.method.huber_c, steps, {dtype: each[-1] for dtype, each in found.items()}, flush=True)
-    return found
-
-
-def gradient(model: Model, examples: Examples, config: Config) -> list[Tensor]:  # type: ignore[type-arg]
-    """The gradient of the student's weights, which is left at zero."""
-    model.adapter.state = STUDENT
-    parameters = list(model.adapter.weights[STUDENT].parameters())
-    step_losses(model, examples, config.method).mean().backward()
-    found = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    for parameter in parameters:
-        parameter.grad = None
+    for steps, errors in errors_while_training(training, others, at):
+        for dtype, error in errors.items():
+            found[dtype].append(error)
+        print(config.method.huber_c, steps, errors, flush=True)
     return found
 
 

@@ -24,9 +24,11 @@ import torch
 from torch import Tensor
 from turns import Loop, in_turns, serve
 
-# Without what later versions do by default.
-PLAIN = {"target_time": False, "weighting": "none", "diagonal": 0.0, "to_clean": 0.0, "ema_decay": 0.0}
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))
+
+from plain_method import PLAIN  # noqa: E402
+
 PICTURES = 64
 
 

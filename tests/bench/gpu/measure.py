@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 MATRIX = 8192  # side of the matrices whose product is the yardstick
@@ -135,12 +134,3 @@ def busy_share(intervals: list[tuple[float, float]]) -> float:
         covered += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return covered / (reached - began) if reached > began else 1.0
-
-
-def relative_and_cosine(found: list[Tensor], exact: list[Tensor]) -> dict[str, float]:
-    """Return how far a gradient, in pieces, is from the exact one: relative error, and cosine of the angle."""
-    a, b = (torch.cat([piece.flatten().double() for piece in pieces]) for pieces in (found, exact))
-    return {
-        "relative error": round(float((a - b).norm() / b.norm()), 5),
-        "cosine": round(float(torch.nn.functional.cosine_similarity(a, b, dim=0)), 6),
-    }

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
-
 import torch
 from bases import config_of, pictures, random_base, sd15_of, side_of
-from measure import Bench, relative_and_cosine
-from torch import Tensor
+from gradients import errors_while_training
+from measure import Bench
 
-from trajectory_consistency.tcd.adapter import STUDENT
-from trajectory_consistency.tcd.distill import step_losses
 from trajectory_consistency.trainer.run import load_student
 from trajectory_consistency.trainer.training.loop import Training
 
@@ -34,21 +30,5 @@ def _compare(bench: Bench, side: int, huber_c: float) -> None:
     low = load_student(config, checkpoint, bench.device, torch.bfloat16)
     low.network.load_state_dict(exact.network.state_dict())
     training = Training(exact, pictures(checkpoint, side, BATCH), config)  # type: ignore[arg-type]
-    low.adapter.add("average", deepcopy(exact.adapter.weights["average"]))
-    for steps in (1, 2 if bench.dry else LATER):
-        while training.step < steps:
-            training.train_step()
-        examples = training.read(training.step, 0).to(bench.device)
-        gradients: list[list[Tensor]] = []
-        for state in ("student", "average"):
-            low.adapter.weights[state].load_state_dict(exact.adapter.weights[state].state_dict())
-        for model in (low, exact):
-            model.adapter.state = STUDENT
-            parameters = list(model.adapter.weights[STUDENT].parameters())
-            step_losses(model, examples, config.method).mean().backward()
-            gradients.append([parameter.grad for parameter in parameters if parameter.grad is not None])
-            for parameter in parameters:
-                parameter.grad = None
-        bench.keep(
-            f"{sd15_of(bench)} {side} px, huber_c {huber_c:g}, after {steps} steps", relative_and_cosine(*gradients)
-        )
+    for steps, errors in errors_while_training(training, {torch.bfloat16: low}, (1, 2 if bench.dry else LATER)):
+        bench.keep(f"{sd15_of(bench)} {side} px, huber_c {huber_c:g}, after {steps} steps", errors[torch.bfloat16])

@@ -5,8 +5,10 @@ from __future__ import annotations
 import statistics
 
 from bases import config_of, random_base, sd15_of, side_of
-from distill_loops import PLAIN, Ours, Separate
+from distill_loops import Ours, Separate
 from measure import Bench, Timed
+
+from plain_method import PLAIN
 
 BATCH, TURNS = 4, 5
 
