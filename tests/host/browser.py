@@ -9,8 +9,9 @@ from typing import Any
 
 from PIL import Image
 from playwright.sync_api import ConsoleMessage, Locator, Page, sync_playwright
+from stand_ins import StandIns
 
-from trajectory_consistency.trainer.demo.comfy_server import PACK_NAME
+from trajectory_consistency.trainer.demo.comfy_server import PACK_NAME, ComfyServer
 
 OPTIONS = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
@@ -202,3 +203,20 @@ def open_browser(chromium: Path, url: str) -> Iterator[Frontend]:
             yield Frontend(context.new_page(), url)
         finally:
             browser.close()
+
+
+@contextmanager
+def open_page(
+    chromium: Path, server: ComfyServer, stand_ins: StandIns, workflows: Mapping[str, Any], first: str
+) -> Iterator[Frontend]:
+    """Yield the page with the workflow `first` open; every file that a workflow names exists before it asks for lists.
+
+    Those of the first are provided last, because both official TCD LoRAs have the same name.
+    """
+    for workflow in workflows.values():
+        stand_ins.provide(workflow)
+    server.post("/settings/Comfy.TutorialCompleted", True)
+    with open_browser(chromium, server.url) as frontend:
+        stand_ins.provide(workflows[first])
+        frontend.open_address(first)
+        yield frontend

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from browser import Frontend, open_browser
+from browser import Frontend, open_page
 from safetensors.torch import save_file
 from saved_workflows import SMALL, api_prompt
 from stand_ins import StandIns
@@ -40,12 +40,7 @@ NODES = (
 @pytest.fixture(scope="module")
 def frontend(server: ComfyServer, stand_ins: StandIns, chromium: Path) -> Iterator[Frontend]:
     """The page with the first workflow open; every file that a workflow names exists before the page requests lists."""
-    for workflow in WORKFLOWS.values():
-        stand_ins.provide(workflow)
-    server.post("/settings/Comfy.TutorialCompleted", True)
-    with open_browser(chromium, server.url) as frontend:
-        stand_ins.provide(WORKFLOWS[FIRST])
-        frontend.open_address(FIRST)
+    with open_page(chromium, server, stand_ins, WORKFLOWS, FIRST) as frontend:
         yield frontend
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import Frontend, open_browser
+from browser import Frontend, open_page
 from PIL import Image
 from saved_workflows import SIZE, SMALL
 from stand_ins import StandIns
@@ -49,11 +49,7 @@ PICTURE_WIDTH, DOCS_WIDTH = 1280, 1600
 @pytest.fixture(scope="module")
 def frontend(server: ComfyServer, stand_ins: StandIns, chromium: Path) -> Iterator[Frontend]:
     """The page with the first workflow open, and the files that the workflows name."""
-    for workflow in WORKFLOWS.values():
-        stand_ins.provide(workflow)
-    server.post("/settings/Comfy.TutorialCompleted", True)
-    with open_browser(chromium, server.url) as frontend:
-        frontend.open_address(TEXT_TO_IMAGE)
+    with open_page(chromium, server, stand_ins, WORKFLOWS, TEXT_TO_IMAGE) as frontend:
         yield frontend
 
 
