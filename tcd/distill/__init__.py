@@ -4,7 +4,6 @@ Needs torch only, as all of tcd/. The trainer and the node TCDDistill both train
 """
 
 from .examples import Examples, draw_examples, draw_times_and_guidance
-from .optimizer import set_learning_rates
 from .settings import Conditioning, Distillable, Method, Optimization
 from .step import step_losses
 from .training import NonFiniteError, StepRecord, Training
@@ -20,6 +19,5 @@ __all__ = [
     "Training",
     "draw_examples",
     "draw_times_and_guidance",
-    "set_learning_rates",
     "step_losses",
 ]

@@ -230,6 +230,12 @@ def open_cached(config: Config, dtype: torch.dtype) -> CachedData | None:
     return CachedData(dataset, index.survey, index.digest())
 
 
+def cached_digest(config: Config, dtype: torch.dtype) -> str | None:
+    """Return the digest of the data of a configuration, or None if rows are missing; raises as `open_cached` does."""
+    cached = open_cached(config, dtype)
+    return None if cached is None else cached.digest
+
+
 def input_fingerprints(config: Config, dtype: torch.dtype) -> dict[str, str]:
     """Return fingerprints of a run's inputs (base, its dtype, VAE and data), each of which changes with its input.
 

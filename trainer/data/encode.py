@@ -25,7 +25,7 @@ from ..models.conditioning import Conditioning
 from ..models.framing import Framing
 from ..models.seam import Autoencoder, Checkpoint, Model, TextEncoder
 from .buckets import Size
-from .cache import CachedData, Index, IndexEntry, cache_paths, merge_parts, open_cached
+from .cache import CachedData, Index, IndexEntry, cache_paths, cached_digest, merge_parts, open_cached
 from .captions import caption_variants, with_prefix
 from .dataset import Dataset, caption_of
 from .sources import PictureSource, PromptFile, open_sources
@@ -83,10 +83,11 @@ def load_or_encode(
     data are.
     Raises UserError if a source or sample cannot be used, and MemoryFullError if memory runs out.
     """
-    if not on_main(lambda: open_cached(config, dtype) is not None):
+    expected = on_main(lambda: cached_digest(config, dtype))
+    if expected is None:
         on_every(lambda: fill_cache(config, device, dtype, part=part, parts=parts, total=total))
         on_main(lambda: merge_parts(config, dtype))
-    expected = on_main(lambda: _open_complete(config, dtype).digest)
+        expected = on_main(lambda: _open_complete(config, dtype).digest)
     dataset: Dataset = on_every(lambda: _open_complete(config, dtype, expected)).dataset
     return dataset
 
