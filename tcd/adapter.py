@@ -8,23 +8,22 @@ in memory, and assigning one attribute, `Adapter.state`, switches between them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from .low_rank import is_frozen_linear, linear_with_low_rank, low_rank
 from .target_time import TargetTime
 
 OFF = "off"
 """The state without an adapter: the network is the teacher."""
 STUDENT, AVERAGE, FILE = "student", "average", "file"
 """The states with the weights in training, with their moving average, and with weights loaded from a LoRA file."""
-
-_CONVOLUTIONS = {3: functional.conv1d, 4: functional.conv2d, 5: functional.conv3d}
 
 
 class Lora(nn.Module):
@@ -45,22 +44,13 @@ class Lora(nn.Module):
         """The rank r."""
         return self.down.shape[0]
 
-    def forward(self, x: Tensor, layer: Any) -> Tensor:
-        """Return the term to add to layer(x). A convolution takes stride, padding and dilation from `layer`."""
-        hidden = low_rank(x, self.down.to(x.dtype), self.up.to(x.dtype), layer)
-        return hidden * (self.alpha / self.rank)
-
-
-def low_rank(x: Tensor, down: Tensor, up: Tensor, layer: Any) -> Tensor:
-    """Return up(down(x)), for a Linear or convolution `layer`; the weights have the shapes in Lora and the dtype of x.
-
-    A convolution takes stride, padding and dilation from `layer`.
-    """
-    if down.ndim == 2:
-        return functional.linear(functional.linear(x, down), up)
-    convolve = _CONVOLUTIONS[down.ndim]
-    hidden: Tensor = convolve(convolve(x, down, None, layer.stride, layer.padding, layer.dilation), up)
-    return hidden
+    def forward(self, x: Tensor, layer: Any, plain: Callable[[], Tensor]) -> Tensor:
+        """Return layer(x) with the update; plain: computes layer(x) without it."""
+        down, up, scale = self.down.to(x.dtype), self.up.to(x.dtype), self.alpha / self.rank
+        if is_frozen_linear(layer):
+            return linear_with_low_rank(x, layer, down, up, scale)
+        y = plain()
+        return y + low_rank(x, down, up, scale, layer).to(y.dtype)
 
 
 class AdapterWeights(nn.Module):
@@ -199,10 +189,9 @@ class _AdaptedForward:
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer: Any = self.layer()
-        y: Tensor = type(layer).forward(layer, x, *args, **kwargs)
+        plain = partial(type(layer).forward, layer, x, *args, **kwargs)
         lora = self.loras.get(self.adapter.state)
-        if lora is not None:
-            y = y + lora(x, layer).to(y.dtype)
+        y: Tensor = plain() if lora is None else lora(x, layer, plain)
         if self.is_time:
             embedding = self.adapter.target_time
             if embedding is not None and self.adapter.times is not None:

@@ -16,7 +16,8 @@ from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 from torch.nn import functional
 
-from ...tcd.adapter import layer_shape, low_rank
+from ...tcd.adapter import layer_shape
+from ...tcd.low_rank import low_rank
 from .layer_terms import NETWORK, ModelCall, add_term
 from .time_layer import is_linear
 
@@ -122,7 +123,7 @@ class _LoraTerm:
     def __call__(self, call: ModelCall, layer: Any, x: Tensor) -> Tensor:
         """Return the term for x [..., in], or [B, in, ...] for a convolution."""
         down, up = self._on(x.device, x.dtype)
-        term = low_rank(x, down, up, layer) * self._scale
+        term = low_rank(x, down, up, self._scale, layer)
         return functional.pad(term, self._padding) if any(self._padding) else term
 
     def free(self) -> None:

@@ -84,10 +84,15 @@ def test_outputs_and_gradients_are_pefts(unet: UNet2DConditionModel) -> None:
         assert distance(predict(unet), expected) > 1e-2
     ours.square().mean().backward()
     expected.square().mean().backward()
-    for path, lora in weights.items():
-        for part, name in ((lora.down, "lora_A"), (lora.up, "lora_B")):
-            grad = parameters[f"{path}.{name}.tcd.weight"].grad
-            assert part.grad is not None and grad is not None and distance(part.grad, grad) < 1e-6, path
+    pairs = {
+        f"{path}.{name}": (part.grad, parameters[f"{path}.{name}.tcd.weight"].grad)
+        for path, lora in weights.items()
+        for part, name in ((lora.down, "lora_A"), (lora.up, "lora_B"))
+    }
+    largest = max(expected.norm() for _, expected in pairs.values())
+    for path, (got, expected) in pairs.items():
+        # Some have a gradient of rounding errors only: a normalization removes what the layer adds.
+        assert (got - expected).norm() < 3e-6 * expected.norm() + 1e-7 * largest, path
 
 
 def test_new_weights_change_nothing_and_the_same_seed_gives_the_same(unet: UNet2DConditionModel) -> None:
