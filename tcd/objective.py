@@ -18,11 +18,11 @@ from .schedule import TimePoint
 from .times import Points
 from .trajectory import add_noise, jump
 
-Predict = Callable[[Tensor, TimePoint, TimePoint, Tensor], Tensor]
-"""(x_t [B, C, ...], t, s, rows [B]) -> x0 [B, C, ...]; s may be ignored. rows: int64, the batch rows of x_t."""
+Predict = Callable[[Tensor, TimePoint, TimePoint], Tensor]
+"""(x_t [B, C, ...], t, s) -> x0 [B, C, ...]; s may be ignored."""
 
-Follow = Callable[[Tensor, TimePoint, TimePoint, Tensor], Tensor]
-"""f(x_t, t -> s) of arXiv 2402.19159: (x_t [B, C, ...], t, s, rows [B]) -> x_s [B, C, ...]; rows as in Predict."""
+Follow = Callable[[Tensor, TimePoint, TimePoint], Tensor]
+"""f(x_t, t -> s) of arXiv 2402.19159: (x_t [B, C, ...], t, s) -> x_s [B, C, ...]."""
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """(prediction, target), both [B, C, ...] -> their distance, [B]."""
@@ -49,24 +49,23 @@ def tcd_loss(
     `target` is called only for these rows, and not at all if there are none.
     """
     t, t_next, s = points
-    rows = torch.arange(len(x0), device=x0.device)
     x_t = add_noise(x0, eps, t.level)
     with torch.no_grad():
-        x_next = jump(x_t, teacher(x_t, t, t_next, rows), t.level, t_next.level)
+        x_next = jump(x_t, teacher(x_t, t, t_next), t.level, t_next.level)
         goal = x_next  # correct for rows with s = t_next, because f(x, t -> t) = x
         if len(target_rows):
             among = points.rows(target_rows)
-            ends = target(x_next.index_select(0, target_rows), among.t_next, among.s, target_rows)
+            ends = target(x_next.index_select(0, target_rows), among.t_next, among.s)
             goal = x_next.index_copy(0, target_rows, ends.to(x_next.dtype))
     # The student runs last, so that its activations are not in memory together with those of the other two.
-    return distance(student(x_t, t, s, rows), goal)
+    return distance(student(x_t, t, s), goal)
 
 
 def first_order(predict: Predict) -> Follow:
     """Return TCF(1) of arXiv 2402.19159: jump with the x0 predicted at (x_t, t). It is TCF(S+) if `predict` uses s."""
 
-    def follow(x_t: Tensor, t: TimePoint, s: TimePoint, rows: Tensor) -> Tensor:
-        return jump(x_t, predict(x_t, t, s, rows), t.level, s.level)
+    def follow(x_t: Tensor, t: TimePoint, s: TimePoint) -> Tensor:
+        return jump(x_t, predict(x_t, t, s), t.level, s.level)
 
     return follow
 
@@ -77,11 +76,11 @@ def second_order(predict: Predict, midpoint: Callable[[TimePoint, TimePoint], Ti
     midpoint: (t, s) -> u, halfway between them in half-log-SNR (`Schedule.midpoint` gives the time).
     """
 
-    def follow(x_t: Tensor, t: TimePoint, s: TimePoint, rows: Tensor) -> Tensor:
+    def follow(x_t: Tensor, t: TimePoint, s: TimePoint) -> Tensor:
         u = midpoint(t, s)
-        x_u = jump(x_t, predict(x_t, t, s, rows), t.level, u.level)
+        x_u = jump(x_t, predict(x_t, t, s), t.level, u.level)
         # From x_t, not from x_u: the first jump only serves to find the better x0.
-        return jump(x_t, predict(x_u, u, s, rows), t.level, s.level)
+        return jump(x_t, predict(x_u, u, s), t.level, s.level)
 
     return follow
 

@@ -25,7 +25,7 @@ def x0_for_target(x: Tensor, t: Level, s: Level) -> Tensor:
     return (gaussian_map(x, t, s) - ratio * x) / (s.alpha - ratio * t.alpha)
 
 
-def target_time_network(x: Tensor, t: TimePoint, s: TimePoint, rows: Tensor) -> Tensor:
+def target_time_network(x: Tensor, t: TimePoint, s: TimePoint) -> Tensor:
     """That network, as the loss calls it."""
     return x0_for_target(x, t.level, s.level)
 

@@ -46,6 +46,8 @@ class Examples(Generic[C]):
     """Training times of the schedule, int64 [b] each."""
     target_rows: Tensor
     """Indices of the rows with s < t_next, int64; the target network is called only for these."""
+    target_cond: C
+    """The captions' conditioning of these rows; selected on the CPU, because to select by a GPU's indices may wait."""
     guidance: Tensor
     """Guidance scales w of the teacher, float32 [b]."""
 
@@ -65,6 +67,7 @@ class Examples(Generic[C]):
             self.uncond.map(change),
             Times(*map(change, self.times)),
             change(self.target_rows),
+            self.target_cond.map(change),
             change(self.guidance),
         )
 
@@ -110,4 +113,5 @@ def draw_examples(
         for row in range(training.batch)[rows]
     ]
     times = Times(*(time[rows] for time in drawn.times))
-    return Examples(latents, torch.stack(eps), cond, uncond, times, times.target_rows, drawn.guidance[rows])
+    chosen = times.target_rows
+    return Examples(latents, torch.stack(eps), cond, uncond, times, chosen, cond[chosen], drawn.guidance[rows])

@@ -73,7 +73,7 @@ class Conditioning(Protocol):
     """The network's inputs other than the noisy latent and the time, for B rows."""
 
     def __getitem__(self: C, rows: Tensor, /) -> C:
-        """Return the rows with these indices, int64 [b]."""
+        """Return the rows with these indices, int64 [b]; the rows and the indices are on the CPU."""
         ...
 
     def map(self: C, change: Callable[[Tensor], Tensor], /) -> C:

@@ -35,30 +35,33 @@ def check_weighting(method: Method, schedule: Schedule) -> None:
 def step_losses(model: Distillable, examples: Examples[Any], method: Method) -> Tensor:
     """Return the weighted loss of each example, [b], with a gradient; the examples are on the model's device."""
     schedule, ndim = model.schedule, examples.latents.ndim
-    cond, uncond, guidance = examples.cond, examples.uncond, examples.guidance
 
-    def predict(x_t: Tensor, t: TimePoint, s: TimePoint, rows: Tensor) -> Tensor:
-        return model.x0(x_t, t, cond[rows], s)
-
-    def teacher(x_t: Tensor, t: TimePoint, _: TimePoint, rows: Tensor) -> Tensor:
+    def teacher(x_t: Tensor, t: TimePoint, _: TimePoint) -> Tensor:
         with model.adapter.off():
-            return model.guided_x0(x_t, t, cond[rows], uncond[rows], guidance[rows])
+            return model.guided_x0(x_t, t, examples.cond, examples.uncond, examples.guidance)
 
-    student = first_order(predict)
-    if method.order == 2:
-        student = second_order(predict, lambda t, s: schedule.point(schedule.midpoint(t.time, s.time), ndim))
+    def student(cond: Any) -> Follow:
+        def predict(x_t: Tensor, t: TimePoint, s: TimePoint) -> Tensor:
+            return model.x0(x_t, t, cond, s)
 
-    def ema_target(x_t: Tensor, t: TimePoint, s: TimePoint, rows: Tensor) -> Tensor:
-        with model.adapter.using(AVERAGE):
-            return student(x_t, t, s, rows)
+        if method.order == 2:
+            return second_order(predict, lambda t, s: schedule.point(schedule.midpoint(t.time, s.time), ndim))
+        return first_order(predict)
 
-    target, target_rows = ema_target if method.ema_decay else student, examples.target_rows
+    def target(cond: Any) -> Follow:
+        def follow(x_next: Tensor, t_next: TimePoint, s: TimePoint) -> Tensor:
+            with model.adapter.using(AVERAGE if method.ema_decay else model.adapter.state):
+                return student(cond)(x_next, t_next, s)
+
+        return follow
+
+    follow, target_rows = target(examples.target_cond), examples.target_rows
     if is_sharded(model.network):
-        target, target_rows = _for_all_rows(target, examples)
+        follow, target_rows = _for_all_rows(target(examples.cond), examples)
     points = Points(*(schedule.point(time, ndim) for time in examples.times))
     distances = tcd_loss(
-        student,
-        target,
+        student(examples.cond),
+        follow,
         teacher,
         examples.latents,
         examples.eps,
@@ -78,8 +81,8 @@ def _for_all_rows(target: Follow, examples: Examples[Any]) -> tuple[Follow, Tens
     needed[examples.target_rows] = True
     needed = needed.view(-1, *[1] * (examples.latents.ndim - 1))
 
-    def follow(x_next: Tensor, t_next: TimePoint, s: TimePoint, rows: Tensor) -> Tensor:
+    def follow(x_next: Tensor, t_next: TimePoint, s: TimePoint) -> Tensor:
         # Where sigma is 0 at t_next, target gives NaN.
-        return torch.where(needed, target(x_next, t_next, s, rows), x_next)
+        return torch.where(needed, target(x_next, t_next, s), x_next)
 
     return follow, torch.arange(len(needed), device=needed.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,24 +17,30 @@ from torch import Tensor
 from trajectory_consistency.nodes.host.training import HostNetwork
 from trajectory_consistency.tcd import TimePoint
 from trajectory_consistency.tcd.adapter import STUDENT
-from trajectory_consistency.tcd.objective import first_order, huber, tcd_loss
+from trajectory_consistency.tcd.objective import Follow, first_order, huber, tcd_loss
 
 
 def loss_of(network: HostNetwork, batch: Batch) -> Tensor:
     """The consistency distillation loss, with a guided teacher: the network without its adapter."""
     unconds, guidance = batch.unconds * len(batch.conds), torch.full((len(batch.conds),), 2.0)
 
-    def predict(x_t: Tensor, t: TimePoint, s: TimePoint, rows: Tensor) -> Tensor:
-        return network.x0(x_t, t, [batch.conds[row] for row in rows], s)
+    def student(conds: list[Any]) -> Follow:
+        return first_order(lambda x_t, t, s: network.x0(x_t, t, conds, s))
 
-    def teacher(x_t: Tensor, t: TimePoint, _: TimePoint, rows: Tensor) -> Tensor:
+    def teacher(x_t: Tensor, t: TimePoint, _: TimePoint) -> Tensor:
         with network.adapter.off():
-            return network.guided_x0(x_t, t, [batch.conds[row] for row in rows], unconds, guidance)
+            return network.guided_x0(x_t, t, batch.conds, unconds, guidance)
 
-    student, distance = first_order(predict), partial(huber, c=1e-3)
     rows = torch.tensor([0])  # the second example is on the diagonal
     return tcd_loss(
-        student, student, teacher, batch.x0, batch.eps, batch.points, target_rows=rows, distance=distance
+        student(batch.conds),
+        student(batch.conds[:1]),
+        teacher,
+        batch.x0,
+        batch.eps,
+        batch.points,
+        target_rows=rows,
+        distance=partial(huber, c=1e-3),
     ).mean()
 
 

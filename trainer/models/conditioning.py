@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ class Conditioning:
     """
 
     tensors: Mapping[str, Tensor]
+    on_cpu: Mapping[str, Tensor] = field(default_factory=dict)
+    """Other such tensors, whose numbers the model reads before a call: on a GPU, it would have to wait for them."""
 
     @staticmethod
     def of(**tensors: Tensor | None) -> Conditioning:
@@ -27,10 +29,10 @@ class Conditioning:
         return len(next(iter(self.tensors.values())))
 
     def __getitem__(self, rows: Tensor | slice) -> Conditioning:
-        return self.map(lambda tensor: tensor[rows])
+        return self._map_all(lambda tensor: tensor[rows])
 
     def to(self, device: torch.device | str) -> Conditioning:
-        """Return the conditioning on a device."""
+        """Return the conditioning on a device; what is in `on_cpu` stays there."""
         return self.map(lambda tensor: tensor.to(device))
 
     def expand(self, count: int) -> Conditioning:
@@ -38,7 +40,7 @@ class Conditioning:
 
         Raises RuntimeError for any other number of rows.
         """
-        return self.map(lambda tensor: tensor.expand(count, *tensor.shape[1:]))
+        return self._map_all(lambda tensor: tensor.expand(count, *tensor.shape[1:]))
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
@@ -46,21 +48,28 @@ class Conditioning:
 
         Raises ValueError if they do not all have the same names and the same row shapes.
         """
-        names = {name: [part.tensors[name] for part in parts if name in part.tensors] for name in _names(parts)}
-        for name, tensors in names.items():
-            if len(tensors) != len(parts):
-                raise ValueError(
-                    f"{len(tensors)} of {len(parts)} conditionings have {name}: give it to all of them or to none"
-                )
-            if len({tensor.shape[1:] for tensor in tensors}) > 1:
-                shapes = ", ".join(str(list(tensor.shape[1:])) for tensor in tensors)
-                raise ValueError(f"rows of {name} have different shapes, {shapes}: join them by their model")
-        return Conditioning({name: torch.cat(tensors) for name, tensors in names.items()})
+        return Conditioning(_cat([part.tensors for part in parts]), _cat([part.on_cpu for part in parts]))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
-        """Return the conditioning with a function applied to each tensor."""
-        return Conditioning({name: change(tensor) for name, tensor in self.tensors.items()})
+        """Return the conditioning with a function applied to each tensor but those in `on_cpu`."""
+        return Conditioning(_mapped(self.tensors, change), self.on_cpu)
+
+    def _map_all(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
+        return Conditioning(_mapped(self.tensors, change), _mapped(self.on_cpu, change))
 
 
-def _names(parts: Sequence[Conditioning]) -> dict[str, None]:
-    return {name: None for part in parts for name in part.tensors}
+def _mapped(tensors: Mapping[str, Tensor], change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    return {name: change(tensor) for name, tensor in tensors.items()}
+
+
+def _cat(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    names = {name: [part[name] for part in parts if name in part] for each in parts for name in each}
+    for name, tensors in names.items():
+        if len(tensors) != len(parts):
+            raise ValueError(
+                f"{len(tensors)} of {len(parts)} conditionings have {name}: give it to all of them or to none"
+            )
+        if len({tensor.shape[1:] for tensor in tensors}) > 1:
+            shapes = ", ".join(str(list(tensor.shape[1:])) for tensor in tensors)
+            raise ValueError(f"rows of {name} have different shapes, {shapes}: join them by their model")
+    return {name: torch.cat(tensors) for name, tensors in names.items()}

@@ -179,13 +179,13 @@ class HostNetwork:
         x, sigma = self._sampling_scale(x_t, t)
         groups, parts = [[i] for i in range(len(rows))] if self.one_by_one else equal_rows(rows), []
         for group in groups:
-            index = torch.tensor(group, device=x.device)
-            self.adapter.times = None if s is None else (t.network_time[index], s.network_time[index])
-            options = {**self.patcher.model_options.get("transformer_options", {}), "sigmas": sigma[index]}
+            times = None if s is None else (_rows_of(t.network_time, group), _rows_of(s.network_time, group))
+            self.adapter.times, level = times, _rows_of(sigma, group)
+            options = {**self.patcher.model_options.get("transformer_options", {}), "sigmas": level}
             inputs = comfy.samplers.cond_cat([rows[i] for i in group])
-            parts.append(self.model.apply_model(x[index], sigma[index], transformer_options=options, **inputs))
-        order = torch.tensor([i for group in groups for i in group], device=x.device)
-        return torch.cat(parts)[order.argsort()]
+            parts.append(self.model.apply_model(_rows_of(x, group), level, transformer_options=options, **inputs))
+        order = [i for group in groups for i in group]
+        return _rows_of(torch.cat(parts), sorted(range(len(order)), key=order.__getitem__))
 
     def _sampling_scale(self, x_t: Tensor, t: TimePoint) -> tuple[Tensor, Tensor]:
         """Return x [B, C, ...] and sigma [B] in the host's scale: variance exploding, except for flows."""
@@ -248,6 +248,13 @@ def _remove_bound_forwards(model: nn.Module) -> None:
     for module in model.modules():
         if vars(module).get("forward") == MethodType(type(module).forward, module):
             del module.forward
+
+
+def _rows_of(tensor: Tensor, rows: list[int]) -> Tensor:
+    """Return some rows of a tensor; the CPU would wait until their numbers are copied to a GPU as an index."""
+    if rows == list(range(len(tensor))):
+        return tensor
+    return torch.cat([tensor[row : row + 1] for row in rows])
 
 
 def _twice(t: TimePoint) -> TimePoint:

@@ -167,7 +167,7 @@ def _train(method: Method, lr: float, seed: int, folder: Path) -> Student:
         loss = tcd_loss(
             _follow(student),
             _follow(average if settings.ema_decay else student),
-            lambda x_t, t, s, rows: teacher(x_t, t),
+            lambda x_t, t, _: teacher(x_t, t),
             x0,
             eps,
             points,
@@ -185,7 +185,7 @@ def _student(method: Method) -> Student:
 
 
 def _follow(student: Student) -> Follow:
-    return first_order(lambda x_t, t, s, rows: student(x_t, t, s))
+    return first_order(student)
 
 
 def _descend(optimizer: torch.optim.Optimizer, loss: Tensor, step: int, lr: float) -> None:

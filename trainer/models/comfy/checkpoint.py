@@ -23,7 +23,7 @@ from ..framing import Framing
 from ..seam import Fingerprints
 from .autoencoder import HostAutoencoder, latents_of
 from .base_loras import HostLoras
-from .conditioning import join, to_device
+from .conditioning import join
 from .library import find_model, load_comfyui
 from .model import HostModel
 from .recognize import META, TEXT, VAE, recognize, unquantised
@@ -191,10 +191,9 @@ class HostCheckpoint:
     def placeholder_conditioning(self, rows: int, device: torch.device) -> Conditioning:
         """Return conditioning of a long caption with arbitrary content, for measuring memory.
 
-        It is what the text encoders return on the meta device, where they need no weights. Sizes and numbers, which the
-        engine reads, are on the CPU.
+        It is what the text encoders return on the meta device, where they need no weights.
         """
-        return to_device(join([self._long_caption] * rows), device)
+        return join([self._long_caption] * rows).to(device)
 
     @cached_property
     def _long_caption(self) -> Conditioning:

@@ -40,48 +40,31 @@ def join(rows: Sequence[Conditioning]) -> Conditioning:
     Raises ValueError if they do not all have the same names.
     """
     padded = []
-    names = list(dict.fromkeys(name for row in rows for name in row.tensors))
+    names = list(dict.fromkeys(name for row in rows for name in row.tensors if not name.startswith(_VALUE)))
     largest = {name: _largest([row.tensors[name] for row in rows if name in row.tensors]) for name in names}
     for row in rows:
-        tensors = {}
-        for name, tensor in row.tensors.items():
-            tensors[name] = _padded(tensor, largest[name])
-            if tensor.ndim > 1:
-                tensors[name + _SIZE] = torch.tensor([tensor.shape[1:]], device=tensor.device)
-        padded.append(Conditioning(tensors))
+        values = {name: tensor.cpu() for name, tensor in row.tensors.items() if name.startswith(_VALUE)}
+        tensors = {name: tensor for name, tensor in row.tensors.items() if name not in values}
+        sizes = {name + _SIZE: torch.tensor([each.shape[1:]]) for name, each in tensors.items() if each.ndim > 1}
+        padded.append(
+            Conditioning({name: _padded(each, largest[name]) for name, each in tensors.items()}, values | sizes)
+        )
     return Conditioning.cat(padded)
-
-
-def to_device(batch: Conditioning, device: torch.device) -> Conditioning:
-    """Return a joined batch on a device; what `to_conditionings` reads stays where it is.
-
-    On the meta device, nothing could be read.
-    """
-    return Conditioning(
-        {
-            name: tensor if name.startswith(_VALUE) or name.endswith(_SIZE) else tensor.to(device)
-            for name, tensor in batch.tensors.items()
-        }
-    )
 
 
 def to_conditionings(batch: Conditioning) -> list[Any]:
     """Return the CONDITIONING of each row of a joined batch, with each tensor cut to its row's own size."""
     from ....nodes.host.training import from_tensors
 
-    sizes = {name: tensor.tolist() for name, tensor in batch.tensors.items() if name.endswith(_SIZE)}
-    numbers = {name: tensor.tolist() for name, tensor in batch.tensors.items() if name.startswith(_VALUE)}
+    numbers = {name: tensor.tolist() for name, tensor in batch.on_cpu.items()}
+    values = {name.removeprefix(_VALUE): each for name, each in numbers.items() if name.startswith(_VALUE)}
     conditionings = []
     for row in range(len(batch)):
-        tensors, values = {}, {}
+        tensors = {}
         for name, tensor in batch.tensors.items():
-            if name in numbers:
-                values[name.removeprefix(_VALUE)] = _number(numbers[name][row])
-            elif name not in sizes:
-                size = sizes.get(name + _SIZE)
-                cut = (slice(row, row + 1), *(slice(length) for length in size[row])) if size else slice(row, row + 1)
-                tensors[name] = tensor[cut]
-        conditionings.append(from_tensors(tensors, values))
+            lengths = numbers[name + _SIZE][row] if name + _SIZE in numbers else []
+            tensors[name] = tensor[slice(row, row + 1), *map(slice, lengths)]
+        conditionings.append(from_tensors(tensors, {name: _number(each[row]) for name, each in values.items()}))
     return conditionings
 
 
