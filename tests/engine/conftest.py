@@ -10,8 +10,8 @@ import torch
 comfy.cli_args.args.cpu = True
 comfy.cli_args.args.use_pytorch_cross_attention = True
 torch.set_num_threads(1)
-HOST_TESTS = Path(__file__).parents[1] / "host"
-sys.path += [str(HOST_TESTS), str(HOST_TESTS / "scripts"), str(HOST_TESTS / "packs")]
+TESTS = Path(__file__).parents[1]
+sys.path += map(str, (TESTS, TESTS / "bench", TESTS / "host", TESTS / "host" / "scripts", TESTS / "host" / "packs"))
 import lent_models  # noqa: E402, F401, so that ComfyUI recognizes small networks of Z-Image and Qwen-Image
 
 

@@ -21,6 +21,9 @@ ModelConds = dict[str, Any]
 
 _CONTEXT = "cross_attn"  # the host's own name for the first part of an entry
 
+READ_BY_HOST = frozenset({"attention_mask"})
+"""Entries that some models read before a call: they stay on the CPU, as on a GPU every read would wait for it."""
+
 _REFUSED = {
     "area": "an area of the picture",
     "control": "a ControlNet",

@@ -12,7 +12,7 @@ from torch import Tensor
 from ....tcd.distill.order import BatchOrder, Group, dropped_captions
 from ....tcd.distill.teacher_sampling import dpm_solver_sample
 from ....tcd.randomness import generator
-from .conditions import Conditioning, from_tensors, to_tensors
+from .conditions import READ_BY_HOST, Conditioning, from_tensors, to_tensors
 from .network import HostNetwork
 
 _DRAW_STEPS = 25  # of DPM-Solver++(2M), as in the trainer
@@ -37,7 +37,10 @@ class Captions:
         return Captions(tuple(self.rows[row] for row in rows.tolist()))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Captions:
-        """Return the captions with a function applied to each tensor; the results are not of inference mode."""
+        """Return the captions with a function applied to each tensor that the host does not read on the CPU.
+
+        The results are not of inference mode.
+        """
         return Captions(tuple(_map(row, change) for row in self.rows))
 
 
@@ -186,4 +189,5 @@ def _pairs(model: Any, latent: Mapping[str, Any], caption: Conditioning) -> list
 
 def _map(conditioning: Conditioning, change: Callable[[Tensor], Tensor]) -> Conditioning:
     tensors, scalars = to_tensors(conditioning)
-    return from_tensors({name: change(tensor) for name, tensor in tensors.items()}, scalars)
+    changed = {name: tensor if name in READ_BY_HOST else change(tensor) for name, tensor in tensors.items()}
+    return from_tensors(changed, scalars)

@@ -39,15 +39,17 @@ def join(rows: Sequence[Conditioning]) -> Conditioning:
 
     Raises ValueError if they do not all have the same names.
     """
+    from ....nodes.host.training import READ_BY_HOST
+
     padded = []
-    names = list(dict.fromkeys(name for row in rows for name in row.tensors if not name.startswith(_VALUE)))
+    names = list(dict.fromkeys(name for row in rows for name in row.tensors))
     largest = {name: _largest([row.tensors[name] for row in rows if name in row.tensors]) for name in names}
     for row in rows:
-        values = {name: tensor.cpu() for name, tensor in row.tensors.items() if name.startswith(_VALUE)}
-        tensors = {name: tensor for name, tensor in row.tensors.items() if name not in values}
-        sizes = {name + _SIZE: torch.tensor([each.shape[1:]]) for name, each in tensors.items() if each.ndim > 1}
+        tensors = {name: _padded(tensor, largest[name]) for name, tensor in row.tensors.items()}
+        on_cpu = {name: tensor.cpu() for name, tensor in tensors.items() if name in READ_BY_HOST or _is_value(name)}
+        sizes = {name + _SIZE: torch.tensor([each.shape[1:]]) for name, each in row.tensors.items() if each.ndim > 1}
         padded.append(
-            Conditioning({name: _padded(each, largest[name]) for name, each in tensors.items()}, values | sizes)
+            Conditioning({name: each for name, each in tensors.items() if name not in on_cpu}, on_cpu | sizes)
         )
     return Conditioning.cat(padded)
 
@@ -56,16 +58,22 @@ def to_conditionings(batch: Conditioning) -> list[Any]:
     """Return the CONDITIONING of each row of a joined batch, with each tensor cut to its row's own size."""
     from ....nodes.host.training import from_tensors
 
-    numbers = {name: tensor.tolist() for name, tensor in batch.on_cpu.items()}
-    values = {name.removeprefix(_VALUE): each for name, each in numbers.items() if name.startswith(_VALUE)}
+    sizes = {name.removesuffix(_SIZE): each.tolist() for name, each in batch.on_cpu.items() if name.endswith(_SIZE)}
+    numbers = {name: each.tolist() for name, each in batch.on_cpu.items() if _is_value(name)}
+    whole = {name: each for name, each in batch.on_cpu.items() if name not in numbers and not name.endswith(_SIZE)}
     conditionings = []
     for row in range(len(batch)):
         tensors = {}
-        for name, tensor in batch.tensors.items():
-            lengths = numbers[name + _SIZE][row] if name + _SIZE in numbers else []
+        for name, tensor in {**batch.tensors, **whole}.items():
+            lengths = sizes[name][row] if name in sizes else []
             tensors[name] = tensor[slice(row, row + 1), *map(slice, lengths)]
-        conditionings.append(from_tensors(tensors, {name: _number(each[row]) for name, each in values.items()}))
+        values = {name.removeprefix(_VALUE): _number(each[row]) for name, each in numbers.items()}
+        conditionings.append(from_tensors(tensors, values))
     return conditionings
+
+
+def _is_value(name: str) -> bool:
+    return name.startswith(_VALUE)
 
 
 def _largest(tensors: Sequence[Tensor]) -> list[int]:
