@@ -44,10 +44,10 @@ class Lora(nn.Module):
         """The rank r."""
         return self.down.shape[0]
 
-    def forward(self, x: Tensor, layer: Any, plain: Callable[[], Tensor]) -> Tensor:
-        """Return layer(x) with the update; plain: computes layer(x) without it."""
+    def forward(self, x: Tensor, layer: Any, plain: Callable[[], Tensor] | None) -> Tensor:
+        """Return layer(x) with the update; plain: computes layer(x) without it, None for a frozen Linear."""
         down, up, scale = self.down.to(x.dtype), self.up.to(x.dtype), self.alpha / self.rank
-        if is_frozen_linear(layer):
+        if plain is None:
             return linear_with_low_rank(x, layer, down, up, scale)
         y = plain()
         return y + low_rank(x, down, up, scale, layer).to(y.dtype)
@@ -88,11 +88,19 @@ class Adapter:
     output.
     """
 
-    def __init__(self, network: nn.Module, time_layer: str) -> None:
-        """Change nothing yet: a layer's `forward` is replaced when the first weights for it are added."""
+    def __init__(
+        self,
+        network: nn.Module,
+        time_layer: str,
+        is_frozen_linear: Callable[[nn.Module], bool] = is_frozen_linear,
+    ) -> None:
+        """Change nothing yet: a layer's `forward` is replaced when the first weights for it are added.
+
+        is_frozen_linear: whether a layer computes as a torch Linear without gradients (low_rank.py).
+        """
         # The references to the network, here and in a layer's `forward`, are weak. Strong ones would form a cycle, and
         # the network would stay in memory until the next garbage collection.
-        self._network, self.time_layer = ref(network), time_layer
+        self._network, self.time_layer, self.is_frozen_linear = ref(network), time_layer, is_frozen_linear
         self.weights: dict[str, AdapterWeights] = {}
         self.state = OFF
         self.times: tuple[Tensor, Tensor] | None = None
@@ -191,7 +199,10 @@ class _AdaptedForward:
         layer: Any = self.layer()
         plain = partial(type(layer).forward, layer, x, *args, **kwargs)
         lora = self.loras.get(self.adapter.state)
-        y: Tensor = plain() if lora is None else lora(x, layer, plain)
+        if lora is None:
+            y: Tensor = plain()
+        else:
+            y = lora(x, layer, None if self.adapter.is_frozen_linear(layer) else plain)
         if self.is_time:
             embedding = self.adapter.target_time
             if embedding is not None and self.adapter.times is not None:

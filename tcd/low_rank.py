@@ -33,28 +33,33 @@ def is_frozen_linear(layer: nn.Module) -> bool:
 def linear_with_low_rank(x: Tensor, layer: nn.Linear, down: Tensor, up: Tensor, scale: float) -> Tensor:
     """Return layer(x) + up(scale down(x)), without a gradient for the layer's own weights; arguments as in `low_rank`.
 
+    The layer's weights are cast to the dtype of x, again for the gradient, so that no cast weight is kept until then.
+
     Where two products are summed, here and in the gradient of x, the second product adds to the first. On a GPU a sum
     of its own would take longer than the product before it, which has few operations for each number read and written.
     """
-    total: Tensor = _LinearWithLowRank.apply(x, layer.weight, layer.bias, down, up, scale)  # type: ignore[no-untyped-call]
-    return total
+    rows = x.reshape(-1, x.shape[-1])
+    total: Tensor = _LinearWithLowRank.apply(rows, layer.weight, layer.bias, down, up, scale)  # type: ignore[no-untyped-call]
+    # A view that was made within the function could not be written over afterwards.
+    return total.view(*x.shape[:-1], total.shape[-1])
 
 
 class _LinearWithLowRank(torch.autograd.Function):
+    """On matrices: x [rows, in] -> [rows, out]."""
+
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
     ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        hidden = (rows @ down.t()).mul_(scale)
+        hidden = (x @ down.t()).mul_(scale)
         ctx.save_for_backward(x, weight, down, up, hidden)
         ctx.scale = scale
-        return functional.linear(rows, weight, bias).addmm_(hidden, up.t()).view(*x.shape[:-1], len(weight))
+        bias = None if bias is None else bias.to(x.dtype)
+        return functional.linear(x, weight.to(x.dtype), bias).addmm_(hidden, up.t())
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, of_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, down, up, hidden = ctx.saved_tensors
-        rows, of_y = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
         of_hidden = (of_y @ up).mul_(ctx.scale)
-        of_x = (of_y @ weight).addmm_(of_hidden, down).view_as(x) if ctx.needs_input_grad[0] else None
-        return of_x, None, None, of_hidden.t() @ rows, of_y.t() @ hidden, None
+        of_x = (of_y @ weight.to(x.dtype)).addmm_(of_hidden, down) if ctx.needs_input_grad[0] else None
+        return of_x, None, None, of_hidden.t() @ x, of_y.t() @ hidden, None

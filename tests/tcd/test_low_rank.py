@@ -40,6 +40,26 @@ def test_its_gradients_are_those_of_finite_differences(needed: str) -> None:
     )
 
 
+def test_weights_of_another_dtype_are_cast_and_not_kept() -> None:
+    layer, x = frozen_linear(), drawn(2, 4, 5).float().requires_grad_(True)
+    down, up = drawn(2, 5).float(), drawn(6, 2).float()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved) or saved, lambda saved: saved):
+        y = linear_with_low_rank(x, layer, down, up, SCALE)
+    assert y.dtype == torch.float32 and sum(saved.shape == layer.weight.shape for saved in kept) == 1
+    assert any(saved.data_ptr() == layer.weight.data_ptr() for saved in kept)
+    (of_x,) = torch.autograd.grad(y.sum(), x)
+    expected = (layer.weight.float() + SCALE * up @ down).sum(0)
+    assert torch.allclose(of_x, expected.expand_as(x), rtol=0, atol=1e-5)
+
+
+def test_its_output_may_be_written_over() -> None:
+    layer, x, down, up = frozen_linear(), drawn(2, 3, 5), drawn(2, 5).requires_grad_(True), drawn(6, 2)
+    linear_with_low_rank(x, layer, down, up, SCALE).mul_(2).sum().backward()
+    expected = 2 * SCALE * up.sum(0)[:, None] * x.sum((0, 1))
+    assert down.grad is not None and torch.allclose(down.grad, expected)
+
+
 def test_a_convolution_gets_the_sum_of_its_own_and_a_low_rank_one() -> None:
     layer = nn.Conv2d(3, 4, 3, stride=2, padding=1, bias=False, dtype=torch.float64)
     x, down, up = drawn(2, 3, 8, 8), drawn(2, 3, 3, 3), drawn(4, 2, 1, 1)

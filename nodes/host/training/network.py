@@ -18,6 +18,7 @@ from ..lora import with_lora
 from ..model_schedule import schedule_of
 from ..target_time import with_target_time
 from .conditions import Conditioning, ModelConds, equal_rows, model_conds
+from .frozen_linear import is_frozen_linear
 from .kernels import differentiable_kernels
 from .layers import LayerNames
 from .recompute import recomputing
@@ -52,7 +53,7 @@ class HostNetwork:
         self.schedule = schedule_of(patcher.get_model_object("model_sampling")).to(self.device)
         if self.device.type == "meta":  # only now, because the schedule is made from the tables' values
             self.model.model_sampling.to(self.device)
-        self.adapter = Adapter(self.network, time_layer)
+        self.adapter = Adapter(self.network, time_layer, is_frozen_linear)
         self.names = LayerNames(self.model)
         self.takes_guidance = takes_guidance(self.network)
         self.one_by_one = False

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flops  # noqa: F401, adds a formula to the registry
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
