@@ -98,7 +98,7 @@ class Separate:
         student, teacher, schedule = self.student, self.teacher, self.student.schedule
         latents = latents_of(self.autoencoder, self.config)
         cond = encode(self.checkpoint, self.text_encoder, captions(len(latents)), self.config)
-        drawn = draw_times_and_guidance(self.config.method, self.config.training, schedule.to("cpu"), self.done)
+        drawn = draw_times_and_guidance(self.config.method, self.config.training, self.checkpoint.schedule, self.done)
         t, t_next, s = (schedule.point(time.to(self.device), latents.ndim) for time in drawn.times)
         w = drawn.guidance.to(self.device).view(-1, 1, 1, 1)
         eps = torch.randn(latents.shape, generator=self.noise).to(self.device)

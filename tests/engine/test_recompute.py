@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import comfy.model_management
 import comfy_kitchen
@@ -16,7 +17,7 @@ from small_models import Batch, add_student, batch_for, each_family, open_networ
 from torch import Tensor, nn
 from torch.autograd.graph import allow_mutation_on_saved_tensors
 
-from trajectory_consistency.nodes.host.training import HostNetwork, recomputing
+from trajectory_consistency.nodes.host.training import HostNetwork, recomputing, saved_tensors
 from trajectory_consistency.nodes.host.training.recompute import blocks
 from trajectory_consistency.tcd import Adapter, AdapterWeights
 from trajectory_consistency.tcd.adapter import STUDENT, new_weights
@@ -68,6 +69,12 @@ def test_gradients_with_and_without_recomputation_equal_central_differences(name
         network.enable_gradient_checkpointing()
         recomputed = gradients(network, batch, weights)
         assert (recomputed - kept).norm() < 1e-5 * kept.norm()
+        saved = [block.forward.saved for block in blocks(network.network)]
+        with watched_runs() as again:
+            assert torch.equal(gradients(network, batch, weights), recomputed)
+        assert not again and all(each.written is not None for each in saved), (
+            "from the second run on, nothing is watched"
+        )
         direction = torch.randn(kept.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
         expected = (kept @ direction).item()
         found = central_difference(lambda: loss_of(network, batch), weights, direction, h=1e-3)
@@ -264,6 +271,80 @@ def test_writing_through_another_view_of_a_saved_tensor_keeps_the_gradient(is_pa
         network(x).square().sum().backward()
     for parameter, gradient in zip(weights.parameters(), expected, strict=True):
         assert torch.allclose(parameter.grad, gradient, rtol=1e-5)
+
+
+@contextmanager
+def watched_runs() -> Iterator[list[object]]:
+    """Give a list with an entry for each run within the block that looks at every operation."""
+    found: list[object] = []
+    original = saved_tensors._CopyBeforeWrite.__enter__
+
+    def enter(self: Any) -> Any:
+        found.append(self)
+        return original(self)
+
+    with mock.patch.object(saved_tensors._CopyBeforeWrite, "__enter__", enter):
+        yield found
+
+
+class WritesOver(nn.Module):
+    """Writes over a saved tensor, or not, through another view of its memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.writes = nn.Linear(4, 4), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        squares = y.square() + y[:, :2].square().sum()  # both save y
+        if self.writes:
+            y[:, 1:3] *= 3
+        return squares + y
+
+
+def test_a_run_that_writes_over_other_tensors_than_the_first_one_starts_again() -> None:
+    network = OfViews(is_part_saved=True)
+    network.layers = nn.ModuleList([WritesOver()])
+    adapter, weights = adapted(network)
+    x, (block,) = torch.randn(3, 4), network.layers
+
+    def gradients_of(writes: bool) -> list[Tensor]:
+        block.writes = writes
+        weights.zero_grad()
+        network(x).square().sum().backward()
+        return [parameter.grad.clone() for parameter in weights.parameters()]
+
+    def expected_of(writes: bool) -> list[Tensor]:
+        y = block.linear(network.first(x))
+        factor = torch.tensor([1.0, 3.0, 3.0, 1.0]) if writes else torch.ones(4)
+        output = y.square() + y[:, :2].square().sum() + factor * y
+        return list(torch.autograd.grad(output.square().sum(), list(weights.parameters())))
+
+    expected = {writes: expected_of(writes) for writes in (False, True)}
+    with recomputing(adapter):
+        # The runs that look at every operation: the first one, and the first that writes over something new.
+        for writes, is_watched in ((False, True), (False, False), (True, True), (True, False), (False, False)):
+            with watched_runs() as watched:
+                found = gradients_of(writes)
+            assert bool(watched) == is_watched, (writes, is_watched)
+            for gradient, right in zip(found, expected[writes], strict=True):
+                assert torch.allclose(gradient, right, rtol=1e-5), writes
+        assert block.forward.saved.written
+
+
+def test_one_tensor_that_is_saved_twice_is_copied_once() -> None:
+    saved, copies = saved_tensors.SavedTensors(), []
+
+    def forward() -> Tensor:
+        x = torch.ones(5, requires_grad=True).clone()
+        y = x.sin() + x.cos()
+        x.mul_(2)
+        return (y + x).sum()
+
+    for _ in range(2):
+        with mock.patch.object(Tensor, "clone", lambda each, clone=Tensor.clone: copies.append(each) or clone(each)):
+            saved.run(forward)
+    assert len(saved.written) == 2 and len(copies) == 4, "x itself, and one copy of it, in each of two runs"
 
 
 def test_a_block_without_anything_to_train_is_passed_through() -> None:

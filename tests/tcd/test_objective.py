@@ -358,7 +358,7 @@ def test_weights_by_the_length_of_the_jump_and_by_what_it_keeps_of_x0(clock: str
     # An error of x0 moves the jump's end by 1 / weight.
     x = torch.randn(3, 1, 2, 2, dtype=torch.float64)
     follow = first_order(lambda x, *_: torch.zeros_like(x)), first_order(lambda x, *_: torch.ones_like(x))
-    x_s = [each(x, points.t, points.s, torch.arange(3)) for each in follow]
+    x_s = [each(x, points.t, points.s) for each in follow]
     torch.testing.assert_close((x_s[1] - x_s[0]).mean((1, 2, 3)), 1 / loss_weights(points, "x0"))
 
 

@@ -9,6 +9,7 @@ is saved for the backward pass is copied before it is written over.
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import ref
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from ....tcd import Adapter
 from .kernels import differentiable_kernels
-from .saved_tensors import saved_tensors_may_change
+from .saved_tensors import SavedTensors
 
 _Rebuild = Callable[[Sequence[Tensor]], Any]
 """Puts tensors back into the structure from which `_flatten` took them."""
@@ -71,7 +72,7 @@ class _RecomputedForward:
     """Replaces the `forward` of one block."""
 
     def __init__(self, block: nn.Module, adapter: Adapter) -> None:
-        self.block, self.adapter = ref(block), adapter
+        self.block, self.adapter, self.saved = ref(block), adapter, SavedTensors()
         # Because of it, the output of a block has a gradient if only the adapter's weights in it need one.
         self.anchor = torch.zeros((), requires_grad=True)
 
@@ -86,7 +87,7 @@ class _RecomputedForward:
             args, kwargs = rebuild([tensor.clone() for tensor in tensors])
             return outputs.take(type(block).forward(block, *args, **kwargs))
 
-        results = _Recomputed.apply(run, self.adapter, self.anchor, *leaves)
+        results = _Recomputed.apply(run, self.saved, self.adapter, self.anchor, *leaves)
         return outputs.rebuild(results)
 
 
@@ -105,25 +106,27 @@ class _Recomputed(torch.autograd.Function):
     """Runs a block without a graph, and again with one in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, run: Any, adapter: Adapter, _anchor: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        ctx.run, ctx.adapter, ctx.state = run, adapter, adapter.state
+    def forward(
+        ctx: Any, run: Any, saved: SavedTensors, adapter: Adapter, _anchor: Tensor, *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.run, ctx.saved, ctx.adapter, ctx.state = run, saved, adapter, adapter.state
         ctx.save_for_backward(*inputs)  # and so torch raises an error if the network writes over one of them later
         outputs: tuple[Tensor, ...] = run(inputs)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[3:]
+        needed = ctx.needs_input_grad[4:]
         inputs = [
             tensor.detach().requires_grad_(needs) for tensor, needs in zip(ctx.saved_tensors, needed, strict=True)
         ]
-        with differentiable_kernels(), ctx.adapter.using(ctx.state), saved_tensors_may_change():
+        with differentiable_kernels(), ctx.adapter.using(ctx.state):
             with torch.enable_grad():
-                outputs = ctx.run(inputs)
+                outputs = ctx.saved.run(partial(ctx.run, inputs))
             pairs = [(y, gradient) for y, gradient in zip(outputs, gradients, strict=True) if y.requires_grad]
             # It also adds to the gradients of the adapter's weights.
             torch.autograd.backward([y for y, _ in pairs], [gradient for _, gradient in pairs])
-        return (None, None, None, *(tensor.grad for tensor in inputs))
+        return (None, None, None, None, *(tensor.grad for tensor in inputs))
 
 
 def _flatten(value: Any, leaves: list[Tensor]) -> _Rebuild:

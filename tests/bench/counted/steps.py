@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from copy import deepcopy
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from trajectory_consistency.trainer.training.memory import MemoryEstimate
 META = torch.device("meta")
 DTYPE = torch.bfloat16
 PARTS = ("teacher", "target", "student", "gradient")
-LONGEST = 10
+LONGEST = 6
 
 
 def count_step(checkpoint: Checkpoint, config: Config, size: tuple[int, int], cond: Any = None) -> Counted:
@@ -82,15 +83,16 @@ def figures_of(
     useful = step.flops - (counted.of("student").flops if recomputed else 0)
     return {
         "step": label,
-        "TFLOP a picture": step.flops / batch / 1e12,
+        "TFLOP": step.flops / batch / 1e12,
         **{part: counted.of(part).flops / batch / 1e12 for part in PARTS},
         "kernels": step.kernels,
         "GB moved": step.moved / 1e9,
-        "ms at least": 1e3 * step.seconds,
+        "ms": 1e3 * step.seconds,
         "ms of products": 1e3 * products.seconds,
-        "utilisation at most": useful / counted.card.flops / step.seconds,
-        "longest": {name: 1e3 * work.seconds for name, work in list(counted.by_operation().items())[:LONGEST]},
+        "utilisation": useful / counted.card.flops / step.seconds,
+        "longest": {name: 1e3 * work.seconds for name, work in islice(counted.by_operation().items(), LONGEST)},
         "weights GB": estimate.weights / 1e9,
         "adapter GB": estimate.adapter / 1e9,
         "step GB": estimate.step / 1e9,
+        "GB": estimate.training / 1e9,
     }
