@@ -27,7 +27,12 @@ def low_rank(x: Tensor, down: Tensor, up: Tensor, scale: float, layer: Any) -> T
 
 def is_frozen_linear(layer: nn.Module) -> bool:
     """Return whether `linear_with_low_rank` computes what the layer does: it is a torch Linear without gradients."""
-    return type(layer) is nn.Linear and not any(parameter.requires_grad for parameter in layer.parameters())
+    return type(layer) is nn.Linear and not has_gradient(layer)
+
+
+def has_gradient(layer: Any) -> bool:
+    """Return whether the weight or the bias of a Linear gets a gradient."""
+    return any(each is not None and each.requires_grad for each in (layer.weight, layer.bias))
 
 
 def linear_with_low_rank(x: Tensor, layer: nn.Linear, down: Tensor, up: Tensor, scale: float) -> Tensor:

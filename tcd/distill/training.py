@@ -87,7 +87,8 @@ class Training:
         self.optimizer = make_optimizer(optimizer, self.parameters, training, embedding)
         self.scale = LossScale(model.dtype)
         if method.ema_decay:
-            model.adapter.add(AVERAGE, deepcopy(student).requires_grad_(False))
+            average = model.adapter.add(AVERAGE, deepcopy(student).requires_grad_(False))
+            self._averaged = list[Tensor](average.parameters()), list[Tensor](student.parameters())
         model.adapter.state = STUDENT
 
     @property
@@ -180,9 +181,7 @@ class Training:
     @torch.no_grad()
     def _update_average(self) -> None:
         """EMA update: average = decay * average + (1 - decay) * student."""
-        average, student = (
-            list[Tensor](self.model.adapter.weights[state].parameters()) for state in (AVERAGE, STUDENT)
-        )
+        average, student = self._averaged
         torch._foreach_lerp_(average, student, 1 - self.method.ema_decay)
 
 

@@ -3,6 +3,8 @@
 import comfy.ops
 from torch import nn
 
+from ....tcd.low_rank import has_gradient
+
 _PLAIN = (comfy.ops.disable_weight_init.Linear, comfy.ops.manual_cast.Linear)
 
 
@@ -14,5 +16,4 @@ def is_frozen_linear(layer: nn.Module) -> bool:
     """
     if type(layer) not in _PLAIN or type(layer.weight) is not nn.Parameter or hasattr(layer, "_v"):
         return False
-    changes = layer.weight_function or layer.bias_function
-    return not changes and not any(parameter.requires_grad for parameter in layer.parameters())
+    return not (layer.weight_function or layer.bias_function or has_gradient(layer))
