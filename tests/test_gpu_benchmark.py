@@ -29,8 +29,9 @@ def dry_run(out: Path, *parts: str) -> dict[str, Any]:
 
 def test_the_parts_of_the_trainer_give_their_figures(tmp_path: Path) -> None:
     found = dry_run(tmp_path / "gpu.json", "unets", "orders", "waits", "gradients")
-    step = found["unets: tiny 64 px batch 2 gradient_checkpointing"]
+    step = found["unets: tiny 64 px batch 2, gradient_checkpointing"]
     assert step["images/s"] > 0 and step["TFLOP/s"] > 0 and step["estimated GB"] > 0
+    assert found["unets: tiny 64 px batch 2, channels last"]["TFLOP/s"] > 0
     assert found["orders: ours / separate, time"] > 0
     assert 0 <= found["waits: tiny 64 px batch 2, share of the time without work for the device"] < 1
     assert len(found["waits: the longest kernels, share of the time"]) == 10

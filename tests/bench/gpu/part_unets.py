@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from bases import config_of, pictures, random_base, side_of
 from measure import Bench, count_flops
 
@@ -16,19 +17,23 @@ RECOMPUTED, COMPILED = {"gradient_checkpointing": True}, {"compile": True}
 
 
 class Case(NamedTuple):
-    """A batch size, and settings of [training]."""
+    """A batch size, settings of [training], and a layout of memory that is no setting: is it worth to be one?"""
 
     batch: int
     training: dict[str, Any] = {}
+    is_channels_last: bool = False
 
     def __str__(self) -> str:
-        return " ".join([f"batch {self.batch}", *self.training])
+        return ", ".join([f"batch {self.batch}", *self.training, *["channels last"] * self.is_channels_last])
 
 
 FAMILIES = {
     "sd15": (
         512,
-        [Case(1), Case(16), Case(4), Case(32), Case(1, RECOMPUTED), Case(16, RECOMPUTED), Case(16, COMPILED)],
+        [
+            *(Case(1), Case(16), Case(4), Case(32), Case(1, RECOMPUTED), Case(16, RECOMPUTED)),
+            *(Case(16, {}, is_channels_last=True), Case(16, COMPILED)),
+        ],
     ),
     "sdxl": (1024, [Case(1, RECOMPUTED), Case(4, RECOMPUTED), Case(1), Case(2), Case(4)]),
 }
@@ -36,7 +41,7 @@ FAMILIES = {
 
 def run(bench: Bench) -> None:
     """Measure every case of every family."""
-    dry = {"tiny": (64, [Case(1), Case(2, RECOMPUTED)])}
+    dry = {"tiny": (64, [Case(1), Case(2, RECOMPUTED), Case(2, {}, is_channels_last=True)])}
     for family, (side, cases) in (dry if bench.dry else FAMILIES).items():
         flops = _flops_of_an_image(bench, family, side)
         for case in cases:
@@ -69,4 +74,6 @@ def _training(bench: Bench, family: Any, side: int, case: Case) -> Training:
     config = config_of(side_of(bench, side), case.batch, device=str(bench.device), **case.training)
     checkpoint = random_base(family, bench.device)
     student = load_student(config, checkpoint, bench.device, bench.dtype)
+    if case.is_channels_last:
+        student.network.to(memory_format=torch.channels_last)
     return Training(student, pictures(checkpoint, side_of(bench, side), case.batch), config)  # type: ignore[arg-type]
