@@ -10,7 +10,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint fuzz kills bench bench-gpu bench-quality teacher
+.PHONY: demo test lint fuzz kills bench bench-counted bench-gpu bench-quality teacher
 
 demo: $(INSTALLED)
 	$(BIN)/python -m trajectory_consistency.trainer.demo --out demo-out
@@ -44,6 +44,11 @@ bench: $(INSTALLED)
 	$(BIN)/python tests/bench/peers.py --out bench-out/peers.md $(PEERS)
 	$(BIN)/python tests/bench/training_step.py --out bench-out/training.md
 	$(BIN)/python tests/bench/host_step.py --out bench-out/host_training.md
+
+# Counts the work of a step of models in full size, in two minutes, without a GPU.
+bench-counted: $(INSTALLED)
+	mkdir -p bench-out
+	$(BIN)/python tests/bench/counted --out bench-out/counted.md
 
 # Takes eight minutes on one GPU. The parts that train ComfyUI's models need its packages: for these, run the script by the
 # interpreter in .venv-comfyui, or by ComfyUI's own with the trainer installed.
