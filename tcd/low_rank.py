@@ -50,21 +50,24 @@ def linear_with_low_rank(x: Tensor, layer: nn.Linear, down: Tensor, up: Tensor, 
 
 
 class _LinearWithLowRank(torch.autograd.Function):
-    """On matrices: x [rows, in] -> [rows, out]."""
+    """On matrices: x [rows, in] -> [rows, out]. The scale is a factor of products that are computed anyway."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
     ) -> Tensor:
-        hidden = (x @ down.t()).mul_(scale)
+        hidden = x @ down.t()
         ctx.save_for_backward(x, weight, down, up, hidden)
         ctx.scale = scale
         bias = None if bias is None else bias.to(x.dtype)
-        return functional.linear(x, weight.to(x.dtype), bias).addmm_(hidden, up.t())
+        return functional.linear(x, weight.to(x.dtype), bias).addmm_(hidden, up.t(), alpha=scale)
 
     @staticmethod
     def backward(ctx: Any, of_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, down, up, hidden = ctx.saved_tensors
-        of_hidden = (of_y @ up).mul_(ctx.scale)
-        of_x = (of_y @ weight.to(x.dtype)).addmm_(of_hidden, down) if ctx.needs_input_grad[0] else None
-        return of_x, None, None, of_hidden.t() @ x, of_y.t() @ hidden, None
+        of_hidden, of_x = of_y @ up, None
+        if ctx.needs_input_grad[0]:
+            of_x = (of_y @ weight.to(x.dtype)).addmm_(of_hidden, down, alpha=ctx.scale)
+        of_down = torch.addmm(down, of_hidden.t(), x, beta=0, alpha=ctx.scale)
+        of_up = torch.addmm(up, of_y.t(), hidden, beta=0, alpha=ctx.scale)
+        return of_x, None, None, of_down, of_up, None
