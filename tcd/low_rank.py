@@ -57,7 +57,9 @@ class _LinearWithLowRank(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
     ) -> Tensor:
         hidden = x @ down.t()
-        ctx.save_for_backward(x, weight, down, up, hidden)
+        # Detached, because torch 2.9 would call no gradient hooks of leaves that are saved where saved_tensors_hooks
+        # are in use, as in the recomputed blocks of the host's networks.
+        ctx.save_for_backward(x, weight, down.detach(), up.detach(), hidden)
         ctx.scale = scale
         bias = None if bias is None else bias.to(x.dtype)
         return functional.linear(x, weight.to(x.dtype), bias).addmm_(hidden, up.t(), alpha=scale)

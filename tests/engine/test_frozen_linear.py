@@ -9,7 +9,7 @@ import pytest
 import torch
 from families import FAMILIES, written
 from quantized_files import FLOAT8, write_float8
-from small_models import add_student, batch_for, load
+from small_models import add_student, batch_for, load, open_network
 from torch import Tensor, nn
 
 from trajectory_consistency.nodes.host.training import HostNetwork
@@ -41,6 +41,16 @@ def test_a_subclass_may_compute_something_else() -> None:
 
     assert not is_frozen_linear(Other(4, 4, dtype=torch.float32, device="cpu").requires_grad_(False))
     assert not is_frozen_linear(nn.Linear(4, 4).requires_grad_(False))
+
+
+def test_gradient_hooks_of_all_weights_are_called(folder: Path) -> None:
+    with open_network("sd3", folder) as network:
+        batch, weights, called = batch_for("sd3", network), add_student(network), []
+        network.enable_gradient_checkpointing()
+        for name, parameter in weights.named_parameters():
+            parameter.register_hook(lambda _, name=name: called.append(name))
+        network.x0(batch.x_t, batch.points.t, batch.conds).square().mean().backward()
+    assert sorted(called) == sorted(name for name, _ in weights.named_parameters())
 
 
 def gradients(network: HostNetwork, name: str, plain: bool) -> dict[str, Tensor]:
