@@ -54,7 +54,7 @@ PHASES: dict[str, tuple[Any, str]] = {
     "the report": (run, "write_report"),
     "the LoRA": (write_lora, "save_file"),
     "the whole of the last file": (run, "write_lora"),
-    "cleaning up": (Checkpoints, "remove_all"),
+    "deleting checkpoints": (Checkpoints, "prune"),
 }
 """For each phase, in the order of a run, the function in whose calls it is killed."""
 CONTEXT = get_context("forkserver")
