@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import flops  # noqa: F401, adds a formula to the registry
 import torch
@@ -43,25 +43,23 @@ class Work:
         self.seconds += other.seconds
 
 
-@dataclass(frozen=True)
-class Card:
+class Card(NamedTuple):
     """A GPU's published rates."""
 
-    name: str
     flops: float
     """A second, of dense products in bfloat16."""
     bandwidth: float
     """Bytes a second."""
 
 
-H100 = Card("H100 SXM", 989e12, 3.35e12)
+H100 = Card(989e12, 3.35e12)
+"""In the variant SXM."""
 
 
 @dataclass
 class Counted:
     """Work by part of a step and by operation."""
 
-    card: Card
     part: str = ""
     work: dict[tuple[str, str], Work] = field(default_factory=lambda: defaultdict(Work))
 
@@ -82,9 +80,9 @@ class Counted:
 
 
 @contextmanager
-def counting(card: Card = H100) -> Iterator[Counted]:
+def counting() -> Iterator[Counted]:
     """Count the operations within the block; set `part` of the result to name what comes next."""
-    result = Counted(card)
+    result = Counted()
     original = functional.scaled_dot_product_attention
     functional.scaled_dot_product_attention = lambda query, key, value, *_, **__: attention(query, key, value)[0]
     try:
@@ -108,8 +106,7 @@ class _Counting(TorchDispatchMode):
             formula = flop_registry.get(packet)
             flops = formula(*arguments, **(options or {}), out_val=output) if formula else 0
             moved = sum(map(_bytes, (*inputs.values(), *outputs.values())))
-            card = self.result.card
-            seconds = max(flops / card.flops, moved / card.bandwidth)
+            seconds = max(flops / H100.flops, moved / H100.bandwidth)
             self.result.work[self.result.part, packet.__name__].add(Work(1, flops, moved, seconds))
         return output
 

@@ -17,9 +17,11 @@ from typing import Any
 import torch
 
 TESTS = Path(__file__).parents[2]
-sys.path[:0] = map(str, (TESTS / "bench", TESTS, TESTS / "host" / "scripts", TESTS / "host" / "packs"))
+FOLDERS = ("bench", "bench/gpu", ".", "host/scripts", "host/packs")
+sys.path[:0] = [str(TESTS / folder) for folder in FOLDERS]
 
 from families import FAMILIES, Family  # noqa: E402
+from part_host import FLOAT8, large_families  # noqa: E402
 from steps import DTYPE, META, count_step, figures_of  # noqa: E402
 
 from trajectory_consistency.trainer.config.settings import from_mapping  # noqa: E402
@@ -28,33 +30,22 @@ from trajectory_consistency.trainer.models.comfy.conditioning import join, to_ro
 from trajectory_consistency.trainer.models.comfy.library import load_comfyui  # noqa: E402
 from trajectory_consistency.trainer.training.memory import MemorySettings, estimate_training  # noqa: E402
 
-FLOAT8 = torch.float8_e4m3fn
-NAMES = {torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3"}
+NAMES = {torch.bfloat16: "BF16", FLOAT8: "F8_E4M3"}
 
 
 def full_size() -> dict[str, tuple[Family, int, torch.dtype]]:
     """Return each model in full size, with the rank of its recipe, and the dtype of its file's matrices."""
-    flux, wan = FAMILIES["flux"], FAMILIES["wan"]
-    flux_dev = replace(
-        flux,
-        build=partial(flux.build, hidden_size=3072, num_heads=24, depth=19, depth_single_blocks=38),
-        latent=(16, 128, 128),
-        context=(512, 4096),
-    )
+    large = large_families()
+    flux_dev = replace(large["flux 2.6 B"], build=partial(large["flux 2.6 B"].build, depth=19, depth_single_blocks=38))
+    wan = replace(large["wan 1.3 B"], latent=(16, 1, 80, 80))
     z_image = replace(FAMILIES["z-image"], build=_z_image, latent=(16, 128, 128), context=(256, 2560))
     qwen_image = replace(FAMILIES["qwen-image"], build=_qwen_image, latent=(16, 1, 128, 128), context=(256, 3584))
-    wan_1b = replace(
-        wan,
-        build=partial(wan.build, dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
-        latent=(16, 1, 80, 80),
-        context=(512, 4096),
-    )
     return {
         "Flux.1 dev": (flux_dev, 16, DTYPE),
         "Flux.1 dev, 8 bits": (flux_dev, 16, FLOAT8),
         "Z-Image": (z_image, 32, DTYPE),
         "Qwen-Image, 8 bits": (qwen_image, 16, FLOAT8),
-        "Wan 2.1 1.3B, one frame": (wan_1b, 64, DTYPE),
+        "Wan 2.1 1.3B, one frame": (wan, 64, DTYPE),
     }
 
 

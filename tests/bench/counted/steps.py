@@ -9,13 +9,14 @@ from itertools import islice
 from typing import Any
 
 import torch
-from counting import Counted, counting
+from counting import H100, Counted, counting
 
 from trajectory_consistency.tcd.adapter import AVERAGE, STUDENT
 from trajectory_consistency.tcd.distill import Examples, step_losses
 from trajectory_consistency.tcd.times import Times
 from trajectory_consistency.trainer.config.settings import Config
 from trajectory_consistency.trainer.models.seam import Checkpoint, Model
+from trajectory_consistency.trainer.run import load_student
 from trajectory_consistency.trainer.training.memory import MemoryEstimate
 
 META = torch.device("meta")
@@ -30,18 +31,11 @@ def count_step(checkpoint: Checkpoint, config: Config, size: tuple[int, int], co
     size: width and height of the pictures, in pixels. cond: the captions' conditioning on the meta device; by default
     that of the longest captions.
     """
-    model, batch, method = checkpoint.load(DTYPE, META), config.training.batch, config.method
+    model, batch, method = load_student(config, checkpoint, META, DTYPE), config.training.batch, config.method
     if config.training.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    student = model.new_weights(
-        rank=config.adapter.rank,
-        alpha=config.adapter.alpha,
-        seed=0,
-        targets=config.adapter.targets,
-        target_input=method.embedded_input,
-    )
-    model.adapter.add(AVERAGE, deepcopy(student).requires_grad_(False))
-    model.adapter.add(STUDENT, student)
+    model.adapter.add(AVERAGE, deepcopy(model.adapter.weights[STUDENT]).requires_grad_(False))
+    model.adapter.state = STUDENT
     width, height = size
     latents = torch.empty(batch, *model.latents.shape(height, width), device=META)
     cond = checkpoint.placeholder_conditioning(batch, META) if cond is None else cond
@@ -89,7 +83,7 @@ def figures_of(
         "GB moved": step.moved / 1e9,
         "ms": 1e3 * step.seconds,
         "ms of products": 1e3 * products.seconds,
-        "utilisation": useful / counted.card.flops / step.seconds,
+        "utilisation": useful / H100.flops / step.seconds,
         "longest": {name: 1e3 * work.seconds for name, work in islice(counted.by_operation().items(), LONGEST)},
         "weights GB": estimate.weights / 1e9,
         "adapter GB": estimate.adapter / 1e9,
